@@ -1,0 +1,289 @@
+"""Plan: which steps a request computes, and the weights that forecast the others.
+
+Everything learned or searched ends in a `Plan`. The runtime reads plans and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as serialize
+
+from .routing import Stage
+
+ANY_CONTEXT = "*"
+SITES = ("hidden", "output")
+MAX_READS = 16
+_FORMAT = "lesa-plan-1"
+
+
+class PlanError(ValueError):
+    """A plan is malformed, unreadable, or does not fit the denoiser or the request."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One forecast: F^_t = sum_k weights[k] * F_{steps[k]} + bias.
+
+    Args:
+        steps: earlier step indices of the same request, computed or forecast alike.
+        weights: one weight a step.
+        bias: added to every element.
+    """
+
+    steps: tuple[int, ...]
+    weights: tuple[float, ...]
+    bias: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule and the rows that forecast the steps it leaves out.
+
+    Args:
+        computed: steps the denoiser computes, ascending, step 0 among them.
+        sigmas: the T + 1 noise levels of the request, the final 0 included.
+        rows: for each context the `Row` of every forecast step; the context "*" serves all contexts not named.
+        site: "hidden" (before the final norm and projection) or "output" (what the denoiser returns).
+        forecaster: the source of the weights, e.g. "taylor-1" or "lesa".
+        timesteps: the denoiser's timestep argument at each of the T steps, where recorded; a bare
+            denoiser's calls are checked against it.
+        denoiser: class name of the denoiser the plan was made for; None fits any.
+        config_hash: hash of that denoiser's configuration; None fits any.
+        stages: the stages of the forecaster, for pictures and provenance.
+        training: figures of how the plan was made, JSON-able.
+
+    Raises:
+        PlanError: a value is out of place; the message names it.
+    """
+
+    computed: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    rows: Mapping[str, Mapping[int, Row]] = field(default_factory=dict)
+    site: str = "hidden"
+    forecaster: str = "custom"
+    timesteps: tuple[float, ...] | None = None
+    denoiser: str | None = None
+    config_hash: str | None = None
+    stages: tuple[Stage, ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+    library_version: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "computed", tuple(int(s) for s in self.computed))
+        object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))
+        if self.timesteps is not None:
+            object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
+        self._check_schedule()
+        for context, rows in self.rows.items():
+            self._check_rows(context, rows)
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of steps of a request."""
+        return len(self.sigmas) - 1
+
+    @property
+    def budget(self) -> int:
+        """The number of computed steps."""
+        return len(self.computed)
+
+    def rows_of(self, context: str) -> Mapping[int, Row]:
+        """The rows that serve `context`: its own, else those of "*", else none."""
+        return self.rows.get(context, self.rows.get(ANY_CONTEXT, {}))
+
+    @cached_property
+    def slots(self) -> tuple[int, ...]:
+        """The history slot of each step's feature, -1 where no later row reads it.
+
+        A slot is taken again as soon as the last reader of its feature has run, so the history holds
+        as few features as the rows allow.
+        """
+        last_reader = [-1] * self.num_steps
+        for rows in self.rows.values():
+            for step, row in rows.items():
+                for read in row.steps:
+                    last_reader[read] = max(last_reader[read], step)
+        slots, free_after = [-1] * self.num_steps, []
+        for step, reader in enumerate(last_reader):
+            if reader < 0:
+                continue
+            slot = next((i for i, until in enumerate(free_after) if until <= step), len(free_after))
+            if slot == len(free_after):
+                free_after.append(reader)
+            free_after[slot] = reader
+            slots[step] = slot
+        return tuple(slots)
+
+    @property
+    def capacity(self) -> int:
+        """How many features the history of one context holds at most."""
+        return max(self.slots, default=-1) + 1
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan as safetensors with its description as JSON metadata; replaces `path` at once or not at all."""
+        path = Path(path)
+        contexts = sorted(self.rows)
+        width = max((len(row.steps) for rows in self.rows.values() for row in rows.values()), default=1)
+        steps = np.full((len(contexts), self.num_steps, width), -1, np.int32)
+        weights = np.zeros((len(contexts), self.num_steps, width), np.float64)
+        bias = np.zeros((len(contexts), self.num_steps), np.float64)
+        for i, context in enumerate(contexts):
+            for step, row in self.rows[context].items():
+                steps[i, step, : len(row.steps)] = row.steps
+                weights[i, step, : len(row.steps)] = row.weights
+                bias[i, step] = row.bias
+        arrays = {
+            "computed": np.asarray(self.computed, np.int32),
+            "sigmas": np.asarray(self.sigmas, np.float64),
+            "steps": steps,
+            "weights": weights,
+            "bias": bias,
+        }
+        if self.timesteps is not None:
+            arrays["timesteps"] = np.asarray(self.timesteps, np.float64)
+        arrays = {name: array for name, array in arrays.items() if array.size}
+        from . import __version__
+
+        description = {
+            "format": _FORMAT,
+            "contexts": contexts,
+            "num_steps": self.num_steps,
+            "site": self.site,
+            "forecaster": self.forecaster,
+            "denoiser": self.denoiser,
+            "config_hash": self.config_hash,
+            "stages": [asdict(stage) for stage in self.stages],
+            "training": dict(self.training),
+            "library_version": __version__,
+        }
+        replace_file(path, serialize(arrays, {"lesa": json.dumps(description)}))
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            PlanError: the file is missing, damaged, or no plan; the message says which and what to do.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise PlanError(f"plan {str(path)!r} does not exist: give the path of a .safetensors plan file")
+        try:
+            with safe_open(path, framework="np") as file:
+                description = json.loads((file.metadata() or {}).get("lesa", "null"))
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise PlanError(
+                f"plan {str(path)!r} cannot be read ({error}): the file is damaged or not a safetensors file; "
+                "make or copy it again"
+            ) from error
+        if not isinstance(description, dict) or description.get("format") != _FORMAT:
+            raise PlanError(
+                f"{str(path)!r} is a safetensors file but not a plan of this library (expected format {_FORMAT!r} "
+                "in its metadata): give a file written by Plan.save"
+            )
+        try:
+            return cls._from_parts(description, arrays)
+        except PlanError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise PlanError(f"plan {str(path)!r} is incomplete ({error!r}): make it again") from error
+
+    @classmethod
+    def _from_parts(cls, description: dict[str, Any], arrays: dict[str, np.ndarray]) -> Plan:
+        rows: dict[str, dict[int, Row]] = {}
+        computed = tuple(arrays["computed"].tolist())
+        forecast = sorted(set(range(description["num_steps"])) - set(computed))
+        for i, context in enumerate(description["contexts"]):
+            rows[context] = {}
+            for step in forecast:
+                used = arrays["steps"][i, step] >= 0
+                rows[context][step] = Row(
+                    tuple(arrays["steps"][i, step][used].tolist()),
+                    tuple(arrays["weights"][i, step][used].tolist()),
+                    float(arrays["bias"][i, step]),
+                )
+        return cls(
+            computed=computed,
+            sigmas=tuple(arrays["sigmas"].tolist()),
+            rows=rows,
+            timesteps=tuple(arrays["timesteps"].tolist()) if "timesteps" in arrays else None,
+            stages=tuple(Stage(**stage) for stage in description["stages"]),
+            **{
+                name: description[name]
+                for name in ("site", "forecaster", "denoiser", "config_hash", "training", "library_version")
+            },
+        )
+
+    @classmethod
+    def join(cls, plans: Mapping[str, Plan]) -> Plan:
+        """One plan out of plans for single contexts, e.g. {"cond": ..., "uncond": ...}.
+
+        Raises:
+            PlanError: the plans differ in schedule, sigmas or site.
+        """
+        if not plans:
+            raise PlanError("plans is empty: give at least one plan")
+        first = next(iter(plans.values()))
+        for context, plan in plans.items():
+            for name in ("computed", "sigmas", "site"):
+                if getattr(plan, name) != getattr(first, name):
+                    raise PlanError(f"plans differ in {name} at context {context!r}: join plans of one schedule")
+        rows = {context: plan.rows_of(context) for context, plan in plans.items()}
+        return replace(first, rows=rows, training={context: dict(p.training) for context, p in plans.items()})
+
+    def _check_schedule(self) -> None:
+        total = self.num_steps
+        if total < 1 or not all(math.isfinite(s) for s in self.sigmas):
+            raise PlanError(f"sigmas={self.sigmas!r}: expected the T + 1 finite noise levels of a request")
+        if list(self.computed) != sorted(set(self.computed)) or not self.computed or self.computed[0] != 0:
+            raise PlanError(f"computed={self.computed!r}: expected ascending steps, the first of them 0")
+        if self.computed[-1] >= total:
+            raise PlanError(f"computed step {self.computed[-1]} is outside a request of {total} steps")
+        if self.site not in SITES:
+            raise PlanError(f"site={self.site!r}: expected one of {SITES}")
+        if self.timesteps is not None and len(self.timesteps) != total:
+            raise PlanError(f"timesteps has {len(self.timesteps)} entries: expected {total}, one a step")
+        if len(self.computed) < total and not self.rows:
+            raise PlanError("rows is empty: every step that is not computed needs a row")
+
+    def _check_rows(self, context: str, rows: Mapping[int, Row]) -> None:
+        missing = set(range(self.num_steps)) - set(self.computed) - set(rows)
+        if missing:
+            raise PlanError(f"context {context!r} has no row for forecast steps {sorted(missing)}")
+        for step, row in rows.items():
+            where = f"row of context {context!r}, step {step}"
+            if step in self.computed or not 0 <= step < self.num_steps:
+                raise PlanError(f"{where}: the step is computed or outside the request; rows are for forecast steps")
+            if len(row.steps) != len(row.weights) or not 1 <= len(row.steps) <= MAX_READS:
+                raise PlanError(
+                    f"{where}: {len(row.steps)} steps and {len(row.weights)} weights; expected as many of "
+                    f"each, 1 to {MAX_READS}"
+                )
+            if not all(0 <= read < step for read in row.steps):
+                raise PlanError(f"{where}: reads steps {row.steps}; only earlier steps of the request can be read")
+            if not all(math.isfinite(value) for value in (*row.weights, row.bias)):
+                raise PlanError(f"{where}: weights {row.weights} and bias {row.bias} must be finite")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path` through a temporary file beside it, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

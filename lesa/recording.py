@@ -1,0 +1,420 @@
+"""Record full requests: the initial noise and the feature of every step, on disk.
+
+A recording is a folder with `recording.json` and one safetensors shard a prompt. A run that was killed goes on where it
+stopped; a damaged shard is found by its checksum, named, and recorded again.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import json
+import shutil
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from tqdm.auto import tqdm
+
+from . import hooks
+from .clock import Call, Request
+from .denoisers import config_hash, denoiser_of
+from .plan import replace_file
+from .runner import Driver, LesaWarning
+from .stats import Stats
+
+_FORMAT = "lesa-recording-1"
+_MANIFEST = "recording.json"
+
+
+class RecordingError(RuntimeError):
+    """A recording cannot be made, read or replayed."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Recorded requests of one pipeline.
+
+    Args:
+        folder: where it lies.
+        prompts: one a request.
+        seeds: of the CPU generator that drew each request's noise.
+        request: keyword arguments of the pipeline call besides prompt and generator.
+        site: "hidden" or "output".
+        contexts: cache contexts of the features.
+        sigmas: the T + 1 noise levels, the final 0 included.
+        timesteps: the denoiser's timestep argument at each of the T steps.
+        denoiser: class name of the denoiser.
+        config_hash: hash of its configuration.
+    """
+
+    folder: Path
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    request: Mapping[str, Any]
+    site: str
+    contexts: tuple[str, ...]
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+    denoiser: str
+    config_hash: str | None
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of steps of a request."""
+        return len(self.sigmas) - 1
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What a plan made from this recording says of the model and the request."""
+        names = ("site", "timesteps", "denoiser", "config_hash")
+        return {name: getattr(self, name) for name in names}
+
+    def noise(self, index: int) -> torch.Tensor:
+        """The noisy sample [1, ...] that the denoiser was first given for prompt `index`."""
+        return self._tensor(index, "noise")
+
+    def features(self, index: int, context: str) -> torch.Tensor:
+        """The features [T, B, ...] of prompt `index`, in the denoiser's dtype, on the CPU."""
+        return self._tensor(index, f"feature.{context}")
+
+    def damaged(self, index: int) -> str | None:
+        """Why the shard of prompt `index` cannot be used; None if it is sound."""
+        path = self.shard(index)
+        if not path.is_file():
+            return "missing"
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            return f"unreadable ({error})"
+        if metadata.get("prompt") != self.prompts[index] or metadata.get("seed") != str(self.seeds[index]):
+            return "of another prompt or seed"
+        if metadata.get("checksum") != _checksum(tensors):
+            return "damaged (its checksum does not match)"
+        return None
+
+    def shard(self, index: int) -> Path:
+        """Path of the shard of prompt `index`."""
+        return self.folder / f"{index:05d}.safetensors"
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Recording:
+        """Open a recording made by `record`.
+
+        Raises:
+            RecordingError: there is none, or it cannot be read.
+        """
+        path = Path(folder) / _MANIFEST
+        if not path.is_file():
+            raise RecordingError(f"folder {str(folder)!r} holds no recording ({_MANIFEST} is missing): record first")
+        try:
+            data = json.loads(path.read_text())
+            if data.pop("format") != _FORMAT:
+                raise ValueError("unknown format")
+            lists = ("prompts", "seeds", "contexts", "sigmas", "timesteps")
+            return cls(folder=Path(folder), **{k: tuple(v) if k in lists else v for k, v in data.items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RecordingError(f"{str(path)!r} is damaged ({error}): delete the folder and record again") from error
+
+    def _save_manifest(self) -> None:
+        data = {"format": _FORMAT, **{k: v for k, v in asdict(self).items() if k != "folder"}}
+        _write(self.folder / _MANIFEST, json.dumps(data, indent=1).encode())
+
+    def _tensor(self, index: int, name: str) -> torch.Tensor:
+        path = self.shard(index)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise RecordingError(f"shard {str(path)!r} cannot be read ({error}): run the recording again") from error
+
+
+def record(
+    pipe: Any,
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    request: Mapping[str, Any],
+    site: str = "hidden",
+    seeds: Sequence[int] | None = None,
+    batch: int = 1,
+) -> Recording:
+    """Run full requests and keep their noise and features; goes on with a recording that was interrupted.
+
+    Args:
+        pipe: a diffusers pipeline that takes prompts; its whole request is computed.
+        prompts: at least one.
+        folder: of the recording. Takes T features a prompt and context (FLUX at 1024x1024, 50 steps: 1.26 GB).
+        request: keyword arguments of the pipeline call, e.g. {"num_inference_steps": 50, "height": 64}.
+        site: "hidden" or "output".
+        seeds: of each prompt's noise; the prompt's index by default.
+        batch: prompts run in one pipeline call.
+
+    Raises:
+        RecordingError: the folder holds another recording, the disk is full, or a feature is not finite.
+        ValueError: `prompts` is empty, or lengths differ.
+    """
+    seeds = tuple(seeds) if seeds is not None else tuple(range(len(prompts)))
+    if not prompts:
+        raise ValueError("prompts is empty: give at least one prompt")
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed a prompt")
+    folder = Path(folder)
+    wanted = {
+        "prompts": tuple(prompts),
+        "seeds": seeds,
+        "request": dict(request),
+        "site": site,
+        "denoiser": type(denoiser_of(pipe)).__name__,
+        "config_hash": config_hash(denoiser_of(pipe)),
+    }
+    recording = _resume(folder, wanted)
+    missing = list(range(len(prompts))) if recording is None else _missing(recording)
+    with tqdm(total=len(prompts), initial=len(prompts) - len(missing), desc="record", unit="prompt") as bar:
+        for begin in range(0, len(missing), batch):
+            indices = missing[begin : begin + batch]
+            recorder = Recorder([f"{i} ({prompts[i]!r})" for i in indices])
+            run(pipe, [prompts[i] for i in indices], [seeds[i] for i in indices], request, recorder, site)
+            if recording is None:
+                recording = Recording(folder=folder, **recorder.found(), **wanted)
+                _check_space(recording, recorder, len(missing))
+                recording._save_manifest()
+            for position, index in enumerate(indices):
+                tensors = recorder.tensors(position)
+                metadata = {"prompt": prompts[index], "seed": str(seeds[index]), "checksum": _checksum(tensors)}
+                _write(recording.shard(index), serialize(tensors, metadata))
+                bar.update()
+    assert recording is not None
+    return recording
+
+
+def run(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    request: Mapping[str, Any],
+    driver: Driver | None = None,
+    site: str = "hidden",
+    **more: Any,
+) -> Any:
+    """One pipeline call on `prompts` with noise from CPU generators, run by `driver`.
+
+    Args:
+        pipe: a diffusers pipeline.
+        prompts: B prompts.
+        seeds: B seeds.
+        request: keyword arguments of the pipeline call.
+        driver: decides computed and forecast steps; None leaves the pipeline as it is.
+        site: the driver's site.
+        more: further keyword arguments; the image is not decoded unless `output_type` says so.
+
+    Returns:
+        What the pipeline returns.
+    """
+    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+        raise RecordingError(f"{type(pipe).__name__} takes no `prompt`: a text-to-image or -video pipeline is needed")
+    kwargs = {"output_type": "latent", **request, **more}
+    if isinstance(kwargs.get("negative_prompt"), str):
+        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
+    kwargs["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    if driver is None:
+        return pipe(prompt=list(prompts), **kwargs)
+    hooks.attach(pipe, driver, site)
+    try:
+        return pipe(prompt=list(prompts), **kwargs)
+    finally:
+        hooks.detach(pipe)
+
+
+def replay(pipe: Any, recording: Recording, indices: Sequence[int], driver: Driver) -> Any:
+    """Run recorded prompts again from the same noise under another driver.
+
+    Raises:
+        RecordingError: the pipeline does not draw the recorded noise.
+    """
+    noise = torch.cat([recording.noise(index) for index in indices])
+    prompts, seeds = [recording.prompts[i] for i in indices], [recording.seeds[i] for i in indices]
+    return run(pipe, prompts, seeds, recording.request, _SameNoise(driver, noise), recording.site)
+
+
+class Recorder:
+    """A driver that computes every step and keeps its features on the CPU.
+
+    Args:
+        labels: names of the batch's prompts, for errors.
+    """
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self.stats = Stats()
+        self._labels = labels
+        self._features: dict[str, list[torch.Tensor]] = {}
+        self._timesteps: list[float] = []
+        self._noise: torch.Tensor | None = None
+        self._request = Request()
+
+    def begin(self, request: Request) -> None:
+        """Remember the request's sigmas."""
+        self._request = request
+
+    def forecast(self, call: Call) -> None:
+        """Nothing is forecast; the noise and the timesteps are kept."""
+        if self._noise is None:
+            self._noise = call.sample.detach().cpu().clone()
+        if call.step == len(self._timesteps):
+            self._timesteps.append(float(torch.as_tensor(call.timestep).max()))
+
+    def keep(self, call: Call, feature: torch.Tensor) -> None:
+        """Keep a feature.
+
+        Raises:
+            RecordingError: it is not finite.
+        """
+        finite = feature.detach().unflatten(0, (-1, len(self._labels))).isfinite().transpose(0, 1).flatten(1).all(1)
+        if not bool(finite.all()):
+            label = self._labels[finite.tolist().index(False)]
+            raise RecordingError(
+                f"the feature of step {call.step}, context {call.context!r}, prompt {label} holds NaN or infinity: "
+                "nothing of this prompt was recorded; check the model's weights and dtype (float16 overflows in many "
+                "transformers; bfloat16 does not)"
+            )
+        self._features.setdefault(call.context, []).append(feature.detach().cpu())
+
+    def refuse(self, call: Call, reason: str) -> None:
+        """A step without its feature makes the recording useless.
+
+        Raises:
+            RecordingError: always.
+        """
+        raise RecordingError(f"step {call.step} could not be recorded: {reason}")
+
+    def found(self) -> dict[str, Any]:
+        """What the request taught: contexts, sigmas and timesteps."""
+        assert self._request.sigmas is not None
+        return {
+            "contexts": tuple(self._features),
+            "sigmas": self._request.sigmas,
+            "timesteps": tuple(self._timesteps),
+        }
+
+    def tensors(self, position: int) -> dict[str, torch.Tensor]:
+        """The noise and features of one prompt of the batch, as a request for it alone would give them."""
+        size = len(self._labels)
+
+        def part(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.unflatten(0, (-1, size))[:, position]
+
+        assert self._noise is not None
+        features = {f"feature.{c}": torch.stack([part(f) for f in fs]) for c, fs in self._features.items()}
+        return {"noise": part(self._noise).contiguous(), **features}
+
+
+class _SameNoise:
+    """Passes everything on to a driver, after checking that the request starts from recorded noise."""
+
+    def __init__(self, driver: Driver, noise: torch.Tensor) -> None:
+        self._driver, self._noise = driver, noise
+        self.stats, self.begin, self.keep, self.refuse = driver.stats, driver.begin, driver.keep, driver.refuse
+
+    def forecast(self, call: Call) -> torch.Tensor | None:
+        if call.starts and not torch.equal(call.sample.cpu(), self._noise):
+            raise RecordingError(
+                "the request does not start from the recorded noise: use the pipeline, dtype and library versions of "
+                "the recording, or record again"
+            )
+        return self._driver.forecast(call)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one a line; blank lines are left out.
+
+    Raises:
+        ValueError: the file is missing or has no prompt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"prompt file {str(path)!r} does not exist: give a text file with one prompt a line")
+    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompt file {str(path)!r} is empty: write at least one prompt, one a line")
+    return prompts
+
+
+def _resume(folder: Path, wanted: Mapping[str, Any]) -> Recording | None:
+    """The recording in `folder`, with more prompts if `wanted` goes on from it; None if there is none."""
+    if not (folder / _MANIFEST).is_file():
+        return None
+    found = Recording.open(folder)
+    steps = wanted["request"].get("num_inference_steps")
+    if steps is not None and found.request.get("num_inference_steps") not in (None, steps):
+        raise RecordingError(
+            f"folder {str(folder)!r} holds a recording of {found.request['num_inference_steps']} steps but "
+            f"num_inference_steps={steps} was asked for: give another folder or that step count"
+        )
+    shared = min(len(found.prompts), len(wanted["prompts"]))
+    for name, value in wanted.items():
+        have = getattr(found, name)
+        if name in ("prompts", "seeds"):
+            have, value = have[:shared], value[:shared]
+        if have != value:
+            raise RecordingError(
+                f"folder {str(folder)!r} holds a recording with another {name} ({have!r:.200}, asked for {value!r:.200}): "
+                "give another folder"
+            )
+    if len(wanted["prompts"]) > shared:
+        found = Recording(**{**found.__dict__, "prompts": wanted["prompts"], "seeds": wanted["seeds"]})
+        found._save_manifest()
+    return found
+
+
+def _missing(recording: Recording) -> list[int]:
+    missing = []
+    for index in range(len(recording.prompts)):
+        reason = recording.damaged(index)
+        if reason not in (None, "missing"):
+            warnings.warn(f"shard {recording.shard(index).name} is {reason}; recording it again", LesaWarning, 2)
+        if reason is not None:
+            missing.append(index)
+    return missing
+
+
+def _check_space(recording: Recording, recorder: Recorder, count: int) -> None:
+    recording.folder.mkdir(parents=True, exist_ok=True)
+    size = sum(tensor.nbytes for tensor in recorder.tensors(0).values()) * count
+    free = shutil.disk_usage(recording.folder).free
+    if size > free:
+        raise RecordingError(
+            f"recording {count} prompts takes {size / 1e6:.0f} MB but the disk of {str(recording.folder)!r} has "
+            f"{free / 1e6:.0f} MB free: free space, give another folder, or fewer prompts"
+        )
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        replace_file(path, data)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RecordingError(
+            f"the disk is full: {path.name} ({len(data) / 1e6:.0f} MB) could not be written to {str(path.parent)!r}; the "
+            "shards before it are kept; free space and run the same command to go on"
+        ) from error
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(_bytes(tensors[name]), zlib.crc32(name.encode(), total))
+    return f"{total:08x}"
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())

@@ -1,0 +1,145 @@
+"""What decides, at each denoiser call, between computing and forecasting: the `Driver`, and the one that runs plans."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Protocol
+
+import torch
+
+from .clock import Call, Request
+from .history import History
+from .plan import Plan, PlanError
+from .stats import Stats
+
+# Beyond this the weights were made for a visibly different schedule of noise levels.
+_SIGMA_TOLERANCE = 0.05
+
+
+class LesaWarning(UserWarning):
+    """Something keeps lesa from its full speed or fidelity."""
+
+
+class Driver(Protocol):
+    """Decides what each denoiser call does; the hooks ask it, and count the forecasts they used in `stats`."""
+
+    stats: Stats
+
+    def begin(self, request: Request) -> None:
+        """A new request starts, before its first denoiser call."""
+
+    def forecast(self, call: Call) -> torch.Tensor | None:
+        """The feature of this step, or None to have it computed."""
+
+    def keep(self, call: Call, feature: torch.Tensor) -> None:
+        """Take the feature of a computed step."""
+
+    def refuse(self, call: Call, reason: str) -> None:
+        """The feature of this step could not be taken or given; the step is computed in full."""
+
+
+class PlanRunner:
+    """Runs one plan: a history for every context, a row for every forecast step.
+
+    Args:
+        plan: the plan to run.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.stats = Stats()
+        self._computed = frozenset(plan.computed)
+        self._histories: dict[str, History] = {}
+        self._inputs: dict[str, tuple] = {}
+
+    def begin(self, request: Request) -> None:
+        """Start a request with empty histories.
+
+        Raises:
+            PlanError: the request has another number of steps than the plan.
+        """
+        if request.num_steps is not None and request.num_steps != self.plan.num_steps:
+            raise PlanError(
+                f"this request runs {request.num_steps} denoiser steps but the plan was made for "
+                f"{self.plan.num_steps}: call the pipeline with num_inference_steps={self.plan.num_steps}, "
+                f"make a plan for {request.num_steps} steps, or lesa.disable(pipe)"
+            )
+        if request.sigmas is not None:
+            self._compare_sigmas(request.sigmas)
+        self.stats.requests += 1
+        for history in self._histories.values():
+            history.clear()
+        self._inputs.clear()
+
+    def forecast(self, call: Call) -> torch.Tensor | None:
+        """Forecast the feature of a step the plan does not compute.
+
+        Raises:
+            PlanError: a bare denoiser's calls do not follow the plan's timesteps.
+        """
+        self._check_position(call)
+        signature = (call.sample.shape, call.sample.dtype, call.sample.device)
+        changed = self._inputs.setdefault(call.context, signature) != signature
+        if changed:
+            self._inputs[call.context] = signature
+            self._history(call.context).clear()
+        if call.step in self._computed:
+            return None
+        row = self.plan.rows_of(call.context).get(call.step)
+        if row is None:
+            return self.refuse(call, f"the plan has no row for context {call.context!r}")
+        if changed:
+            return self.refuse(call, "the sample changed shape, dtype or device in the middle of a request")
+        history = self._history(call.context)
+        if not history.holds(row):
+            return self.refuse(call, "a step that the forecast reads was not run in this request")
+        feature = history.forecast(row)
+        history.store(call.step, feature)
+        return feature
+
+    def keep(self, call: Call, feature: torch.Tensor) -> None:
+        """Store the feature of a computed step for later forecasts."""
+        if call.step in self._computed:
+            self.stats.computed += 1
+        self._history(call.context).store(call.step, feature)
+
+    def refuse(self, call: Call, reason: str) -> None:
+        """Count a step that had to be computed although the plan forecasts it, and say so once for each reason."""
+        if not self.stats.refused[reason]:
+            warnings.warn(f"lesa computes step {call.step} in full: {reason}", LesaWarning, stacklevel=2)
+        self.stats.refused[reason] += 1
+
+    def _history(self, context: str) -> History:
+        if context not in self._histories:
+            self._histories[context] = History(self.plan.slots, self.plan.capacity)
+        return self._histories[context]
+
+    def _compare_sigmas(self, sigmas: tuple[float, ...]) -> None:
+        gap = max(abs(a - b) for a, b in zip(sigmas, self.plan.sigmas, strict=True))
+        forecasts = self.plan.budget < self.plan.num_steps
+        if forecasts and gap > _SIGMA_TOLERANCE and not self.stats.requests:
+            warnings.warn(
+                f"the sigmas of this request differ from the plan's by up to {gap:.3f} (another shift, spacing or "
+                "resolution): forecasts will be less exact; make a plan for these sigmas",
+                LesaWarning,
+                stacklevel=2,
+            )
+
+    def _check_position(self, call: Call) -> None:
+        """A bare denoiser does not tell its step count: its timesteps show whether the plan fits."""
+        total, timesteps = self.plan.num_steps, self.plan.timesteps
+        if call.step >= total:
+            raise PlanError(
+                f"step {call.step + 1} of a request in context {call.context!r}, but the plan was made for {total} steps: "
+                f"run {total} steps or make a plan for your step count"
+            )
+        if call.request.num_steps is not None or timesteps is None:
+            return
+        expected, now = timesteps[call.step], float(torch.as_tensor(call.timestep).max())
+        neighbours = [timesteps[i] for i in (call.step - 1, call.step + 1) if 0 <= i < total]
+        tolerance = min((abs(expected - t) for t in neighbours), default=abs(expected)) / 2
+        if abs(now - expected) > tolerance:
+            raise PlanError(
+                f"step {call.step} came with timestep {now:g} but the plan, made for {total} steps, expects "
+                f"{expected:g}: run the {total} timesteps of the plan or make a plan for yours"
+            )
