@@ -51,7 +51,11 @@ def denoiser_of(target: Any) -> torch.nn.Module:
     if isinstance(target, torch.nn.Module):
         module = target
     else:
-        found = [getattr(target, name) for name in _DENOISER_ATTRIBUTES if isinstance(getattr(target, name, None), torch.nn.Module)]
+        found = [
+            getattr(target, name)
+            for name in _DENOISER_ATTRIBUTES
+            if isinstance(getattr(target, name, None), torch.nn.Module)
+        ]
         if not found:
             raise ValueError(
                 f"{type(target).__name__} has no supported denoiser: expected a diffusers pipeline with a "

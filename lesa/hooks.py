@@ -121,6 +121,7 @@ class RootHook(ModelHook):
             self.forecast = self.feature = None
 
     def _run_forecast(self, args: tuple, kwargs: dict) -> Any:
+        assert self.forecast is not None
         if self.site == "output":
             return _like(self._like, self.forecast)
         output = self.fn_ref.original_forward(*args, **kwargs)
@@ -202,7 +203,7 @@ def _like(output: Any, feature: torch.Tensor) -> Any:
 
 def _invalidate_caches(denoiser: torch.nn.Module) -> None:
     registry = getattr(denoiser, "_diffusers_hook", None)
-    if hasattr(registry, "invalidate_child_registries_cache"):
+    if registry is not None and hasattr(registry, "invalidate_child_registries_cache"):
         registry.invalidate_child_registries_cache()
 
 

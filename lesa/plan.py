@@ -113,7 +113,8 @@ class Plan:
             for step, row in rows.items():
                 for read in row.steps:
                     last_reader[read] = max(last_reader[read], step)
-        slots, free_after = [-1] * self.num_steps, []
+        slots: list[int] = [-1] * self.num_steps
+        free_after: list[int] = []
         for step, reader in enumerate(last_reader):
             if reader < 0:
                 continue
@@ -130,7 +131,7 @@ class Plan:
         return max(self.slots, default=-1) + 1
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan as safetensors with its description as JSON metadata; replaces `path` at once or not at all."""
+        """Write the plan as safetensors with JSON metadata; `path` is replaced at once or not at all."""
         path = Path(path)
         contexts = sorted(self.rows)
         width = max((len(row.steps) for rows in self.rows.values() for row in rows.values()), default=1)
@@ -142,7 +143,7 @@ class Plan:
                 steps[i, step, : len(row.steps)] = row.steps
                 weights[i, step, : len(row.steps)] = row.weights
                 bias[i, step] = row.bias
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "computed": np.asarray(self.computed, np.int32),
             "sigmas": np.asarray(self.sigmas, np.float64),
             "steps": steps,

@@ -7,14 +7,12 @@ stopped; a damaged shard is found by its checksum, named, and recorded again.
 from __future__ import annotations
 
 import errno
-import inspect
 import json
 import shutil
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from tqdm.auto import tqdm
 
-from . import hooks
 from .clock import Call, Request
 from .denoisers import config_hash, denoiser_of
 from .plan import replace_file
+from .requests import run
 from .runner import Driver, LesaWarning
 from .stats import Stats
 
@@ -71,18 +69,18 @@ class Recording:
         """T, the number of steps of a request."""
         return len(self.sigmas) - 1
 
-    @cached_property
+    @property
     def provenance(self) -> dict[str, Any]:
         """What a plan made from this recording says of the model and the request."""
         names = ("site", "timesteps", "denoiser", "config_hash")
         return {name: getattr(self, name) for name in names}
 
     def noise(self, index: int) -> torch.Tensor:
-        """The noisy sample [1, ...] that the denoiser was first given for prompt `index`."""
+        """The noise [m, ...] of prompt `index`: the first sample its denoiser saw; m = 2 where guidance is batched."""
         return self._tensor(index, "noise")
 
     def features(self, index: int, context: str) -> torch.Tensor:
-        """The features [T, B, ...] of prompt `index`, in the denoiser's dtype, on the CPU."""
+        """The features [T, m, ...] of prompt `index`, in the denoiser's dtype, on the CPU."""
         return self._tensor(index, f"feature.{context}")
 
     def damaged(self, index: int) -> str | None:
@@ -120,8 +118,8 @@ class Recording:
             data = json.loads(path.read_text())
             if data.pop("format") != _FORMAT:
                 raise ValueError("unknown format")
-            lists = ("prompts", "seeds", "contexts", "sigmas", "timesteps")
-            return cls(folder=Path(folder), **{k: tuple(v) if k in lists else v for k, v in data.items()})
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            return cls(folder=Path(folder), **fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecordingError(f"{str(path)!r} is damaged ({error}): delete the folder and record again") from error
 
@@ -169,7 +167,7 @@ def record(
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed a prompt")
     folder = Path(folder)
-    wanted = {
+    wanted: dict[str, Any] = {
         "prompts": tuple(prompts),
         "seeds": seeds,
         "request": dict(request),
@@ -190,49 +188,15 @@ def record(
                 recording._save_manifest()
             for position, index in enumerate(indices):
                 tensors = recorder.tensors(position)
-                metadata = {"prompt": prompts[index], "seed": str(seeds[index]), "checksum": _checksum(tensors)}
+                metadata = {
+                    "prompt": prompts[index],
+                    "seed": str(seeds[index]),
+                    "checksum": _checksum(tensors),
+                }
                 _write(recording.shard(index), serialize(tensors, metadata))
                 bar.update()
     assert recording is not None
     return recording
-
-
-def run(
-    pipe: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    request: Mapping[str, Any],
-    driver: Driver | None = None,
-    site: str = "hidden",
-    **more: Any,
-) -> Any:
-    """One pipeline call on `prompts` with noise from CPU generators, run by `driver`.
-
-    Args:
-        pipe: a diffusers pipeline.
-        prompts: B prompts.
-        seeds: B seeds.
-        request: keyword arguments of the pipeline call.
-        driver: decides computed and forecast steps; None leaves the pipeline as it is.
-        site: the driver's site.
-        more: further keyword arguments; the image is not decoded unless `output_type` says so.
-
-    Returns:
-        What the pipeline returns.
-    """
-    if "prompt" not in inspect.signature(pipe.__call__).parameters:
-        raise RecordingError(f"{type(pipe).__name__} takes no `prompt`: a text-to-image or -video pipeline is needed")
-    kwargs = {"output_type": "latent", **request, **more}
-    if isinstance(kwargs.get("negative_prompt"), str):
-        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
-    kwargs["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    if driver is None:
-        return pipe(prompt=list(prompts), **kwargs)
-    hooks.attach(pipe, driver, site)
-    try:
-        return pipe(prompt=list(prompts), **kwargs)
-    finally:
-        hooks.detach(pipe)
 
 
 def replay(pipe: Any, recording: Recording, indices: Sequence[int], driver: Driver) -> Any:
@@ -241,7 +205,7 @@ def replay(pipe: Any, recording: Recording, indices: Sequence[int], driver: Driv
     Raises:
         RecordingError: the pipeline does not draw the recorded noise.
     """
-    noise = torch.cat([recording.noise(index) for index in indices])
+    noise = torch.stack([recording.noise(index) for index in indices], 1).flatten(0, 1)
     prompts, seeds = [recording.prompts[i] for i in indices], [recording.seeds[i] for i in indices]
     return run(pipe, prompts, seeds, recording.request, _SameNoise(driver, noise), recording.site)
 
@@ -322,7 +286,12 @@ class _SameNoise:
 
     def __init__(self, driver: Driver, noise: torch.Tensor) -> None:
         self._driver, self._noise = driver, noise
-        self.stats, self.begin, self.keep, self.refuse = driver.stats, driver.begin, driver.keep, driver.refuse
+        self.stats, self.begin, self.keep, self.refuse = (
+            driver.stats,
+            driver.begin,
+            driver.keep,
+            driver.refuse,
+        )
 
     def forecast(self, call: Call) -> torch.Tensor | None:
         if call.starts and not torch.equal(call.sample.cpu(), self._noise):
@@ -331,21 +300,6 @@ class _SameNoise:
                 "the recording, or record again"
             )
         return self._driver.forecast(call)
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one a line; blank lines are left out.
-
-    Raises:
-        ValueError: the file is missing or has no prompt.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"prompt file {str(path)!r} does not exist: give a text file with one prompt a line")
-    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompt file {str(path)!r} is empty: write at least one prompt, one a line")
-    return prompts
 
 
 def _resume(folder: Path, wanted: Mapping[str, Any]) -> Recording | None:
@@ -366,11 +320,11 @@ def _resume(folder: Path, wanted: Mapping[str, Any]) -> Recording | None:
             have, value = have[:shared], value[:shared]
         if have != value:
             raise RecordingError(
-                f"folder {str(folder)!r} holds a recording with another {name} ({have!r:.200}, asked for {value!r:.200}): "
-                "give another folder"
+                f"folder {str(folder)!r} holds a recording with another {name} ({have!r:.200}, asked for "
+                f"{value!r:.200}): give another folder"
             )
     if len(wanted["prompts"]) > shared:
-        found = Recording(**{**found.__dict__, "prompts": wanted["prompts"], "seeds": wanted["seeds"]})
+        found = replace(found, prompts=wanted["prompts"], seeds=wanted["seeds"])
         found._save_manifest()
     return found
 
@@ -404,8 +358,8 @@ def _write(path: Path, data: bytes) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise RecordingError(
-            f"the disk is full: {path.name} ({len(data) / 1e6:.0f} MB) could not be written to {str(path.parent)!r}; the "
-            "shards before it are kept; free space and run the same command to go on"
+            f"the disk is full: {path.name} ({len(data) / 1e6:.0f} MB) could not be written to {str(path.parent)!r}; "
+            "the shards before it are kept; free space and run the same command to go on"
         ) from error
 
 
@@ -416,5 +370,5 @@ def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     return f"{total:08x}"
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()

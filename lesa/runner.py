@@ -87,12 +87,15 @@ class PlanRunner:
             return None
         row = self.plan.rows_of(call.context).get(call.step)
         if row is None:
-            return self.refuse(call, f"the plan has no row for context {call.context!r}")
+            self.refuse(call, f"the plan has no row for context {call.context!r}")
+            return None
         if changed:
-            return self.refuse(call, "the sample changed shape, dtype or device in the middle of a request")
+            self.refuse(call, "the sample changed shape, dtype or device in the middle of a request")
+            return None
         history = self._history(call.context)
         if not history.holds(row):
-            return self.refuse(call, "a step that the forecast reads was not run in this request")
+            self.refuse(call, "a step that the forecast reads was not run in this request")
+            return None
         feature = history.forecast(row)
         history.store(call.step, feature)
         return feature
@@ -130,8 +133,8 @@ class PlanRunner:
         total, timesteps = self.plan.num_steps, self.plan.timesteps
         if call.step >= total:
             raise PlanError(
-                f"step {call.step + 1} of a request in context {call.context!r}, but the plan was made for {total} steps: "
-                f"run {total} steps or make a plan for your step count"
+                f"step {call.step + 1} of a request in context {call.context!r}, but the plan was made for {total} "
+                f"steps: run {total} steps or make a plan for your step count"
             )
         if call.request.num_steps is not None or timesteps is None:
             return

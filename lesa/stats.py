@@ -30,7 +30,7 @@ class Stats:
 
     @property
     def seconds_saved(self) -> float:
-        """Time saved: what the forecast calls would have taken at the mean of the computed ones, less what they took."""
+        """What the forecast calls would have taken at the mean of the computed ones, less what they took."""
         computed, forecast = self._timers["computed"], self._timers["forecast"]
         if not computed.calls:
             return 0.0

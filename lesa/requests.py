@@ -1,0 +1,69 @@
+"""Requests: one pipeline call with given prompts and noise, and the prompts to call it with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import hooks
+from .runner import Driver
+
+
+def run(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    request: Mapping[str, Any],
+    driver: Driver | None = None,
+    site: str = "hidden",
+    **more: Any,
+) -> Any:
+    """One pipeline call on `prompts` with noise from CPU generators, run by `driver`.
+
+    Args:
+        pipe: a diffusers pipeline.
+        prompts: B prompts.
+        seeds: B seeds.
+        request: keyword arguments of the pipeline call.
+        driver: decides computed and forecast steps; None leaves the pipeline as it is.
+        site: the driver's site.
+        more: further keyword arguments; the image is not decoded unless `output_type` says so.
+
+    Returns:
+        What the pipeline returns.
+
+    Raises:
+        ValueError: the pipeline takes no prompt.
+    """
+    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+        raise ValueError(f"{type(pipe).__name__} takes no `prompt`: a text-to-image or -video pipeline is needed")
+    kwargs = {"output_type": "latent", **request, **more}
+    if isinstance(kwargs.get("negative_prompt"), str):
+        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
+    kwargs["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    if driver is None:
+        return pipe(prompt=list(prompts), **kwargs)
+    hooks.attach(pipe, driver, site)
+    try:
+        return pipe(prompt=list(prompts), **kwargs)
+    finally:
+        hooks.detach(pipe)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one a line; blank lines are left out.
+
+    Raises:
+        ValueError: the file is missing or has no prompt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"prompt file {str(path)!r} does not exist: give a text file with one prompt a line")
+    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompt file {str(path)!r} is empty: write at least one prompt, one a line")
+    return prompts

@@ -1,0 +1,99 @@
+"""When: which steps of a request are computed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import SupportsIndex
+
+_SHORT = 16  # requests below this many steps are the distilled, few-step models'
+
+
+def uniform(num_steps: int, interval: int, warmup: int = 4, origin: int = 2) -> tuple[int, ...]:
+    """Compute the first steps, then every `interval`-th, counted from `origin`.
+
+    Args:
+        num_steps: T, steps of a request, at least 1.
+        interval: distance between computed steps, 1 (all steps) to `num_steps`.
+        warmup: how many steps at the start are all computed, 1 to `num_steps`.
+        origin: the step the count starts at, itself computed, 0 to `num_steps - 1`.
+
+    Returns:
+        The computed steps, ascending, step 0 among them.
+
+    Raises:
+        ValueError: an argument is no whole number or outside its range.
+    """
+    num_steps = _whole("num_steps", num_steps, 1)
+    interval = _whole("interval", interval, 1, num_steps)
+    warmup = _whole("warmup", warmup, 1, num_steps)
+    origin = _whole("origin", origin, 0, num_steps - 1)
+    return tuple(sorted({*range(warmup), *range(origin, num_steps, interval)}))
+
+
+def paper(num_steps: int, interval: int) -> tuple[int, ...]:
+    """The paper's schedule for a request of `num_steps` at interval N.
+
+    From 16 steps on: steps 0 to 3, then every N-th counted from step 2, as in the released code
+    (T = 50: 13, 10 and 8 computed steps at N = 5, 7 and 10). Of the few-step models only the counts
+    are published (FLUX.1-schnell, T = 4: 2 and 1 at N = 3 and 4; Qwen-Image-Lightning, T = 8: 5, 4
+    and 2 at N = 2, 3 and 4); the positions here are our reading of them: steps 0 and 1, then every
+    N-th counted from step 1, or, where N is at least half of T, every N-th counted from step 0.
+
+    Args:
+        num_steps: T, steps of a request, at least 1.
+        interval: N, distance between computed steps, 1 (all steps) to `num_steps`.
+
+    Returns:
+        The computed steps, ascending, step 0 among them.
+
+    Raises:
+        ValueError: an argument is no whole number or outside its range.
+    """
+    num_steps = _whole("num_steps", num_steps, 1)
+    interval = _whole("interval", interval, 1, num_steps)
+    if num_steps >= _SHORT:
+        return uniform(num_steps, interval, warmup=4, origin=2)
+    if 2 * interval >= num_steps:
+        return uniform(num_steps, interval, warmup=1, origin=0)
+    return uniform(num_steps, interval, warmup=2, origin=1)
+
+
+def check(computed: Iterable[int], num_steps: int) -> tuple[int, ...]:
+    """Validate an explicit list of computed steps.
+
+    Args:
+        computed: step indices, ascending, each once, 0 among them.
+        num_steps: T, steps of a request, at least 1.
+
+    Returns:
+        The same steps as a tuple of ints.
+
+    Raises:
+        ValueError: the list is empty, out of order, repeats a step, lacks step 0, or leaves the request.
+    """
+    num_steps = _whole("num_steps", num_steps, 1)
+    steps = tuple(_whole("a computed step", step, 0, num_steps - 1) for step in computed)
+    if not steps or steps[0] != 0:
+        raise ValueError(
+            f"computed={steps}: expected step 0 first; before it there is nothing to forecast from"
+        )
+    for earlier, later in pairwise(steps):
+        if later <= earlier:
+            raise ValueError(
+                f"computed={steps}: step {later} follows step {earlier}; expected ascending steps, each once"
+            )
+    return steps
+
+
+def _whole(name: str, value: SupportsIndex, low: int, high: int | None = None) -> int:
+    """`value` as an int in [low, high], or a ValueError that names it."""
+    expected = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r}: expected {expected}") from None
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name}={number}: expected {expected}")
+    return number

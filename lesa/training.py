@@ -1,0 +1,355 @@
+"""Training of a `Predictor` in the paper's two stages: guided by true features, then closed-loop in the sampler."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .clock import Call, Request
+from .plan import replace_file
+from .predictor import Predictor
+from .stats import Stats
+
+_FORMAT = "lesa-training-1"
+Losses = dict[str, list[float]]
+
+
+class Features(Protocol):
+    """What training reads of a recording."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One a request."""
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """Cache contexts of the features."""
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The T + 1 noise levels."""
+
+    def features(self, index: int, context: str) -> Tensor:
+        """The features [T, B, ...] of prompt `index`."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The paper's recipe (its supplement, 7.2).
+
+    Args:
+        lr: learning rate of AdamW.
+        weight_decay: of AdamW.
+        lr_step: optimiser steps after which the learning rate is multiplied by `lr_decay`.
+        lr_decay: see `lr_step`.
+        clip: maximum norm of the gradient.
+        guided_epochs: passes over the prompts with true features.
+        closed_loop_epochs: passes over the prompts in the accelerated sampler.
+        batch: prompts a request; one optimiser step serves them all.
+        seed: of the order of the prompts.
+        checkpoint_every: batches between two checkpoints.
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 1e-4
+    lr_step: int = 500
+    lr_decay: float = 0.5
+    clip: float = 1.0
+    guided_epochs: int = 1
+    closed_loop_epochs: int = 2
+    batch: int = 1
+    seed: int = 0
+    checkpoint_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "lr_step", "lr_decay", "clip", "batch", "checkpoint_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
+
+
+def guided(
+    predictors: Mapping[str, Predictor],
+    recording: Features,
+    first_step: int,
+    config: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Losses:
+    """First stage: forecast each step from the true features before it, L1 loss, one optimiser step a step.
+
+    Args:
+        predictors: one for every context of the recording; trained in place, on the device they are on.
+        recording: full requests.
+        first_step: first step that is trained; earlier ones are always computed.
+        config: the recipe.
+        checkpoint: file from which a killed run goes on with the same result.
+
+    Returns:
+        The loss of every optimiser step, by context.
+    """
+    phase = _Phase("guided", predictors, recording, config, checkpoint, first_step=first_step)
+
+    def work(indices: Sequence[int]) -> None:
+        for context, learner in phase.learners.items():
+            features = _batch(recording, indices, context, learner.device)
+            for step in range(first_step, len(features)):
+                history = features[max(0, step - learner.window) : step]
+                learner.learn(history, step, features[step])
+
+    return phase.run(config.guided_epochs, work)
+
+
+def closed_loop(
+    predictors: Mapping[str, Predictor],
+    recording: Features,
+    computed: Sequence[int],
+    replay: Callable[[Sequence[int], ClosedLoop], Any],
+    config: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Losses:
+    """Second stage: run the accelerated sampler; the history holds forecasts, the target stays the true feature.
+
+    Args:
+        predictors: one for every context of the recording; trained in place.
+        recording: full requests.
+        computed: the schedule.
+        replay: runs the prompts of the given indices again from their noise under the given driver.
+        config: the recipe.
+        checkpoint: file from which a killed run goes on with the same result.
+
+    Returns:
+        The loss of every optimiser step, by context.
+    """
+    phase = _Phase("closed-loop", predictors, recording, config, checkpoint, computed=list(computed))
+
+    def work(indices: Sequence[int]) -> None:
+        targets = {c: _batch(recording, indices, c, learner.device) for c, learner in phase.learners.items()}
+        replay(indices, ClosedLoop(phase.learners, computed, targets))
+
+    return phase.run(config.closed_loop_epochs, work)
+
+
+class Learner:
+    """A predictor with its optimiser.
+
+    Args:
+        predictor: trained in place.
+        sigmas: the T + 1 noise levels.
+        config: the recipe.
+    """
+
+    def __init__(self, predictor: Predictor, sigmas: Sequence[float], config: TrainingConfig) -> None:
+        self.predictor = predictor
+        self.device = next(predictor.parameters()).device
+        self.window = max(stage.window for stage in predictor.stages)
+        self.losses: list[Tensor] = []
+        self._sigmas = sigmas
+        self._clip = config.clip
+        self.optimizer = torch.optim.AdamW(
+            predictor.parameters(),
+            config.lr,
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, config.lr_step, config.lr_decay)
+
+    def learn(self, history: Sequence[Tensor] | Tensor, step: int, target: Tensor) -> Tensor:
+        """One optimiser step on the L1 loss.
+
+        Args:
+            history: the features before `step`, oldest first.
+            step: the step forecast.
+            target: its true feature.
+
+        Returns:
+            The forecast made before the parameters moved, detached.
+        """
+        with torch.enable_grad():
+            forecast = self.predictor(history, step, self._sigmas)
+            loss = (forecast - target).abs().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+        expert = self.predictor.expert(self._sigmas[step])
+        torch.nn.utils.clip_grad_norm_(expert.parameters(), self._clip)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.losses.append(loss.detach())
+        return forecast.detach()
+
+
+class ClosedLoop:
+    """A driver that forecasts with live predictors and trains them on the way.
+
+    Args:
+        learners: one for every context.
+        computed: the schedule.
+        targets: for every context the true features [T, B, ...].
+    """
+
+    def __init__(self, learners: Mapping[str, Learner], computed: Sequence[int], targets: Mapping[str, Tensor]) -> None:
+        self.stats = Stats()
+        self._learners = learners
+        self._computed = frozenset(computed)
+        self._targets = targets
+        self._history: dict[str, list[Tensor]] = {context: [] for context in learners}
+
+    def begin(self, request: Request) -> None:
+        """Start with empty histories."""
+        for history in self._history.values():
+            history.clear()
+
+    def forecast(self, call: Call) -> Tensor | None:
+        """Forecast and learn from a step outside the schedule."""
+        if call.step in self._computed:
+            return None
+        target = self._targets[call.context][call.step]
+        forecast = self._learners[call.context].learn(self._history[call.context], call.step, target)
+        forecast = forecast.to(target.dtype)
+        self._remember(call.context, forecast)
+        return forecast
+
+    def keep(self, call: Call, feature: Tensor) -> None:
+        """Take a computed feature into the history."""
+        self._remember(call.context, feature.detach())
+
+    def refuse(self, call: Call, reason: str) -> None:
+        """A closed loop with holes would train on something else.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(f"training stopped at step {call.step}: {reason}")
+
+    def _remember(self, context: str, feature: Tensor) -> None:
+        history = self._history[context]
+        history.append(feature)
+        del history[: -self._learners[context].window]
+
+
+class _Phase:
+    """One stage of training: its learners, its place in the data, its checkpoint."""
+
+    def __init__(
+        self,
+        name: str,
+        predictors: Mapping[str, Predictor],
+        recording: Features,
+        config: TrainingConfig,
+        checkpoint: str | os.PathLike[str] | None,
+        **identity: Any,
+    ) -> None:
+        if set(predictors) != set(recording.contexts):
+            raise ValueError(
+                f"predictors are given for contexts {sorted(predictors)} but the recording has "
+                f"{sorted(recording.contexts)}: give one predictor a context"
+            )
+        self.learners = {c: Learner(p, recording.sigmas, config) for c, p in predictors.items()}
+        self._name, self._config = name, config
+        self._count = len(recording.prompts)
+        self._checkpoint = Path(checkpoint) if checkpoint is not None else None
+        self._identity = {
+            "format": _FORMAT,
+            "phase": name,
+            "prompts": self._count,
+            "config": asdict(config),
+            **identity,
+        }
+        self._done: Losses = {context: [] for context in predictors}
+
+    def run(self, epochs: int, work: Callable[[Sequence[int]], None]) -> Losses:
+        batches = [batch for epoch in range(epochs) for batch in self._batches(epoch)]
+        position = self._restore()
+        with tqdm(total=len(batches), initial=position, desc=self._name, unit="request") as bar:
+            for i in range(position, len(batches)):
+                work(batches[i])
+                self._collect()
+                bar.update()
+                bar.set_postfix({c: f"{losses[-1]:.4f}" for c, losses in self._done.items() if losses})
+                if (i + 1) % self._config.checkpoint_every == 0 or i + 1 == len(batches):
+                    self._save(i + 1)
+        return self._done
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self._config.seed + epoch)
+        order = torch.randperm(self._count, generator=generator).tolist()
+        size = self._config.batch
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def _collect(self) -> None:
+        """Read the losses back once a request, not once a step: each read waits for the device."""
+        for context, learner in self.learners.items():
+            if learner.losses:
+                self._done[context] += torch.stack(learner.losses).tolist()
+                learner.losses.clear()
+
+    def _save(self, position: int) -> None:
+        if self._checkpoint is None:
+            return
+        tensors, schedulers = {}, {}
+        for context, learner in self.learners.items():
+            for name, tensor in learner.predictor.state_dict().items():
+                tensors[f"{context}/predictor/{name}"] = tensor
+            for i, state in learner.optimizer.state_dict()["state"].items():
+                for name, tensor in state.items():
+                    tensors[f"{context}/optimizer/{i}/{name}"] = tensor
+            schedulers[context] = learner.scheduler.state_dict()
+        description = {
+            "identity": self._identity,
+            "position": position,
+            "losses": self._done,
+            "schedulers": schedulers,
+        }
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        replace_file(self._checkpoint, serialize(tensors, {"lesa": json.dumps(description)}))
+
+    def _restore(self) -> int:
+        """Load the checkpoint if there is one; returns how many batches are done."""
+        path = self._checkpoint
+        if path is None or not path.is_file():
+            return 0
+        try:
+            with safe_open(path, framework="pt") as file:
+                description = json.loads((file.metadata() or {}).get("lesa", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"checkpoint {str(path)!r} cannot be read ({error}): delete it to start again") from error
+        if not isinstance(description, dict) or description.get("identity") != self._identity:
+            raise ValueError(
+                f"checkpoint {str(path)!r} belongs to another training (other phase, prompts or settings): delete it "
+                "or give another path"
+            )
+        for context, learner in self.learners.items():
+            _load(learner, context, tensors, description["schedulers"][context])
+        self._done = description["losses"]
+        return description["position"]
+
+
+def _load(learner: Learner, context: str, tensors: Mapping[str, Tensor], scheduler: dict[str, Any]) -> None:
+    prefix = f"{context}/predictor/"
+    learner.predictor.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(f"{context}/optimizer/"):
+            *_, index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = tensor
+    groups = learner.optimizer.state_dict()["param_groups"]
+    learner.scheduler.load_state_dict(scheduler)
+    for group, lr in zip(groups, scheduler["_last_lr"], strict=True):
+        group["lr"] = lr
+    learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _batch(recording: Features, indices: Sequence[int], context: str, device: torch.device) -> Tensor:
+    """The features [T, B, ...] of several prompts, in the layout of one request for all of them."""
+    parts = [recording.features(index, context).to(device) for index in indices]
+    # A prompt's part is [T, m, ...], m calls' worth of batched guidance; a request orders them call first.
+    return torch.stack(parts, 2).flatten(1, 2)
