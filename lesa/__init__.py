@@ -1,9 +1,9 @@
 """lesa makes diffusion transformers fast: it computes some denoiser steps and forecasts the others.
 
-    lesa.enable(pipe, "plan.safetensors")
-    image = pipe("red apple").images[0]
-    print(lesa.stats(pipe))
-    lesa.disable(pipe)
+lesa.enable(pipe, "plan.safetensors")
+image = pipe("red apple").images[0]
+print(lesa.stats(pipe))
+lesa.disable(pipe)
 """
 
 from .api import disable, enable, stats

@@ -92,6 +92,11 @@ class Clock:
         now = float(torch.as_tensor(timestep).max())
         starts = self._request is None or now >= self._last.get(context, float("inf"))
         if starts:
+            if now == self._last.get(context) and self._counts[context] > 1:
+                raise PlanError(
+                    f"the denoiser was called twice at timestep {now:g} in context {context!r}: name the calls of "
+                    "one step with `with denoiser.cache_context(name)`"
+                )
             self.abort()
             self._request = Request()
         self._last[context] = now

@@ -14,6 +14,13 @@ from torch.nn.utils import skip_init
 from .plan import MAX_READS
 from .reference import bspline_grid, kan_layer
 
+# Half width of the hidden spline coefficients at the start. The offsets of neighbouring steps differ by a
+# few hundredths; with small coefficients their hidden values nearly coincide, and training at the paper's
+# learning rate moves the alphas of all steps together. At 4 hidden values fill the default grid.
+_SPREAD = 4.0
+# The optimiser moves a coefficient by about the learning rate a step, whatever its gradient; this scale
+# sets how far alpha goes with it.
+_LAST_SCALE = 4.0
 PROJECTIONS = ("difference", "span", "uniform")
 
 
@@ -31,9 +38,7 @@ class KanLayer(nn.Module):
 
     knots: Tensor
 
-    def __init__(
-        self, inputs: int, outputs: int, grid: int, order: int, grid_range: tuple[float, float]
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, grid: int, order: int, grid_range: tuple[float, float]) -> None:
         super().__init__()
         self.order = order
         self.base_weight = nn.Parameter(torch.empty(outputs, inputs))
@@ -42,7 +47,9 @@ class KanLayer(nn.Module):
         knots = bspline_grid(grid, order, grid_range, torch.get_default_dtype())
         self.register_buffer("knots", knots, persistent=False)
 
-    def reset(self, base: float, noise: float, constant: float, generator: torch.Generator | None) -> None:
+    def reset(
+        self, base: float, scale: float, noise: float, constant: float, generator: torch.Generator | None
+    ) -> None:
         """Draw new parameters.
 
         Inside the grid the bases sum to one, so equal coefficients make a constant function: each output
@@ -50,14 +57,14 @@ class KanLayer(nn.Module):
 
         Args:
             base: half width of the base weights' uniform distribution.
+            scale: the spline scale of every edge.
             noise: half width of the spline coefficients' uniform distribution around their mean.
             constant: the sum over the inputs of the splines' means.
             generator: CPU generator; None draws from torch's global one.
         """
-        root = math.sqrt(self.base_weight.shape[1])
-        mean = constant / root
+        mean = constant / (scale * self.base_weight.shape[1])
         nn.init.uniform_(self.base_weight, -base, base, generator=generator)
-        nn.init.constant_(self.spline_scale, 1 / root)
+        nn.init.constant_(self.spline_scale, scale)
         nn.init.uniform_(self.spline_weight, mean - noise, mean + noise, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,8 +103,10 @@ class Kan(nn.Module):
             )
         layers = [KanLayer(i, o, grid, order, grid_range) for i, o in pairwise([*widths, 1])]
         for layer, size in zip(layers[:-1], widths[:-1], strict=True):
-            layer.reset(1 / math.sqrt(size), 0.1, 0.0, generator)
-        layers[-1].reset(1 / widths[-1], 0.1 / math.sqrt(widths[-1]), constant, generator)
+            root = math.sqrt(size)
+            layer.reset(1 / root, 1 / root, _SPREAD, 0.0, generator)
+        root = math.sqrt(widths[-1])
+        layers[-1].reset(1 / widths[-1], _LAST_SCALE / root, 0.1 / root, constant, generator)
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,9 +125,7 @@ class Mlp(nn.Module):
         generator: CPU generator of the initial parameters; None draws from torch's global one.
     """
 
-    def __init__(
-        self, widths: Sequence[int], constant: float = 1.0, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, widths: Sequence[int], constant: float = 1.0, generator: torch.Generator | None = None) -> None:
         super().__init__()
         layers = [skip_init(nn.Linear, i, o) for i, o in pairwise([*widths, 1])]
         *hidden, last = layers
@@ -163,8 +170,7 @@ class Expert(nn.Module):
         least = 1 if projection_init == "uniform" else 2
         if not least <= window <= MAX_READS:
             raise ValueError(
-                f"window={window}: expected {least} to {MAX_READS} features "
-                f"with projection_init={projection_init!r}"
+                f"window={window}: expected {least} to {MAX_READS} features with projection_init={projection_init!r}"
             )
         self.window = window
         self.net = net

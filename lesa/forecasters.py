@@ -45,9 +45,7 @@ def taylor(past: Sequence[int], step: int, order: int) -> Row:
         ValueError: `past` is empty, out of order, or reaches `step`; `order` is outside its range.
     """
     if not 0 <= order < MAX_READS:
-        raise ValueError(
-            f"order={order}: expected 0 to {MAX_READS - 1}; a row reads at most {MAX_READS} steps"
-        )
+        raise ValueError(f"order={order}: expected 0 to {MAX_READS - 1}; a row reads at most {MAX_READS} steps")
     if not past or not all(a < b for a, b in pairwise((-1, *past, step))):
         raise ValueError(f"past={tuple(past)}: expected ascending computed steps before step {step}")
     steps = tuple(past[-order - 1 :])

@@ -41,7 +41,10 @@ class History:
             feature.device,
         ):
             self.clear()
-            buffer = self._buffer = feature.new_empty((len(self._steps), *feature.shape))
+            with torch.inference_mode(False):  # later requests may run outside inference mode
+                buffer = self._buffer = torch.empty(
+                    (len(self._steps), *feature.shape), dtype=feature.dtype, device=feature.device
+                )
         buffer[slot].copy_(feature.detach())
         self._steps[slot] = step
 

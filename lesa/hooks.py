@@ -21,6 +21,7 @@ from .denoisers import Layout, blocks_of, denoiser_of
 from .runner import Driver
 
 _NAME = "lesa"
+_ROOT_LOST = "lesa's hook on the denoiser was removed by something else; call lesa.enable again"
 _TAIL_LOST = (
     "lesa's hook on the last block was not reached (something removed it, e.g. loading a LoRA under group offload); "
     "call lesa.enable again"
@@ -46,9 +47,8 @@ def attach(target: Any, driver: Driver, site: str) -> None:
     try:
         for block in blocks:
             assert layout is not None
-            hook = BlockHook(root, layout, block, is_tail=block is blocks[-1])
-            HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, _NAME)
-        HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(root, _NAME)
+            _register(block, BlockHook(root, layout, block, is_tail=block is blocks[-1]))
+        _register(denoiser, root)
         _invalidate_caches(denoiser)
     except BaseException:
         detach(denoiser)
@@ -85,6 +85,7 @@ class RootHook(ModelHook):
         self.feature: torch.Tensor | None = None
         self._clock = clock
         self._like: Any = None
+        self.runs = False
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         """Learn where the denoiser takes its timestep and its sample."""
@@ -99,6 +100,7 @@ class RootHook(ModelHook):
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Compute or forecast one step."""
+        self.runs = True
         try:
             sample = self._argument(self._sample_name, args, kwargs)
             call = self._clock.tick(self.context.name, self._argument("timestep", args, kwargs), sample)
@@ -111,6 +113,7 @@ class RootHook(ModelHook):
                 if output is not None:
                     self.driver.stats.forecast += 1
                     return output
+                self.driver.lose(_TAIL_LOST)
                 self.driver.refuse(call, _TAIL_LOST)
             with self.driver.stats.timed("computed", sample.device):
                 return self._run_computed(call, args, kwargs)
@@ -118,6 +121,7 @@ class RootHook(ModelHook):
             self._clock.abort()
             raise
         finally:
+            self.runs = False
             self.forecast = self.feature = None
 
     def _run_forecast(self, args: tuple, kwargs: dict) -> Any:
@@ -133,9 +137,8 @@ class RootHook(ModelHook):
         if self.site == "output":
             self._like, self.feature = output, _first(output)
         if self.feature is None:
-            self.driver.refuse(call, _TAIL_LOST)
-        else:
-            self.driver.keep(call, self.feature)
+            self.driver.lose(_TAIL_LOST)
+        self.driver.keep(call, self.feature)
         return output
 
     def _argument(self, name: str, args: tuple, kwargs: dict) -> Any:
@@ -157,7 +160,9 @@ class BlockHook(ModelHook):
         root = self._root
         if root.forecast is None:
             output = self.fn_ref.original_forward(*args, **kwargs)
-            if self._is_tail:
+            if self._is_tail and not root.runs:
+                root.driver.lose(_ROOT_LOST)
+            elif self._is_tail:
                 position = self._returns.index("hidden_states")
                 root.feature = output[position] if len(self._returns) > 1 else output
             return output
@@ -207,6 +212,12 @@ def _invalidate_caches(denoiser: torch.nn.Module) -> None:
         registry.invalidate_child_registries_cache()
 
 
+def _register(module: torch.nn.Module, hook: ModelHook) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
+    # What we put in place, to tell at removal what others have put around or in place of it.
+    hook.installed, hook.wrapped = module.forward, hook.fn_ref.forward
+
+
 def _remove(module: torch.nn.Module, registry: HookRegistry) -> None:
     """Unregister our hook and leave every wrapper that came after it as it was.
 
@@ -215,13 +226,16 @@ def _remove(module: torch.nn.Module, registry: HookRegistry) -> None:
     """
     index = registry._hook_order.index(_NAME)
     ours = registry._fn_refs[index]
+    hook = registry.hooks[_NAME]
+    if ours.forward is not hook.wrapped:  # an inner hook was removed, and ours was dropped with it
+        ours.original_forward = ours.forward
     outer = registry._fn_refs[index + 1] if index + 1 < len(registry._fn_refs) else None
     outer_forward = outer.forward if outer is not None and outer.original_forward is not None else None
-    forward, inner = module.forward, getattr(module, "_old_forward", None)
+    forward, wrapped = module.forward, getattr(module, "_old_forward", None) is hook.installed
     registry.remove_hook(_NAME, recurse=False)
     if outer is not None and outer_forward is not None:
         outer.forward, outer.original_forward = outer_forward, ours.original_forward
-    elif outer is None and inner is not None:
+    elif outer is None and wrapped:
         # accelerate's offload hook was put around ours: it calls `_old_forward`.
         module.forward, module._old_forward = forward, ours.original_forward
     if not registry.hooks:

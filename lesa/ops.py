@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 
 
-def forecast(
-    history: torch.Tensor, slots: Sequence[int], weights: Sequence[float], bias: float = 0.0
-) -> torch.Tensor:
+def forecast(history: torch.Tensor, slots: Sequence[int], weights: Sequence[float], bias: float = 0.0) -> torch.Tensor:
     """Forecast a feature: sum_k weights[k] * history[slots[k]] + bias, accumulated in float32 or wider.
 
     Args:

@@ -183,21 +183,24 @@ class Plan:
         try:
             with safe_open(path, framework="np") as file:
                 description = json.loads((file.metadata() or {}).get("lesa", "null"))
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                ours = isinstance(description, dict) and description.get("format") == _FORMAT
+                # Another file's tensors may be of types numpy does not know, and huge.
+                names = file.keys() if ours else []
+                arrays = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError, ValueError) as error:
             raise PlanError(
                 f"plan {str(path)!r} cannot be read ({error}): the file is damaged or not a safetensors file; "
                 "make or copy it again"
             ) from error
-        if not isinstance(description, dict) or description.get("format") != _FORMAT:
+        if not ours:
             raise PlanError(
                 f"{str(path)!r} is a safetensors file but not a plan of this library (expected format {_FORMAT!r} "
                 "in its metadata): give a file written by Plan.save"
             )
         try:
             return cls._from_parts(description, arrays)
-        except PlanError:
-            raise
+        except PlanError as error:
+            raise PlanError(f"plan {str(path)!r} holds a value out of place: {error}") from error
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise PlanError(f"plan {str(path)!r} is incomplete ({error!r}): make it again") from error
 

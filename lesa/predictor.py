@@ -220,9 +220,7 @@ class Predictor(nn.Module):
                 description = json.loads((file.metadata() or {}).get("lesa", "null"))
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(
-                f"{where} cannot be read ({error}): it is damaged or no safetensors file"
-            ) from error
+            raise ValueError(f"{where} cannot be read ({error}): it is damaged or no safetensors file") from error
         if not isinstance(description, dict) or description.get("format") != _FORMAT:
             raise ValueError(
                 f"{where} is a safetensors file but not a predictor (expected format {_FORMAT!r} in its "

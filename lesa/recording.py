@@ -96,6 +96,9 @@ class Recording:
             return f"unreadable ({error})"
         if metadata.get("prompt") != self.prompts[index] or metadata.get("seed") != str(self.seeds[index]):
             return "of another prompt or seed"
+        names = {"noise", *(f"feature.{context}" for context in self.contexts)}
+        if set(tensors) != names or any(len(tensors[n]) != self.num_steps for n in names - {"noise"}):
+            return "of another recording (other contexts or step count)"
         if metadata.get("checksum") != _checksum(tensors):
             return "damaged (its checksum does not match)"
         return None
@@ -236,12 +239,13 @@ class Recorder:
         if call.step == len(self._timesteps):
             self._timesteps.append(float(torch.as_tensor(call.timestep).max()))
 
-    def keep(self, call: Call, feature: torch.Tensor) -> None:
+    def keep(self, call: Call, feature: torch.Tensor | None) -> None:
         """Keep a feature.
 
         Raises:
             RecordingError: it is not finite.
         """
+        assert feature is not None  # `lose` raises
         finite = feature.detach().unflatten(0, (-1, len(self._labels))).isfinite().transpose(0, 1).flatten(1).all(1)
         if not bool(finite.all()):
             label = self._labels[finite.tolist().index(False)]
@@ -253,12 +257,15 @@ class Recorder:
         self._features.setdefault(call.context, []).append(feature.detach().cpu())
 
     def refuse(self, call: Call, reason: str) -> None:
-        """A step without its feature makes the recording useless.
+        """Nothing is forecast, so nothing can be refused."""
+
+    def lose(self, reason: str) -> None:
+        """A request without its features is no recording.
 
         Raises:
             RecordingError: always.
         """
-        raise RecordingError(f"step {call.step} could not be recorded: {reason}")
+        raise RecordingError(f"the features could not be recorded: {reason}")
 
     def found(self) -> dict[str, Any]:
         """What the request taught: contexts, sigmas and timesteps."""
@@ -303,7 +310,7 @@ class _SameNoise:
 
 
 def _resume(folder: Path, wanted: Mapping[str, Any]) -> Recording | None:
-    """The recording in `folder`, with more prompts if `wanted` goes on from it; None if there is none."""
+    """The recording in `folder` with the prompts of `wanted`, more or fewer; None if there is none."""
     if not (folder / _MANIFEST).is_file():
         return None
     found = Recording.open(folder)
@@ -318,15 +325,17 @@ def _resume(folder: Path, wanted: Mapping[str, Any]) -> Recording | None:
         have = getattr(found, name)
         if name in ("prompts", "seeds"):
             have, value = have[:shared], value[:shared]
+        elif name == "request":
+            value = json.loads(json.dumps(value))  # as the manifest has it, where tuples are lists
         if have != value:
             raise RecordingError(
                 f"folder {str(folder)!r} holds a recording with another {name} ({have!r:.200}, asked for "
                 f"{value!r:.200}): give another folder"
             )
-    if len(wanted["prompts"]) > shared:
-        found = replace(found, prompts=wanted["prompts"], seeds=wanted["seeds"])
-        found._save_manifest()
-    return found
+    chosen = replace(found, prompts=wanted["prompts"], seeds=wanted["seeds"])
+    if len(chosen.prompts) > shared:
+        chosen._save_manifest()
+    return chosen
 
 
 def _missing(recording: Recording) -> list[int]:

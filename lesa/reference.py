@@ -66,9 +66,7 @@ def bspline_basis(x: Tensor, grid: Tensor, order: int) -> Tensor:
     return basis
 
 
-def kan_layer(
-    x: Tensor, base_weight: Tensor, spline_weight: Tensor, scale: Tensor, grid: Tensor, order: int
-) -> Tensor:
+def kan_layer(x: Tensor, base_weight: Tensor, spline_weight: Tensor, scale: Tensor, grid: Tensor, order: int) -> Tensor:
     """One Kolmogorov-Arnold layer (Eq. 9): y_q = sum_i phi_qi(x_i), one learnable function an edge.
 
     phi_qi(v) = base_weight_qi * silu(v) + scale_qi * sum_m spline_weight_qim * B_m(v).

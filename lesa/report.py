@@ -101,9 +101,7 @@ def loss_curves(
 def _draw_losses(axes: Axes, title: str, values: np.ndarray) -> None:
     values = _positive(values)
     if not np.isfinite(values).any():
-        raise ValueError(
-            f"losses[{title!r}] has no positive finite value: expected one loss an optimiser step"
-        )
+        raise ValueError(f"losses[{title!r}] has no positive finite value: expected one loss an optimiser step")
     steps = np.arange(1, len(values) + 1)
     # the median shrugs off the spikes of single prompts, which a mean would smear
     reach = max(1, len(values) // 30)
@@ -171,9 +169,7 @@ def step_errors(
     ticks = 0.16 * max(1, max(len(panel.computed) for panel in panels))
     heights = [2.7, ticks, 1.3] if alphas else [2.7, ticks]
     figure = Figure((4.3 * len(panels), 1.5 + sum(heights)), dpi=_DPI, layout="constrained")
-    grid = figure.subplots(
-        len(heights), len(panels), sharex="col", sharey="row", squeeze=False, height_ratios=heights
-    )
+    grid = figure.subplots(len(heights), len(panels), sharex="col", sharey="row", squeeze=False, height_ratios=heights)
     for column, panel in zip(grid.T, panels, strict=True):
         _draw_errors(column[0], panel, styles)
         _draw_computed(column[1], panel, styles)
@@ -297,9 +293,7 @@ class _Grid:
         names = [self.text(lines[0], 11, weight="bold") for lines in labels]
         notes = [self.text("\n".join(lines[1:]), 9, color=_MUTED, linespacing=1.35) for lines in labels]
         # a prompt may use the full width of its column: about 16 pixels a letter pair at this size
-        titles = [
-            self.text(textwrap.fill(t, max(8, width // 9)), 8, color=_MUTED) for t in column_titles[:count]
-        ]
+        titles = [self.text(textwrap.fill(t, max(8, width // 9)), 8, color=_MUTED) for t in column_titles[:count]]
         left = self.margin + 18 + max(self.width(text) for text in (*names, *notes)) + self.margin
         top = self.margin + max((self.height(text) for text in titles), default=0) + self.gap
         total = top + sum(height + self.gap if len(row) else self.heading for _, row in rows) + self.margin
@@ -307,9 +301,7 @@ class _Grid:
             (left + count * (width + self.gap) + self.margin) / _DPI, total / _DPI, forward=False
         )
         for i, text in enumerate(titles):
-            text.set(
-                position=(left + i * (width + self.gap) + width / 2, total - top + self.gap), ha="center"
-            )
+            text.set(position=(left + i * (width + self.gap) + width / 2, total - top + self.gap), ha="center")
         styles = method_styles(lines[0] for lines, (_, row) in zip(labels, rows, strict=True) if len(row))
         remaining = iter(images)
         for lines, (_, row), name, note in zip(labels, rows, names, notes, strict=True):
@@ -321,9 +313,7 @@ class _Grid:
             self.swatch(total - top - height, height, styles[lines[0]].color)
             self.label(total - top - height / 2, name, note)
             for i, image in enumerate(next(remaining)):
-                self.figure.figimage(
-                    image, left + i * (width + self.gap), total - top - height, origin="upper"
-                )
+                self.figure.figimage(image, left + i * (width + self.gap), total - top - height, origin="upper")
             top += height + self.gap
 
     def text(self, words: str, size: float, color: str = _INK, **style: float | str) -> Text:
@@ -342,9 +332,7 @@ class _Grid:
 
     def swatch(self, bottom: float, height: float, color: str) -> None:
         self.figure.add_artist(
-            Rectangle(
-                (self.margin, bottom), 6, height, color=color, linewidth=0, transform=IdentityTransform()
-            )
+            Rectangle((self.margin, bottom), 6, height, color=color, linewidth=0, transform=IdentityTransform())
         )
 
 

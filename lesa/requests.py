@@ -37,11 +37,15 @@ def run(
         What the pipeline returns.
 
     Raises:
-        ValueError: the pipeline takes no prompt.
+        ValueError: the pipeline takes no prompt, or not one of the keyword arguments.
     """
-    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+    parameters = inspect.signature(pipe.__call__).parameters
+    if "prompt" not in parameters:
         raise ValueError(f"{type(pipe).__name__} takes no `prompt`: a text-to-image or -video pipeline is needed")
     kwargs = {"output_type": "latent", **request, **more}
+    unknown = sorted(set(kwargs) - set(parameters))
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}: leave it out of the request")
     if isinstance(kwargs.get("negative_prompt"), str):
         kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
     kwargs["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -58,12 +62,16 @@ def read_prompts(path: str | Path) -> list[str]:
     """The prompts of a text file, one a line; blank lines are left out.
 
     Raises:
-        ValueError: the file is missing or has no prompt.
+        ValueError: the file is missing, no UTF-8 text, or has no prompt.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"prompt file {str(path)!r} does not exist: give a text file with one prompt a line")
-    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file {str(path)!r} is not UTF-8 text ({error}): save it as UTF-8") from error
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"prompt file {str(path)!r} is empty: write at least one prompt, one a line")
     return prompts

@@ -31,11 +31,14 @@ class Driver(Protocol):
     def forecast(self, call: Call) -> torch.Tensor | None:
         """The feature of this step, or None to have it computed."""
 
-    def keep(self, call: Call, feature: torch.Tensor) -> None:
-        """Take the feature of a computed step."""
+    def keep(self, call: Call, feature: torch.Tensor | None) -> None:
+        """A step was computed; its feature is None where `lose` was called for it."""
 
     def refuse(self, call: Call, reason: str) -> None:
-        """The feature of this step could not be taken or given; the step is computed in full."""
+        """The forecast of this step could not be used; the step is computed instead."""
+
+    def lose(self, reason: str) -> None:
+        """No feature can be taken or given any more in this request."""
 
 
 class PlanRunner:
@@ -51,6 +54,8 @@ class PlanRunner:
         self._computed = frozenset(plan.computed)
         self._histories: dict[str, History] = {}
         self._inputs: dict[str, tuple] = {}
+        self._warned: set[str] = set()
+        self._lost: str | None = None
 
     def begin(self, request: Request) -> None:
         """Start a request with empty histories.
@@ -70,6 +75,12 @@ class PlanRunner:
         for history in self._histories.values():
             history.clear()
         self._inputs.clear()
+        self._lost = None
+
+    def lose(self, reason: str) -> None:
+        """Compute the rest of this request in full."""
+        self._warn(reason)
+        self._lost = reason
 
     def forecast(self, call: Call) -> torch.Tensor | None:
         """Forecast the feature of a step the plan does not compute.
@@ -84,6 +95,9 @@ class PlanRunner:
             self._inputs[call.context] = signature
             self._history(call.context).clear()
         if call.step in self._computed:
+            return None
+        if self._lost:
+            self.refuse(call, self._lost)
             return None
         row = self.plan.rows_of(call.context).get(call.step)
         if row is None:
@@ -100,17 +114,22 @@ class PlanRunner:
         history.store(call.step, feature)
         return feature
 
-    def keep(self, call: Call, feature: torch.Tensor) -> None:
+    def keep(self, call: Call, feature: torch.Tensor | None) -> None:
         """Store the feature of a computed step for later forecasts."""
         if call.step in self._computed:
             self.stats.computed += 1
-        self._history(call.context).store(call.step, feature)
+        if feature is not None:
+            self._history(call.context).store(call.step, feature)
 
     def refuse(self, call: Call, reason: str) -> None:
         """Count a step that had to be computed although the plan forecasts it, and say so once for each reason."""
-        if not self.stats.refused[reason]:
-            warnings.warn(f"lesa computes step {call.step} in full: {reason}", LesaWarning, stacklevel=2)
+        self._warn(reason)
         self.stats.refused[reason] += 1
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"lesa computes steps in full: {reason}", LesaWarning, stacklevel=2)
 
     def _history(self, context: str) -> History:
         if context not in self._histories:

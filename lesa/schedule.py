@@ -76,9 +76,7 @@ def check(computed: Iterable[int], num_steps: int) -> tuple[int, ...]:
     num_steps = _whole("num_steps", num_steps, 1)
     steps = tuple(_whole("a computed step", step, 0, num_steps - 1) for step in computed)
     if not steps or steps[0] != 0:
-        raise ValueError(
-            f"computed={steps}: expected step 0 first; before it there is nothing to forecast from"
-        )
+        raise ValueError(f"computed={steps}: expected step 0 first; before it there is nothing to forecast from")
     for earlier, later in pairwise(steps):
         if later <= earlier:
             raise ValueError(

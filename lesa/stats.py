@@ -41,7 +41,7 @@ class Stats:
         """Time one call of `kind` ("computed" or "forecast") without waiting for the device."""
         stop = self._timers[kind].start(device)
         yield
-        stop()
+        stop()  # not reached by a call that raised: it has no time of its own
 
     def __str__(self) -> str:
         refused = ", ".join(f"{count} {reason}" for reason, count in self.refused.items()) or "none"

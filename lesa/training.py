@@ -217,17 +217,26 @@ class ClosedLoop:
         self._remember(call.context, forecast)
         return forecast
 
-    def keep(self, call: Call, feature: Tensor) -> None:
+    def keep(self, call: Call, feature: Tensor | None) -> None:
         """Take a computed feature into the history."""
+        assert feature is not None  # `lose` raises
         self._remember(call.context, feature.detach())
 
     def refuse(self, call: Call, reason: str) -> None:
-        """A closed loop with holes would train on something else.
+        """A forecast was not used.
 
         Raises:
-            RuntimeError: always.
+            RuntimeError: always; a closed loop with holes would train on something else.
         """
         raise RuntimeError(f"training stopped at step {call.step}: {reason}")
+
+    def lose(self, reason: str) -> None:
+        """Features are lost.
+
+        Raises:
+            RuntimeError: always, as `refuse`.
+        """
+        raise RuntimeError(f"training stopped: {reason}")
 
     def _remember(self, context: str, feature: Tensor) -> None:
         history = self._history[context]

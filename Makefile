@@ -1,0 +1,39 @@
+# make demo | test | lint      Each sets up .venv once and again when pyproject.toml or setup.py changes.
+#
+# PYTHON   makes .venv; 3.10 or newer.
+# TORCH    what pip installs as torch, pip options included. Plain torch from the public index brings CUDA
+#          libraries of several gigabytes; on a machine without a GPU name an index of CPU builds:
+#              make test TORCH="torch==2.13.0 --index-url URL"
+# WORKERS  test processes. Each computes in one thread, so as many as there are cores is right.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint
+
+demo: .venv/demo.done
+	$(BIN)/lesa demo
+
+test: .venv/dev.done
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --durations=10
+
+lint: .venv/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/torch.done:
+	@echo "== 1/2 .venv with $(TORCH) (a minute or more)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) "setuptools>=77" wheel
+	@$(PIP) $(TORCH)
+	@touch $@
+
+# Without build isolation: an isolated build would fetch a second torch once the C++ part needs one.
+.venv/%.done: .venv/torch.done pyproject.toml setup.py
+	@echo "== 2/2 lesa[$*] and what it needs (a minute or more)"
+	@$(PIP) --no-build-isolation --editable ".[$*]"
+	@touch $@

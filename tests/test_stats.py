@@ -1,0 +1,83 @@
+"""Stats: counts, and the time saved."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import lesa
+from lesa.stats import Stats
+
+CPU = torch.device("cpu")
+
+
+def run(stats: Stats, clock: Iterator[float], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    with stats.timed(kind, CPU):
+        pass
+
+
+def test_seconds_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = Stats()
+    assert stats.seconds_saved == 0
+    ticks = iter([0.0, 2.0, 10.0, 14.0, 20.0, 20.5, 30.0, 30.25])
+    for kind in ("computed", "computed", "forecast", "forecast"):
+        run(stats, ticks, kind, monkeypatch)
+    # two calls at the mean of 3 s, less the 0.75 s they took
+    assert stats.seconds_saved == 2 * 3.0 - 0.75
+
+
+def test_forecasts_alone_save_nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = Stats()
+    run(stats, itertools.count(0.0), "forecast", monkeypatch)
+    assert stats.seconds_saved == 0
+
+
+def test_a_call_that_failed_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = Stats()
+    ticks = iter([0.0, 2.0, 4.0, 4.5, 100.0, 200.0])
+    run(stats, ticks, "computed", monkeypatch)
+    run(stats, ticks, "forecast", monkeypatch)
+    with pytest.raises(KeyError), stats.timed("computed", CPU):
+        raise KeyError
+    assert stats.seconds_saved == 2.0 - 0.5
+
+
+def test_two_stats_share_nothing() -> None:
+    first, second = Stats(), Stats()
+    first.refused["reason"] += 1
+    with first.timed("computed", CPU):
+        pass
+    assert not second.refused
+    assert second._timers["computed"].calls == 0
+
+
+def test_in_words() -> None:
+    stats = Stats(requests=2, computed=10, forecast=6)
+    assert str(stats) == "requests 2, computed 10, forecast 6, refused none, 0.000 s saved"
+    stats.refused["no row"] += 3
+    assert "refused 3 no row," in str(stats)
+
+
+@pytest.mark.gpu
+def test_cuda_time_is_read_only_when_asked() -> None:
+    stats, device = Stats(), torch.device("cuda")
+    for _ in range(300):
+        with stats.timed("computed", device):
+            torch.ones(10, device=device)
+    with stats.timed("forecast", device):
+        pass
+    assert stats._timers["computed"].calls == 300
+    assert 0 < stats._timers["computed"].seconds < 60
+
+
+def test_stats_of_something_not_enabled() -> None:
+    class Denoiser(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return hidden_states
+
+    with pytest.raises(ValueError, match="not enabled on this Denoiser"):
+        lesa.stats(Denoiser())
