@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         if options.debug:
             raise
-        print(f"lesa {options.name}: {error}", file=sys.stderr)
+        print(f"lesa {options.name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"lesa {options.name}: interrupted", file=sys.stderr)
@@ -86,6 +86,8 @@ def _load(options: argparse.Namespace) -> Any:
 
     from . import assets
 
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {options.device}: torch {torch.__version__} finds no CUDA device; use --device cpu")
     path = assets.PIPELINE if options.pipeline == _BUNDLED else options.pipeline
     pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=getattr(torch, options.dtype)).to(options.device)
     pipe.set_progress_bar_config(disable=True)
@@ -95,6 +97,8 @@ def _load(options: argparse.Namespace) -> Any:
 def _request(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     from . import assets
 
+    if steps < 1:
+        raise ValueError(f"--steps {steps}: expected at least 1")
     names = ("height", "width", "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     defaults = assets.REQUEST if options.pipeline == _BUNDLED else {}
@@ -110,22 +114,27 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from . import schedule
     from .fitting import train
     from .requests import read_prompts
     from .routing import paper_stages
     from .training import TrainingConfig
 
+    # Everything that can be wrong with the options is found before a model is loaded and recorded.
     prompts = read_prompts(options.prompts)
     config = TrainingConfig(batch=options.batch, seed=options.seed)
+    request, stages = _request(options, options.steps), paper_stages(*options.cuts)
+    for interval in options.intervals:
+        schedule.paper(options.steps, interval)
     plans = train(
         _load(options),
         prompts,
         options.out,
-        request=_request(options, options.steps),
+        request=request,
         intervals=options.intervals,
         site=options.site,
         config=config,
-        predictor={"stages": paper_stages(*options.cuts)},
+        predictor={"stages": stages},
     )
     for interval, path in plans.items():
         print(f"N = {interval}: {path}")
@@ -138,13 +147,14 @@ def _generate(options: argparse.Namespace) -> int:
     from .requests import run
 
     plan = Plan.load(options.plan) if options.plan else None
-    steps = options.steps or (plan.num_steps if plan else 50)
+    steps = options.steps if options.steps is not None else plan.num_steps if plan else 50
+    request = _request(options, steps)
     pipe = _load(options)
     if plan:
         api.enable(pipe, plan)
     pipe.set_progress_bar_config(disable=False)
     seeds = range(options.seed, options.seed + len(options.prompt))
-    output = run(pipe, options.prompt, list(seeds), _request(options, steps), output_type="pil")
+    output = run(pipe, options.prompt, list(seeds), request, output_type="pil")
     options.out.mkdir(parents=True, exist_ok=True)
     for prompt, seed, image in zip(options.prompt, seeds, output.images, strict=True):
         name = "".join(c if c.isalnum() else "-" for c in prompt)[:60]

@@ -161,7 +161,7 @@ class Expert(nn.Module):
         self,
         window: int,
         net: nn.Module,
-        projection_init: str = "difference",
+        projection_init: str = "span",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()

@@ -129,6 +129,6 @@ def _grey(images: np.ndarray) -> np.ndarray:
     return np.round(_levels(images) @ np.array(_LUMA_601)).astype(np.uint8)
 
 
-def _decibel(errors: np.ndarray, peak: float) -> np.ndarray:
+def _decibel(errors: Any, peak: float) -> np.ndarray:
     with np.errstate(divide="ignore"):
         return np.asarray(10 * np.log10(peak**2 / errors))

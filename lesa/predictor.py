@@ -37,7 +37,7 @@ class Predictor(nn.Module):
         depth: number of its hidden layers.
         grid, order, grid_range: spline grid of the KAN, see `Kan`.
         projection_init: how W starts, see `Expert`.
-        alpha_init: the value alpha starts near at every step; with 1 and "difference" an untrained
+        alpha_init: the value alpha starts near at every step; with 1 an untrained
             predictor extrapolates linearly, with 0 it reuses the last feature.
         seed: of the initial parameters; torch's global generators are left alone.
 
@@ -57,7 +57,7 @@ class Predictor(nn.Module):
         grid: int = 5,
         order: int = 3,
         grid_range: tuple[float, float] = (-3.0, 3.0),
-        projection_init: str = "difference",
+        projection_init: str = "span",
         alpha_init: float = 1.0,
         seed: int = 0,
     ) -> None:

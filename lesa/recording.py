@@ -293,12 +293,8 @@ class _SameNoise:
 
     def __init__(self, driver: Driver, noise: torch.Tensor) -> None:
         self._driver, self._noise = driver, noise
-        self.stats, self.begin, self.keep, self.refuse = (
-            driver.stats,
-            driver.begin,
-            driver.keep,
-            driver.refuse,
-        )
+        self.stats, self.begin, self.keep = driver.stats, driver.begin, driver.keep
+        self.refuse, self.lose = driver.refuse, driver.lose
 
     def forecast(self, call: Call) -> torch.Tensor | None:
         if call.starts and not torch.equal(call.sample.cpu(), self._noise):

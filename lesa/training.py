@@ -270,6 +270,7 @@ class _Phase:
             "phase": name,
             "prompts": self._count,
             "config": asdict(config),
+            "predictors": {context: predictor.config for context, predictor in predictors.items()},
             **identity,
         }
         self._done: Losses = {context: [] for context in predictors}
@@ -333,13 +334,16 @@ class _Phase:
             raise ValueError(f"checkpoint {str(path)!r} cannot be read ({error}): delete it to start again") from error
         if not isinstance(description, dict) or description.get("identity") != self._identity:
             raise ValueError(
-                f"checkpoint {str(path)!r} belongs to another training (other phase, prompts or settings): delete it "
-                "or give another path"
+                f"checkpoint {str(path)!r} belongs to another training (other phase, prompts, predictors or "
+                "settings): delete it or give another path"
             )
-        for context, learner in self.learners.items():
-            _load(learner, context, tensors, description["schedulers"][context])
-        self._done = description["losses"]
-        return description["position"]
+        try:
+            for context, learner in self.learners.items():
+                _load(learner, context, tensors, description["schedulers"][context])
+            self._done = description["losses"]
+            return description["position"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"checkpoint {str(path)!r} is incomplete: delete it to start again") from error
 
 
 def _load(learner: Learner, context: str, tensors: Mapping[str, Tensor], scheduler: dict[str, Any]) -> None:

@@ -75,8 +75,7 @@ def test_ssim_equals_scikit_image_on_integer_luma():
         return ((299 * red + 587 * green + 114 * blue + 500) // 1000).astype(np.uint8)
 
     expected = [
-        structural_similarity(grey(r), grey(i), data_range=255)
-        for r, i in zip(references, images, strict=True)
+        structural_similarity(grey(r), grey(i), data_range=255) for r, i in zip(references, images, strict=True)
     ]
     assert ssim(images, references) == pytest.approx(expected, abs=1e-3)
     assert max(expected) < 0.95

@@ -17,7 +17,8 @@ from safetensors.numpy import save as serialize_numpy
 from safetensors.torch import save_file
 
 import lesa
-from lesa import hooks, plan as plan_module
+from lesa import hooks
+from lesa import plan as plan_module
 from lesa.clock import Call, Request
 from lesa.denoisers import check_fit, config_hash
 from lesa.plan import ANY_CONTEXT, MAX_READS, Plan, PlanError, Row, replace_file

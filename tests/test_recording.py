@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lesa import hooks, recording as recording_module
+from lesa import hooks
+from lesa import recording as recording_module
 from lesa.clock import sigmas_of
 from lesa.denoisers import config_hash
 from lesa.recording import Recorder, Recording, RecordingError, record, replay

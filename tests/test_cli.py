@@ -1,0 +1,278 @@
+"""The command line: what it makes, and one line for each mistake with nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from pipelines import CASES_BY_NAME
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import lesa
+from lesa import cli
+from lesa.forecasters import plan_of
+from lesa.plan import Plan
+from lesa.recording import Recording
+
+STEPS = 8
+WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "apple", "snow", "blue", "bird")
+SIGMAS = tuple(1 - t / STEPS for t in range(STEPS)) + (0.0,)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX pipeline on disk."""
+
+    def tokenizer(length: int) -> PreTrainedTokenizerFast:
+        words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
+        )
+
+    pipe = CASES_BY_NAME["flux_schnell"].make()
+    pipe.register_modules(tokenizer=tokenizer(16), tokenizer_2=tokenizer(12))
+    path = tmp_path_factory.mktemp("pipeline")
+    pipe.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    """A plan for any denoiser and eight steps."""
+    return plan_of("taylor-1", (0, 1, 4, 7), SIGMAS).save(tmp_path / "plan.safetensors")
+
+
+def on(folder: Path, *more: Any) -> list[str]:
+    return [str(a) for a in ("--pipeline", folder, "--height", 32, "--width", 32, "--max-sequence-length", 12, *more)]
+
+
+def lines(text: str) -> list[str]:
+    """What stays on a terminal after the progress bars."""
+    kept = [line.split("\r")[-1] for line in text.split("\n")]
+    return [line for line in kept if line.strip() and "%|" not in line]
+
+
+def expected(folder: Path, prompts: list[str], seed: int, plan: Path | None = None) -> list[Any]:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if plan is not None:
+        lesa.enable(pipe, plan)
+    generator = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
+    return pipe(
+        prompts, height=32, width=32, max_sequence_length=12, num_inference_steps=STEPS, generator=generator
+    ).images
+
+
+# What it makes
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_generate(folder: Path, plan: Path, tmp_path: Path, capsys: Any, planned: bool) -> None:
+    out = tmp_path / "out"
+    options = ("--plan", plan) if planned else ("--steps", STEPS)
+    arguments = ["generate", *on(folder, *options), "--out", str(out), "--seed", "3", "a red apple", "snow"]
+    assert cli.main(arguments) == 0
+    paths = [out / "a-red-apple-3.png", out / "snow-4.png"]
+    assert sorted(out.iterdir()) == paths
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == [str(path) for path in paths]
+    assert len(printed) == (3 if planned else 2)
+    assert not planned or printed[2].startswith("requests 1, computed 4, forecast 4, refused none")
+    full = expected(folder, ["a red apple", "snow"], 3)
+    for path, image, other in zip(
+        paths, expected(folder, ["a red apple", "snow"], 3, plan if planned else None), full, strict=True
+    ):
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
+        assert np.array_equal(np.asarray(image), np.asarray(other)) == (not planned)
+
+
+def test_train_info_generate(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("a red apple\n\nsnow\n")
+    arguments = ["train", *on(folder), "--prompts", str(prompts), "--out", str(out), "--steps", str(STEPS)]
+    arguments += ["--intervals", "3", "5", "--cuts", "0.8", "0.4", "--batch", "2"]
+    assert cli.main(arguments) == 0
+    paths = [out / f"lesa-n{interval}.safetensors" for interval in (3, 5)]
+    assert capsys.readouterr().out.splitlines() == [
+        f"N = 3: {paths[0]}", f"N = 5: {paths[1]}", f"loss curves: {out / 'losses.png'}",
+    ]  # fmt: skip
+    recording = Recording.open(out / "recording")
+    assert recording.prompts == ("a red apple", "snow")
+    assert recording.request == {"height": 32, "width": 32, "max_sequence_length": 12, "num_inference_steps": STEPS}
+    plan = Plan.load(paths[0])
+    assert [(stage.low, stage.window) for stage in plan.stages] == [(0.8, 4), (0.4, 8), (0.0, 8)]
+
+    assert cli.main(["info", str(paths[0])]) == 0
+    told = capsys.readouterr().out
+    for text in (
+        "forecaster   lesa, site hidden",
+        "4 of 8 steps computed: 0 1 4 7",
+        f"FluxTransformer2DModel, configuration {plan.config_hash}",
+        f"{plan.capacity} features a context",
+        "high (window 4, sigma > 0.8), middle (window 8, sigma > 0.4)",
+        "'prompts': 2",
+        f"written by   lesa {lesa.__version__}",
+    ):
+        assert text in told
+    assert cli.main(["generate", *on(folder), "--plan", str(paths[1]), "--out", str(tmp_path / "out"), "snow"]) == 0
+    assert "computed 2, forecast 6" in capsys.readouterr().out
+
+
+def test_info_of_a_plan_that_was_not_saved() -> None:
+    told = cli.describe(plan_of("reuse", (0, 2), (1.0, 0.7, 0.3, 0.0)))
+    assert "forecaster   reuse, site hidden, contexts *" in told
+    assert "2 of 3 steps computed: 0 2" in told
+    assert "sigmas       1 to 0" in told
+    assert "denoiser     any, configuration any" in told
+    assert "(not saved yet)" in told
+    assert "stages" not in told
+
+
+# Mistakes
+
+
+def fails(arguments: list[Any], message: str, out: Path, capsys: Any) -> None:
+    """Exit code 1, one line that says what is wrong, nothing written."""
+    arguments = [str(argument) for argument in arguments]
+    assert cli.main([*arguments, "--out", str(out)] if arguments[0] != "info" else arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = lines(captured.err)
+    assert line.startswith(f"lesa {arguments[0]}: ")
+    assert message in line
+    assert not out.exists()
+
+
+def test_info_of_no_plan(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "plan.safetensors"
+    fails(["info", path], f"plan '{path}' does not exist", tmp_path / "out", capsys)
+    path.write_bytes(b"nonsense")
+    fails(["info", path], "cannot be read", tmp_path / "out", capsys)
+    save_file({"weight": torch.zeros(2, dtype=torch.bfloat16)}, path)
+    fails(["info", path], "not a plan of this library", tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "missing.safetensors"], "'missing.safetensors' does not exist"),
+        (["--steps", 0], "--steps 0: expected at least 1"),
+        (["--steps", -3], "--steps -3: expected at least 1"),
+        (["--pipeline", "no/such/folder"], "no/such/folder"),
+        (["--device", "nonsense"], "nonsense"),
+    ],
+    ids=["plan", "zero", "negative", "pipeline", "device"],
+)
+def test_generate_with_bad_options(
+    folder: Path, tmp_path: Path, capsys: Any, arguments: list[Any], message: str
+) -> None:
+    fails(["generate", *on(folder), *arguments, "snow"], message, tmp_path / "out", capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_device(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    for device in ("cuda", "cuda:1"):
+        arguments = ["generate", *on(folder), "--device", device, "snow"]
+        fails(arguments, f"--device {device}: torch {torch.__version__} finds no CUDA device", tmp_path / "out", capsys)
+
+
+def test_a_folder_without_a_pipeline(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    fails(["generate", "--pipeline", tmp_path / "empty", "snow"], "model_index.json", tmp_path / "out", capsys)
+
+
+def test_plan_that_does_not_fit(folder: Path, plan: Path, tmp_path: Path, capsys: Any) -> None:
+    options = ["generate", *on(folder), "--plan", plan]
+    fails([*options, "--steps", 6, "snow"], "6 denoiser steps but the plan was made for 8", tmp_path / "out", capsys)
+    loaded = Plan.load(plan)
+    Plan(loaded.computed, SIGMAS, loaded.rows, denoiser="WanTransformer3DModel").save(plan)
+    fails([*options, "snow"], "made for WanTransformer3DModel", tmp_path / "out", capsys)
+
+
+def test_option_the_pipeline_does_not_take(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(cli, "_load", lambda _: CASES_BY_NAME["wan"].make())
+    arguments = ["generate", *on(folder), "--true-cfg-scale", 2, "snow"]
+    message = "WanPipeline takes no true_cfg_scale: leave it out"
+    fails(arguments, message, tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--intervals", 3, 9], "interval=9: expected a whole number from 1 to 8"),
+        (["--intervals", 0], "interval=0: expected a whole number from 1 to 8"),
+        (["--steps", 0], "--steps 0: expected at least 1"),
+        (["--cuts", 0.4, 0.8], "high=0.4, middle=0.8: expected 0 < middle < high < 1"),
+        (["--batch", 0], "batch=0: expected a positive number"),
+        (["--prompts", "missing.txt"], "prompt file 'missing.txt' does not exist"),
+    ],
+    ids=["interval", "interval 0", "steps", "cuts", "batch", "prompts"],
+)
+def test_train_with_bad_options(
+    tmp_path: Path, capsys: Any, monkeypatch: Any, arguments: list[Any], message: str
+) -> None:
+    """All are found before a model is loaded."""
+    monkeypatch.setattr(cli, "_load", lambda _: pytest.fail("a model was loaded"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("snow\n")
+    start = ["train", "--prompts", prompts, "--steps", STEPS, "--intervals", 3]
+    fails([*start, *arguments], message, tmp_path / "out", capsys)
+
+
+def test_train_with_an_empty_prompt_file(tmp_path: Path, capsys: Any) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n  \n")
+    fails(["train", "--prompts", prompts], "is empty: write at least one prompt", tmp_path / "out", capsys)
+
+
+def test_train_goes_on_only_with_its_own_folder(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("snow\n")
+    start = ["train", *on(folder), "--prompts", str(prompts), "--out", str(out), "--intervals", "3"]
+    assert cli.main([*start, "--steps", str(STEPS)]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert cli.main([*start, "--steps", "6"]) == 1
+    [line] = lines(capsys.readouterr().err)
+    assert "holds a recording of 8 steps but num_inference_steps=6 was asked for" in line
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_messages_of_several_lines_become_one(capsys: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    def fail(_: Any) -> None:
+        raise RuntimeError("first\n  second\n")
+
+    monkeypatch.setattr(cli, "_load", fail)
+    fails(["generate", "snow"], "lesa generate: first second", tmp_path / "out", capsys)
+
+
+def test_interruption(capsys: Any, monkeypatch: Any) -> None:
+    def interrupt(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", interrupt)
+    assert cli.main(["generate", "snow"]) == 130
+    assert capsys.readouterr().err == "lesa generate: interrupted\n"
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(lesa.PlanError, match="does not exist"):
+        cli.main(["--debug", "info", "missing.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["info"], ["train"], ["generate"], ["generate", "--steps", "x", "snow"]]
+)
+def test_usage(arguments: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: lesa" in capsys.readouterr().err
