@@ -1,10 +1,12 @@
 """Fidelity on emoji-flux: LESA and its ablations against reuse and TaylorSeer on held-out captions.
 
-    python -m benchmarks.fidelity --device cuda --out results --commit $(git rev-parse --short HEAD)
+    python -m benchmarks.fidelity train --device cuda --work fidelity
+    python -m benchmarks.fidelity measure --device cuda --work fidelity --commit $(git rev-parse --short HEAD)
 
-Trains every variant (stages on/off x KAN/MLP, 1 to 100 prompts) in both stages, measures each on 64 captions and noises
-that no predictor was trained on, and writes fidelity.csv and the plans of the full method. Trained predictors and the
-recording are kept in --work, so a run that was stopped goes on.
+`train` records 100 captions and trains every variant (stages on/off x KAN/MLP, 1 to 100 prompts) in both stages, the
+full method first; what it has trained is kept in the work folder, so a run that was stopped (or ran out of --seconds)
+goes on. `measure` runs every plan found there on 64 captions and noises that no predictor was trained on, and writes
+fidelity.csv.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import argparse
 import csv
 import datetime
 import platform
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +24,46 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from lesa import assets, schedule
-from lesa.comparison import Method, compare
-from lesa.demo import methods
+from lesa.comparison import Method, Outcome, compare
+from lesa.demo import FORECASTERS
 from lesa.fitting import plan_of
+from lesa.forecasters import plan_of as closed_form_plan
+from lesa.plan import Plan
 from lesa.predictor import Predictor
 from lesa.recording import Recording, record, replay
 from lesa.routing import ONE_STAGE, PAPER_STAGES
 from lesa.training import TrainingConfig, closed_loop, guided
 
-PROMPTS = (1, 5, 10, 50, 100)
+PROMPTS = (1, 5, 10, 50)
+STEPS = assets.REQUEST["num_inference_steps"]
 COLUMNS = "hardware commit date pipeline site method alpha stages after prompts interval computed psnr psnr_sem ssim"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One cell of the ablations."""
+    """One way to train a predictor.
+
+    Args:
+        alpha: "kan" or "mlp".
+        stages: 3, the paper's, or 1.
+        prompts: how many of the 100 it is trained on.
+    """
 
     alpha: str = "kan"
-    staged: bool = True
+    stages: int = 3
     prompts: int = 100
 
     @property
     def name(self) -> str:
-        """File name of its results."""
-        return f"{self.alpha}-{'stages' if self.staged else 'one'}-{self.prompts}"
-
-    def predictor(self, num_steps: int) -> Predictor:
-        """A fresh predictor."""
-        return Predictor(num_steps, PAPER_STAGES if self.staged else ONE_STAGE, self.alpha)
+        """Start of the names of its files."""
+        return f"{self.alpha}-{self.stages}-{self.prompts}"
 
 
-VARIANTS = [Variant(alpha, staged) for staged in (True, False) for alpha in ("kan", "mlp")]
-VARIANTS += [Variant(prompts=count) for count in PROMPTS if count != 100]
+VARIANTS = [Variant(), Variant("mlp"), Variant(stages=1), Variant("mlp", stages=1)]
+VARIANTS += [Variant(prompts=count) for count in PROMPTS]
 
 
-class Some:
+class First:
     """The first prompts of a recording."""
 
     def __init__(self, recording: Recording, count: int) -> None:
@@ -63,122 +71,133 @@ class Some:
         self.contexts, self.sigmas, self.features = recording.contexts, recording.sigmas, recording.features
 
 
-class Worker:
-    """One process's pipeline, recording and folders."""
+class Trainer:
+    """One process's pipeline and recording.
 
-    def __init__(self, device: str, work: Path) -> None:
-        torch.set_num_threads(2)
-        self.pipe, self.work = assets.load(device), work
+    Args:
+        device: of the pipeline.
+        work: folder of the recording, predictors and plans.
+        deadline: time after which no training is started.
+    """
+
+    def __init__(self, device: str, work: Path, deadline: float) -> None:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        self.pipe, self.work, self.deadline = assets.load(device), work, deadline
         self.recording = Recording.open(work / "recording")
 
     def guided(self, variant: Variant) -> None:
-        """Train the first stage and keep the predictor."""
-        path = self.work / f"{variant.name}-guided.safetensors"
-        if path.is_file():
+        """Train the first stage; keep the predictor and its plans."""
+        path = self.work / f"{variant.name}.safetensors"
+        if path.is_file() or time.time() > self.deadline:
             return
-        predictor = variant.predictor(self.recording.num_steps).to(self.pipe.device)
-        first = min(set(range(50)) - set(schedule.paper(50, 5)))
-        guided({"cond": predictor}, Some(self.recording, variant.prompts), first, TrainingConfig())
+        stages = PAPER_STAGES if variant.stages == 3 else ONE_STAGE
+        predictor = Predictor(STEPS, stages, variant.alpha).to(self.pipe.device)
+        first = min(set(range(STEPS)) - set(schedule.paper(STEPS, min(assets.INTERVALS))))
+        guided({"cond": predictor}, First(self.recording, variant.prompts), first, TrainingConfig())
+        for interval in assets.INTERVALS:
+            self._save(predictor, variant, interval, after=1)
         predictor.save(path)
 
     def closed(self, variant: Variant, interval: int) -> None:
-        """Train the second stage and keep the predictor."""
-        path = self.work / f"{variant.name}-n{interval}.safetensors"
-        if path.is_file():
+        """Train the second stage; keep the plan."""
+        start = self.work / f"{variant.name}.safetensors"
+        if plan_path(self.work, variant, interval, 2).is_file() or not start.is_file() or time.time() > self.deadline:
             return
-        predictor = Predictor.load(self.work / f"{variant.name}-guided.safetensors").to(self.pipe.device)
+        predictor = Predictor.load(start).to(self.pipe.device)
         closed_loop(
             {"cond": predictor},
-            Some(self.recording, variant.prompts),
-            schedule.paper(50, interval),
+            First(self.recording, variant.prompts),
+            schedule.paper(STEPS, interval),
             lambda indices, driver: replay(self.pipe, self.recording, indices, driver),
             TrainingConfig(),
         )
-        predictor.save(path)
+        self._save(predictor, variant, interval, after=2)
 
-    def plan(self, variant: Variant, interval: int, after: int) -> Any:
-        """The plan after training stage 1 or 2."""
-        suffix = "guided" if after == 1 else f"n{interval}"
-        predictor = Predictor.load(self.work / f"{variant.name}-{suffix}.safetensors")
-        figures = {"prompts": variant.prompts, "after_stage": after}
-        return plan_of({"cond": predictor}, self.recording, schedule.paper(50, interval), training=figures)
+    def _save(self, predictor: Predictor, variant: Variant, interval: int, after: int) -> None:
+        figures = {**asdict(variant), "after": after, "interval": interval}
+        plan = plan_of({"cond": predictor}, self.recording, schedule.paper(STEPS, interval), training=figures)
+        plan.save(plan_path(self.work, variant, interval, after))
 
 
-_worker: Worker
+def plan_path(work: Path, variant: Variant, interval: int, after: int) -> Path:
+    """Where the plan of a variant after stage 1 or 2 is kept."""
+    return work / "plans" / f"{variant.name}-n{interval}-after{after}.safetensors"
 
 
-def _start(device: str, work: Path) -> None:
-    global _worker
-    _worker = Worker(device, work)
+_trainer: Trainer
+
+
+def _start(*arguments: Any) -> None:
+    global _trainer
+    torch.set_num_threads(1)
+    _trainer = Trainer(*arguments)
 
 
 def _guided(variant: Variant) -> None:
-    _worker.guided(variant)
+    _trainer.guided(variant)
 
 
 def _closed(task: tuple[Variant, int]) -> None:
-    _worker.closed(*task)
+    _trainer.closed(*task)
 
 
-def main() -> None:
-    """Record, train in parallel processes, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--work", type=Path, default=Path("fidelity-work"))
-    parser.add_argument("--out", type=Path, default=Path("fidelity-out"))
-    parser.add_argument("--commit", required=True, help="of the code that runs, for the results file")
-    parser.add_argument("--processes", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=64, help="held-out captions to measure on")
-    options = parser.parse_args()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
+def train(options: argparse.Namespace) -> None:
+    """Record once, then train the variants in parallel processes."""
+    deadline = time.time() + options.seconds
     pipe = assets.load(options.device)
-    prompts = assets.fitting_prompts()
-    recording = record(pipe, prompts, options.work / "recording", request=assets.REQUEST, batch=50)
-    with multiprocessing.get_context("spawn").Pool(options.processes, _start, (options.device, options.work)) as pool:
-        pool.map(_guided, sorted(VARIANTS, key=lambda v: -v.prompts), chunksize=1)
-        tasks = [(v, n) for v in VARIANTS for n in assets.INTERVALS]
-        pool.map(_closed, sorted(tasks, key=lambda task: -task[0].prompts), chunksize=1)
+    record(pipe, assets.fitting_prompts(), options.work / "recording", request=assets.REQUEST, batch=options.batch)
+    del pipe
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.processes, _start, (options.device, options.work, deadline)) as pool:
+        pool.map(_guided, VARIANTS, chunksize=1)
+        pool.map(_closed, [(v, n) for v in VARIANTS for n in assets.INTERVALS], chunksize=1)
 
-    worker = Worker(options.device, options.work)
-    cells = [(v, n, after) for v in VARIANTS for n in assets.INTERVALS for after in (1, 2)]
-    plans = {cell: worker.plan(*cell) for cell in cells}
-    ours = [(n, plans[Variant(), n, 2]) for n in assets.INTERVALS]
-    chosen = methods(ours) + [Method("lesa", plans[cell], 50, cell[1]) for cell in cells]
-    count = options.prompts
-    outcomes = compare(
-        pipe,
-        chosen,
-        assets.held_out_prompts()[:count],
-        assets.held_out_seeds()[:count],
-        assets.REQUEST,
-        batch=32,
-    )
-    hardware = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor()
-    head = [hardware, options.commit, datetime.date.today().isoformat(), "emoji-flux", recording.site]
-    baselines = len(chosen) - len(cells)
-    described = [None] * baselines + cells
-    options.out.mkdir(parents=True, exist_ok=True)
-    with open(options.out / "fidelity.csv", "w", newline="") as file:
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure every plan in the work folder, and the closed forms on the same schedules."""
+    plans = [Plan.load(path) for path in sorted((options.work / "plans").glob("*.safetensors"))]
+    sigmas = plans[0].sigmas
+    methods = [Method("full", None, STEPS)]
+    for interval in assets.INTERVALS:
+        computed = schedule.paper(STEPS, interval)
+        methods.append(Method("fewer steps", None, len(computed)))
+        methods += [Method(n, closed_form_plan(n, computed, sigmas), STEPS, interval) for n in FORECASTERS]
+    methods += [Method("lesa", plan, STEPS, plan.training["interval"]) for plan in plans]
+    captions, seeds = assets.held_out_prompts()[: options.prompts], assets.held_out_seeds()[: options.prompts]
+    pipe = assets.load(options.device)
+    outcomes = compare(pipe, methods, captions, seeds, assets.REQUEST, batch=options.batch)
+    hardware = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine()
+    head = [hardware, options.commit, datetime.date.today().isoformat(), "emoji-flux", plans[0].site]
+    with open(options.work / "fidelity.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS.split())
-        for outcome, cell in zip(outcomes[1:], described[1:], strict=True):
-            if outcome.method.name == "lesa" and cell is None:
-                continue  # measured again among the cells
-            writer.writerow([*head, *_cells(outcome, cell)])
-    for interval, plan in ours:
-        plan.save(options.out / assets.plan_path(interval).name)
-    print((options.out / "fidelity.csv").read_text())
+        writer.writerows([*head, *_cells(outcome)] for outcome in outcomes[1:])
+    print((options.work / "fidelity.csv").read_text())
 
 
-def _cells(outcome: Any, cell: tuple[Variant, int, int] | None) -> list[Any]:
+def _cells(outcome: Outcome) -> list[Any]:
     method, psnr = outcome.method, outcome.psnr
-    variant = ["", "", "", ""]
-    if cell is not None:
-        variant = [cell[0].alpha, 3 if cell[0].staged else 1, cell[2], cell[0].prompts]
+    training = method.plan.training if method.plan is not None else {}
+    variant = [training.get(name, "") for name in ("alpha", "stages", "after", "prompts")]
     sem = psnr.std(ddof=1) / len(psnr) ** 0.5
     figures = [f"{psnr.mean():.3f}", f"{sem:.3f}", f"{outcome.ssim.mean():.5f}"]
     return [method.name, *variant, method.interval or "", method.computed, *figures]
+
+
+def main() -> None:
+    """Parse the command line and run one of the two commands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("train", "measure"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--work", type=Path, default=Path("fidelity"))
+    parser.add_argument("--batch", type=int, default=32, help="captions in one request, except in training")
+    parser.add_argument("--processes", type=int, default=8, help="of train")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of train: start no training later")
+    parser.add_argument("--prompts", type=int, default=64, help="of measure: held-out captions")
+    parser.add_argument("--commit", default="", help="of measure: of the code that runs")
+    options = parser.parse_args()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    (train if options.command == "train" else measure)(options)
 
 
 if __name__ == "__main__":
