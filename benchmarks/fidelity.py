@@ -3,10 +3,10 @@
     python -m benchmarks.fidelity train --device cuda --work fidelity
     python -m benchmarks.fidelity measure --device cuda --work fidelity --commit $(git rev-parse --short HEAD)
 
-`train` records 100 captions and trains every variant (stages on/off x KAN/MLP, 1 to 100 prompts) in both stages, the
-full method first; what it has trained is kept in the work folder, so a run that was stopped (or ran out of --seconds)
-goes on. `measure` runs every plan found there on 64 captions and noises that no predictor was trained on, and writes
-fidelity.csv.
+`train` records 100 captions, trains every variant (stages on/off x KAN/MLP, 1 to 100 prompts) in both stages and
+calibrates it, the full method first; what it has made is kept in the work folder, so a run that was stopped (or ran out
+of --seconds) goes on. `measure` runs every plan found there on 64 captions and noises that nothing was fitted to, and
+writes fidelity.csv; its column "after" says what the plan has behind it: stage 1, stage 2, or calibration (3).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import csv
 import datetime
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import torch.multiprocessing as multiprocessing
 from lesa import assets, schedule
 from lesa.comparison import Method, Outcome, compare
 from lesa.demo import FORECASTERS
-from lesa.fitting import plan_of
+from lesa.fitting import FinalError, calibrated_gains, plan_of
 from lesa.forecasters import plan_of as closed_form_plan
 from lesa.plan import Plan
 from lesa.predictor import Predictor
@@ -35,6 +37,7 @@ from lesa.routing import ONE_STAGE, PAPER_STAGES
 from lesa.training import TrainingConfig, closed_loop, guided
 
 PROMPTS = (1, 5, 10, 50)
+CALIBRATION = 16
 STEPS = assets.REQUEST["num_inference_steps"]
 COLUMNS = "hardware commit date pipeline site method alpha stages after prompts interval computed psnr psnr_sem ssim"
 
@@ -99,7 +102,7 @@ class Trainer:
         predictor.save(path)
 
     def closed(self, variant: Variant, interval: int) -> None:
-        """Train the second stage; keep the plan."""
+        """Train the second stage and calibrate; keep both plans."""
         start = self.work / f"{variant.name}.safetensors"
         if plan_path(self.work, variant, interval, 2).is_file() or not start.is_file() or time.time() > self.deadline:
             return
@@ -112,15 +115,26 @@ class Trainer:
             TrainingConfig(),
         )
         self._save(predictor, variant, interval, after=2)
+        computed = schedule.paper(STEPS, interval)
+        gains = calibrated_gains({"cond": predictor}, self.recording, computed, self.final_error)
+        self._save(predictor, variant, interval, after=3, gains=gains)
 
-    def _save(self, predictor: Predictor, variant: Variant, interval: int, after: int) -> None:
+    @cached_property
+    def final_error(self) -> FinalError:
+        """Measures a plan on 16 of the fitting prompts."""
+        return FinalError(self.pipe, self.recording, CALIBRATION, batch=CALIBRATION)
+
+    def _save(
+        self, predictor: Predictor, variant: Variant, interval: int, after: int, gains: Sequence[float] | None = None
+    ) -> None:
         figures = {**asdict(variant), "after": after, "interval": interval}
-        plan = plan_of({"cond": predictor}, self.recording, schedule.paper(STEPS, interval), training=figures)
+        computed = schedule.paper(STEPS, interval)
+        plan = plan_of({"cond": predictor}, self.recording, computed, gains, training=figures)
         plan.save(plan_path(self.work, variant, interval, after))
 
 
 def plan_path(work: Path, variant: Variant, interval: int, after: int) -> Path:
-    """Where the plan of a variant after stage 1 or 2 is kept."""
+    """Where the plan of a variant is kept: after stage 1, after stage 2, or calibrated (3)."""
     return work / "plans" / f"{variant.name}-n{interval}-after{after}.safetensors"
 
 

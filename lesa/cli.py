@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--cuts", type=float, nargs=2, default=[0.9, 0.5], help="sigmas between the stages")
     train.add_argument("--batch", type=int, default=1, help="prompts in one request (default: %(default)s)")
     train.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
+    train.add_argument("--no-calibration", action="store_true", help="stop after the paper's two stages")
     train.set_defaults(command=_train)
 
     generate = commands.add_parser("generate", help="make pictures, with or without a plan")
@@ -135,6 +136,7 @@ def _train(options: argparse.Namespace) -> int:
         site=options.site,
         config=config,
         predictor={"stages": stages},
+        calibration=0 if options.no_calibration else 16,
     )
     for interval, path in plans.items():
         print(f"N = {interval}: {path}")

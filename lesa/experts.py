@@ -146,12 +146,17 @@ class Mlp(nn.Module):
 class Expert(nn.Module):
     """The forecaster of one stage: F^_t = F_{t-1} + alpha(dt) (W [F_{t-K}, ..., F_{t-1}] + b)  (Eq. 4 to 7).
 
+    `projection` holds W in other coordinates: it reads the differences F_{t-1} - F_{t-K}, ..., F_{t-1} - F_{t-2} and
+    F_{t-1} itself. The functions are the same K weights and bias; but AdamW, which moves every coordinate at one pace,
+    would spend the recipe's short way on the features' common level, in which the differences that matter drown.
+
     Args:
         window: K, number of earlier features read.
         net: maps the offsets [T + 1] to the scalar alpha.
         projection_init: how W starts; b starts at 0. "difference": newest minus previous feature;
-            "span": newest minus oldest of the window over K - 1, the mean slope; both need K >= 2, and with
-            alpha near 1 both extrapolate linearly. "uniform": torch's default for Linear, b too.
+            "span": newest minus oldest of the window over K - 1, the mean slope; both need K >= 2.
+            "uniform": torch's default for Linear, b too.
+        scale: "difference" and "span" are divided by it, so that alpha = scale extrapolates linearly.
         generator: CPU generator for "uniform"; None draws from torch's global one.
     """
 
@@ -162,6 +167,7 @@ class Expert(nn.Module):
         window: int,
         net: nn.Module,
         projection_init: str = "span",
+        scale: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -175,15 +181,23 @@ class Expert(nn.Module):
         self.window = window
         self.net = net
         self.projection = skip_init(nn.Linear, window, 1)
-        if projection_init == "uniform":
-            _init_linear(self.projection, generator)
-            return
-        oldest = 0 if projection_init == "span" else window - 2
-        slope = 1 / (window - 1 - oldest)
+        _init_linear(self.projection, generator)
         with torch.no_grad():
-            self.projection.weight.zero_()
-            self.projection.bias.zero_()
-            self.projection.weight[0, [oldest, window - 1]] = torch.tensor([-slope, slope])
+            weights = self.projection.weight[0].clone()
+            if projection_init != "uniform":
+                oldest = 0 if projection_init == "span" else window - 2
+                slope = 1 / (window - 1 - oldest) / scale
+                weights = torch.zeros(window)
+                weights[oldest], weights[-1] = -slope, slope
+                self.projection.bias.zero_()
+            self.projection.weight[0, :-1] = -weights[:-1]
+            self.projection.weight[0, -1] = weights.sum()
+
+    @property
+    def weights(self) -> Tensor:
+        """W of Eq. 4: [K], one weight a feature of the window, oldest first."""
+        stored = self.projection.weight[0]
+        return torch.cat([-stored[:-1], stored.sum().unsqueeze(0)])
 
     def forward(self, history: Tensor, dt: Tensor) -> Tensor:
         """Forecast the next feature.
@@ -195,7 +209,7 @@ class Expert(nn.Module):
         Returns:
             [...], in the wider of the dtypes of `history` and the parameters.
         """
-        weight, bias = self.projection.weight[0], self.projection.bias[0]
+        weight, bias = self.weights, self.projection.bias[0]
         history = history.to(torch.promote_types(history.dtype, weight.dtype))
         z = torch.tensordot(weight.to(history.dtype), history, dims=1) + bias
         return history[-1] + self.net(dt) * z

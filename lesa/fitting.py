@@ -1,4 +1,4 @@
-"""From prompts to plans: record, train both stages, write one plan for each interval."""
+"""From prompts to plans: record, train both stages, calibrate, write one plan for each interval."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm.auto import tqdm
+
 from . import schedule
+from .calibration import calibrate
 from .plan import Plan, replace_file
 from .predictor import Predictor
 from .recording import Recording, record, replay
 from .report import loss_curves
+from .requests import run
+from .runner import PlanRunner
 from .training import Losses, TrainingConfig, closed_loop, guided
 
 
@@ -27,6 +33,7 @@ def train(
     site: str = "hidden",
     config: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
     predictor: Mapping[str, Any] | None = None,
+    calibration: int = 16,
 ) -> dict[int, Path]:
     """Record a pipeline and train the paper's predictor for each interval; a killed run goes on where it stopped.
 
@@ -39,6 +46,8 @@ def train(
         site: "hidden" or "output".
         config: the recipe.
         predictor: further arguments of `Predictor`, e.g. {"stages": ..., "alpha": "mlp"}.
+        calibration: how many of the prompts the gains are chosen on, see `lesa.calibration`; 0 stops where the
+            paper does.
 
     Returns:
         The path of the plan for each interval.
@@ -64,12 +73,16 @@ def train(
         )
         for context, trained in predictors.items():
             trained.save(folder / f"predictor-n{interval}-{context}.safetensors")
+        gains = None
+        if calibration:
+            measure = FinalError(pipe, recording, calibration, config.batch)
+            gains = calibrated_gains(predictors, recording, computed, measure)
         figures = {
             "prompts": len(prompts),
             "config": asdict(config),
             "final_loss": _final(losses["guided"], losses[name]),
         }
-        plan = plan_of(predictors, recording, computed, training=figures)
+        plan = plan_of(predictors, recording, computed, gains, training=figures)
         plans[interval] = plan.save(folder / f"lesa-n{interval}.safetensors")
     replace_file(folder / "losses.json", json.dumps(losses).encode())
     curves = {f"{phase} ({context})": values for phase, by in losses.items() for context, values in by.items()}
@@ -78,14 +91,68 @@ def train(
 
 
 def plan_of(
-    predictors: Mapping[str, Predictor], recording: Recording, computed: Sequence[int], **provenance: Any
+    predictors: Mapping[str, Predictor],
+    recording: Recording,
+    computed: Sequence[int],
+    gains: Sequence[float] | None = None,
+    **provenance: Any,
 ) -> Plan:
     """The plan of trained predictors, one a context, on one schedule of a recording's requests."""
     plans = {
-        context: predictor.to_plan(computed, recording.sigmas, **recording.provenance, **provenance)
+        context: predictor.to_plan(computed, recording.sigmas, gains, **recording.provenance, **provenance)
         for context, predictor in predictors.items()
     }
     return next(iter(plans.values())) if len(plans) == 1 else Plan.join(plans)
+
+
+class FinalError:
+    """Measures a plan by the final latents of recorded requests.
+
+    Args:
+        pipe: the recorded pipeline.
+        recording: its requests.
+        count: how many of them are run, at most all.
+        batch: prompts in one pipeline call.
+    """
+
+    def __init__(self, pipe: Any, recording: Recording, count: int, batch: int = 1) -> None:
+        self._pipe, self._recording = pipe, recording
+        indices = range(min(count, len(recording.prompts)))
+        self._batches = [indices[i : i + batch] for i in range(0, len(indices), batch)]
+        self._full = [self._latents(part, None) for part in self._batches]
+
+    def __call__(self, plan: Plan) -> float:
+        """Mean over requests of the squared error of the final latents, in dB; lower is better."""
+        decibels: list[float] = []
+        for part, full in zip(self._batches, self._full, strict=True):
+            squared = (self._latents(part, PlanRunner(plan)) - full).square().flatten(1).mean(1)
+            decibels += (10 * squared.clamp_min(1e-20).log10()).tolist()
+        return sum(decibels) / len(decibels)
+
+    def _latents(self, indices: Sequence[int], driver: PlanRunner | None) -> torch.Tensor:
+        recording = self._recording
+        prompts, seeds = [recording.prompts[i] for i in indices], [recording.seeds[i] for i in indices]
+        output = run(self._pipe, prompts, seeds, recording.request, driver, recording.site, return_dict=False)
+        return output[0].double().cpu()
+
+
+def calibrated_gains(
+    predictors: Mapping[str, Predictor],
+    recording: Recording,
+    computed: Sequence[int],
+    measure: FinalError,
+) -> tuple[float, ...]:
+    """The gains of `lesa.calibration` for trained predictors on one schedule."""
+    stages = next(iter(predictors.values())).stages
+    with tqdm(desc="calibrate", unit="plan") as bar:
+
+        def error(gains: tuple[float, ...]) -> float:
+            value = measure(plan_of(predictors, recording, computed, gains))
+            bar.update()
+            bar.set_postfix_str(f"gains {gains}: {value:.2f} dB")
+            return value
+
+        return calibrate(stages, error)
 
 
 def _final(guided_losses: Losses, closed_losses: Losses) -> dict[str, dict[str, float]]:

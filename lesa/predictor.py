@@ -37,8 +37,9 @@ class Predictor(nn.Module):
         depth: number of its hidden layers.
         grid, order, grid_range: spline grid of the KAN, see `Kan`.
         projection_init: how W starts, see `Expert`.
-        alpha_init: the value alpha starts near at every step; with 1 an untrained
-            predictor extrapolates linearly, with 0 it reuses the last feature.
+        alpha_init: the value alpha starts near at every step. W starts at a slope divided by it, so an untrained
+            predictor extrapolates linearly; 0 leaves the slope as it is and reuses the last feature. The recipe moves
+            each parameter by 0.1 at most: the larger alpha is, the farther that carries W.
         seed: of the initial parameters; torch's global generators are left alone.
 
     Raises:
@@ -58,7 +59,7 @@ class Predictor(nn.Module):
         order: int = 3,
         grid_range: tuple[float, float] = (-3.0, 3.0),
         projection_init: str = "span",
-        alpha_init: float = 1.0,
+        alpha_init: float = 8.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class Predictor(nn.Module):
                 net = Kan(widths, grid, order, grid_range, alpha_init, generator)
             else:
                 net = Mlp(widths, alpha_init, generator)
-            self.experts.append(Expert(stage.window, net, projection_init, generator))
+            self.experts.append(Expert(stage.window, net, projection_init, alpha_init or 1.0, generator))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Predictor:
@@ -167,7 +168,13 @@ class Predictor(nn.Module):
         return expert(torch.stack(recent), self.offsets(step, levels))
 
     @torch.no_grad()
-    def to_plan(self, computed: Iterable[int], sigmas: Sequence[float], **provenance: Any) -> Plan:
+    def to_plan(
+        self,
+        computed: Iterable[int],
+        sigmas: Sequence[float],
+        gains: Sequence[float] | None = None,
+        **provenance: Any,
+    ) -> Plan:
         """The exact table of this predictor on one schedule, evaluated in float64.
 
         alpha reads the schedule alone, so at every forecast step Eq. 4 to 7 are a row of at most K
@@ -176,6 +183,7 @@ class Predictor(nn.Module):
         Args:
             computed: computed steps, ascending, 0 among them.
             sigmas: T + 1 noise levels, the final 0 included.
+            gains: factor on alpha for each stage, see `lesa.calibration`; None leaves alpha as it was learned.
             provenance: further fields of `Plan`, e.g. `site`, `denoiser`; figures in `training` are kept
                 beside the alphas.
 
@@ -188,13 +196,16 @@ class Predictor(nn.Module):
         exact = copy.deepcopy(self).to("cpu", torch.float64)
         levels = exact._levels(0, sigmas)
         steps = check(computed, self.num_steps)
+        factors = tuple(gains) if gains is not None else (1.0,) * len(self.stages)
+        if len(factors) != len(self.stages):
+            raise ValueError(f"gains={factors}: expected {len(self.stages)}, one for each stage")
         rows: dict[int, Row] = {}
         alphas: list[float | None] = [None] * self.num_steps
         for step in sorted(set(range(self.num_steps)) - set(steps)):
-            alpha = exact.alpha(step, levels).item()
-            rows[step] = _row(exact.expert(levels[step]).projection, alpha, step)
+            alpha = exact.alpha(step, levels).item() * factors[stage_of(levels[step], self.stages)]
+            rows[step] = _row(exact.expert(levels[step]), alpha, step)
             alphas[step] = alpha
-        training = {"alphas": {ANY_CONTEXT: alphas}, **provenance.pop("training", {})}
+        training = {"alphas": {ANY_CONTEXT: alphas}, "gains": list(factors), **provenance.pop("training", {})}
         fields = {"forecaster": "lesa", "stages": self.stages, **provenance}
         return Plan(steps, tuple(levels), {ANY_CONTEXT: rows}, training=training, **fields)
 
@@ -246,12 +257,11 @@ class Predictor(nn.Module):
         return levels
 
 
-def _row(projection: nn.Linear, alpha: float, step: int) -> Row:
+def _row(expert: Expert, alpha: float, step: int) -> Row:
     """Eq. 4 to 7 as one row; reads before step 0 fall on step 0, as the repeated oldest feature does."""
     weights: dict[int, float] = {}
-    window = projection.in_features
-    for k, weight in enumerate(projection.weight[0].tolist()):
-        read = max(0, step - window + k)
+    for k, weight in enumerate(expert.weights.tolist()):
+        read = max(0, step - expert.window + k)
         weights[read] = weights.get(read, 0.0) + alpha * weight
     weights[step - 1] += 1.0
-    return Row(tuple(weights), tuple(weights.values()), alpha * projection.bias.item())
+    return Row(tuple(weights), tuple(weights.values()), alpha * expert.projection.bias.item())

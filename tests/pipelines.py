@@ -75,9 +75,7 @@ class WordTokenizer:
     ) -> BatchEncoding:
         texts = [text] if isinstance(text, str) else text
         limit = max_length or self.model_max_length
-        rows = [
-            [1 + zlib.crc32(w.encode()) % (VOCABULARY - 2) for w in t.split()][: limit - 1] for t in texts
-        ]
+        rows = [[1 + zlib.crc32(w.encode()) % (VOCABULARY - 2) for w in t.split()][: limit - 1] for t in texts]
         rows = [[*row, VOCABULARY - 1] for row in rows]
         width = limit if padding == "max_length" else max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
@@ -305,9 +303,7 @@ def wan() -> WanPipeline:
         base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scale_factor_spatial=2, scale_factor_temporal=2,
     )  # fmt: skip
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return _quiet(WanPipeline(WordTokenizer(), _random(encoder), vae, scheduler, _random(transformer)))
 
 
@@ -367,9 +363,7 @@ def dit() -> DiTPipeline:
     )
     vae = _image_vae()
     with torch.no_grad():
-        vae.decoder.conv_out.weight.mul_(
-            0.1
-        )  # keep images inside (0, 1): a clamped pixel would hide differences
+        vae.decoder.conv_out.weight.mul_(0.1)  # keep images inside (0, 1): a clamped pixel would hide differences
     scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, num_train_timesteps=1000)
     return _quiet(DiTPipeline(_random(transformer), vae, scheduler))
 

@@ -41,9 +41,7 @@ WAN = CASES_BY_NAME["wan"]
 CASE_SITES = [pytest.param(case, site, id=f"{case.name}-{site}") for case in CASES for site in case.sites]
 ON_CASES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 ON_CASE_SITES = pytest.mark.parametrize(("case", "site"), CASE_SITES)
-ON_GUIDED = pytest.mark.parametrize(
-    "case", [case for case in CASES if case.negative], ids=lambda case: case.name
-)
+ON_GUIDED = pytest.mark.parametrize("case", [case for case in CASES if case.negative], ids=lambda case: case.name)
 ERRORS = pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 
 
@@ -126,9 +124,7 @@ def tail_of(case: Case, pipe: Any) -> nn.Module:
     return getattr(case.denoiser(pipe), case.blocks[-1])[-1]
 
 
-def by_oracle(
-    case: Case, plan: Plan, pipe: Any = None, guidance: bool | None = None, **request: Any
-) -> Tensor:
+def by_oracle(case: Case, plan: Plan, pipe: Any = None, guidance: bool | None = None, **request: Any) -> Tensor:
     """The output a request must have under `plan`, on a fresh pipeline unless one is given."""
     pipe = pipe or case.make()
     hidden = plan.site == "hidden"
@@ -285,9 +281,7 @@ def test_forecast_steps_skip_the_blocks(case: Case, site: str, kind: str) -> Non
     plan = plan_for(case, kind, site)
     pipe = enabled(case, plan)
     denoiser = case.denoiser(pipe)
-    entry = next(
-        module for module in denoiser.modules() if not list(module.children()) and module is not denoiser
-    )
+    entry = next(module for module in denoiser.modules() if not list(module.children()) and module is not denoiser)
     branches = len(contexts_of(case))
     with counted([*case.probes(pipe), entry]) as counts:
         output = case.call(pipe)
@@ -305,9 +299,7 @@ def test_plans_of_published_rules_run(case: Case) -> None:
         pipe = enabled(case, plan)
         output = case.call(pipe)
         # The weights are no powers of two here: the order of the sum moves the last bits.
-        torch.testing.assert_close(
-            output, by_oracle(case, plan), rtol=1e-3, atol=1e-3 * output.abs().max().item()
-        )
+        torch.testing.assert_close(output, by_oracle(case, plan), rtol=1e-3, atol=1e-3 * output.abs().max().item())
         assert stats_of(pipe) == expected_stats(case, plan)
 
 
@@ -532,9 +524,7 @@ def test_guidance_switched_off_within_a_request() -> None:
     def cut(pipe: Any, step: int, _: Any, kwargs: dict) -> dict:
         if step == 2:
             pipe._guidance_scale = 0.0
-            kwargs = {
-                name: value.chunk(2)[-1] if name != "latents" else value for name, value in kwargs.items()
-            }
+            kwargs = {name: value.chunk(2)[-1] if name != "latents" else value for name, value in kwargs.items()}
         return kwargs
 
     names = ["latents", "prompt_embeds", "add_text_embeds", "add_time_ids"]
@@ -545,9 +535,7 @@ def test_guidance_switched_off_within_a_request() -> None:
     with warned("shape"):
         output = SDXL.call(pipe, **request)
     without = {step: row for step, row in plan.rows_of("*").items() if step != 3}
-    assert_same(
-        output, by_oracle(SDXL, replace(plan, computed=(0, 1, 3, 4, 7), rows={"*": without}), **request)
-    )
+    assert_same(output, by_oracle(SDXL, replace(plan, computed=(0, 1, 3, 4, 7), rows={"*": without}), **request))
     assert stats_of(pipe) == (1, 4, 3, 1)
     assert_same(SDXL.call(pipe), expected(SDXL, "reuse", "output"))
 
@@ -745,9 +733,7 @@ def euler_loop(
                 velocities.append(
                     model(sample, timestep=levels[step : step + 1], **loop_inputs(model, seed + 10 * i))[0]
                 )
-        velocity = (
-            velocities[0] if len(velocities) == 1 else velocities[1] + 2 * (velocities[0] - velocities[1])
-        )
+        velocity = velocities[0] if len(velocities) == 1 else velocities[1] + 2 * (velocities[0] - velocities[1])
         sample = sample + (levels[step + 1] - levels[step]) * velocity
     return sample
 
@@ -809,9 +795,7 @@ def test_own_loop_left_by_an_error_between_two_contexts() -> None:
     Interruption(FLUX.probes(pipe)[0], RuntimeError, call=4)  # step 1, "uncond"
     with pytest.raises(RuntimeError, match="interruption"):
         euler_loop(pipe.transformer, contexts=contexts)
-    assert_same(
-        euler_loop(pipe.transformer, seed=1, contexts=contexts), loop_by_oracle(plan, contexts, seed=1)
-    )
+    assert_same(euler_loop(pipe.transformer, seed=1, contexts=contexts), loop_by_oracle(plan, contexts, seed=1))
 
 
 @pytest.mark.parametrize("steps", [6, 12])
@@ -1020,9 +1004,7 @@ def test_cache_of_diffusers_is_not_disturbed() -> None:
 
     pipe = QWEN.make()
     reader = Reader()
-    HookRegistry.check_if_exists_or_initialize(pipe.transformer.transformer_blocks[0]).register_hook(
-        reader, "reader"
-    )
+    HookRegistry.check_if_exists_or_initialize(pipe.transformer.transformer_blocks[0]).register_hook(reader, "reader")
     lesa.enable(pipe, plan_for(QWEN, "all", "hidden"))
     assert_same(QWEN.call(pipe), untouched(QWEN))
     lesa.disable(pipe)

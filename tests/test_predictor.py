@@ -98,13 +98,13 @@ def test_hidden_values_of_the_kan_fill_the_grid_and_move_with_the_step():
 )
 def test_projection_starts_as_a_difference(init, expected):
     expert = Expert(5, Mlp([3, 4]), init)
-    assert expert.projection.weight.tolist() == [expected]
+    assert expert.weights.tolist() == expected
     assert expert.projection.bias.tolist() == [0.0]
 
 
 def test_uniform_projection_is_torchs_default():
     expert = Expert(4, Mlp([3, 4]), "uniform", torch.Generator().manual_seed(5))
-    values = torch.cat([expert.projection.weight[0], expert.projection.bias])
+    values = torch.cat([expert.weights, expert.projection.bias])
     assert values.abs().max() <= 0.5 and values.unique().numel() == 5
     Expert(1, Mlp([3, 4]), "uniform")
 
@@ -126,7 +126,7 @@ def test_expert_is_equations_four_to_seven():
     dt = torch.tensor([sigmas[step] - sigma for sigma in sigmas], dtype=torch.float64)
     expert = predictor.expert(sigmas[step])
     torch.testing.assert_close(predictor.offsets(step, sigmas), dt, rtol=0, atol=0)
-    weight, bias = expert.projection.weight[0].tolist(), expert.projection.bias.item()
+    weight, bias = expert.weights.tolist(), expert.projection.bias.item()
     z = sum(w * f for w, f in zip(weight, history, strict=True)) + bias
     expected = history[-1] + expert.net(dt) * z
     torch.testing.assert_close(expert(history, dt), expected, rtol=1e-13, atol=1e-13)
@@ -198,7 +198,7 @@ def test_plan_rows_read_the_window_and_fold_repeats():
     assert rows[2].steps == (0, 1) and rows[4].steps == (0, 1, 2, 3)
     assert rows[19].steps == tuple(range(11, 19))
     alpha = predictor.alpha(2, levels(20)).item()
-    *oldest, newest = predictor.experts[0].projection.weight[0].tolist()
+    *oldest, newest = predictor.experts[0].weights.tolist()
     assert rows[2].weights == pytest.approx((alpha * sum(oldest), 1 + alpha * newest), rel=1e-12)
     assert rows[2].bias == pytest.approx(alpha * predictor.experts[0].projection.bias.item(), rel=1e-15)
 
