@@ -151,17 +151,20 @@ def _generate(options: argparse.Namespace) -> int:
     plan = Plan.load(options.plan) if options.plan else None
     steps = options.steps if options.steps is not None else plan.num_steps if plan else 50
     request = _request(options, steps)
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {str(options.out)!r} is a file: give a folder")
     pipe = _load(options)
     if plan:
         api.enable(pipe, plan)
     pipe.set_progress_bar_config(disable=False)
     seeds = range(options.seed, options.seed + len(options.prompt))
-    output = run(pipe, options.prompt, list(seeds), request, output_type="pil")
+    results = run(pipe, options.prompt, list(seeds), request, output_type="pil", return_dict=False)[0]
     options.out.mkdir(parents=True, exist_ok=True)
-    for prompt, seed, image in zip(options.prompt, seeds, output.images, strict=True):
+    for prompt, seed, result in zip(options.prompt, seeds, results, strict=True):
         name = "".join(c if c.isalnum() else "-" for c in prompt)[:60]
-        path = options.out / f"{name}-{seed}.png"
-        image.save(path)
+        frames = result if isinstance(result, list) else [result]
+        path = options.out / f"{name}-{seed}.{'png' if len(frames) == 1 else 'gif'}"
+        frames[0].save(path, **({"save_all": True, "append_images": frames[1:]} if len(frames) > 1 else {}))
         print(path)
     if plan:
         print(api.stats(pipe))

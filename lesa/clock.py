@@ -71,6 +71,7 @@ class Clock:
         """Forget the request under way: the next call starts a new one."""
         self._request: Request | None = None
         self._timesteps: Any = None
+        self._begin = 0
         self._counts: dict[str, int] = defaultdict(int)
         self._last: dict[str, float] = {}
 
@@ -84,7 +85,7 @@ class Clock:
         if scheduler is None:
             name, step, starts = self._tick_bare(context or UNNAMED, timestep)
         else:
-            name, step, starts = self._tick_scheduler(context or UNNAMED, scheduler)
+            name, step, starts = self._tick_scheduler(context or UNNAMED, scheduler, timestep)
         assert self._request is not None
         return Call(name, step, timestep, sample, self._request, starts)
 
@@ -104,13 +105,13 @@ class Clock:
         self._counts[context] += 1
         return context, step, starts
 
-    def _tick_scheduler(self, context: str, scheduler: Any) -> tuple[str, int, bool]:
+    def _tick_scheduler(self, context: str, scheduler: Any, timestep: Any) -> tuple[str, int, bool]:
         starts = self._request is None or scheduler.timesteps is not self._timesteps
-        begin = getattr(scheduler, "begin_index", None) or 0
         if starts:
             self.abort()
             self._timesteps = scheduler.timesteps
-            sigmas = sigmas_of(scheduler)[begin:]
+            self._begin = _begin(scheduler, timestep)
+            sigmas = sigmas_of(scheduler)[self._begin :]
             self._request = Request(len(sigmas) - 1, sigmas)
         assert self._request is not None and self._request.num_steps is not None
         if not hasattr(scheduler, "step_index"):
@@ -124,7 +125,7 @@ class Clock:
                 )
             return context, step, starts
         # None until the first update of the request.
-        step = max((scheduler.step_index or begin) - begin, 0)
+        step = max((scheduler.step_index or self._begin) - self._begin, 0)
         return self._branch(context, step), step, starts
 
     def _branch(self, context: str, step: int) -> str:
@@ -138,6 +139,15 @@ class Clock:
             f"the denoiser was called more than {_MOST_CALLS_A_STEP} times at step {step} of its pipeline's "
             "scheduler: it is used outside the pipeline it was enabled on; enable it on the one that runs"
         )
+
+
+def _begin(scheduler: Any, timestep: Any) -> int:
+    """The index of the request's first step: not 0 in image-to-image, which leaves out the noisiest steps."""
+    if hasattr(scheduler, "begin_index"):
+        return scheduler.begin_index or 0
+    now = float(torch.as_tensor(timestep).max())
+    found = (torch.as_tensor(scheduler.timesteps).double().cpu() == now).nonzero().flatten()
+    return int(found[0]) if len(found) else 0
 
 
 def sigmas_of(scheduler: Any) -> tuple[float, ...]:

@@ -73,17 +73,20 @@ def train(
         )
         for context, trained in predictors.items():
             trained.save(folder / f"predictor-n{interval}-{context}.safetensors")
+        path = plans[interval] = folder / f"lesa-n{interval}.safetensors"
+        figures = {
+            "prompts": len(prompts),
+            "calibration": calibration,
+            "config": asdict(config),
+            "final_loss": _final(losses["guided"], losses[name]),
+        }
+        if path.is_file() and figures.items() <= Plan.load(path).training.items():
+            continue
         gains = None
         if calibration:
             measure = FinalError(pipe, recording, calibration, config.batch)
             gains = calibrated_gains(predictors, recording, computed, measure)
-        figures = {
-            "prompts": len(prompts),
-            "config": asdict(config),
-            "final_loss": _final(losses["guided"], losses[name]),
-        }
-        plan = plan_of(predictors, recording, computed, gains, training=figures)
-        plans[interval] = plan.save(folder / f"lesa-n{interval}.safetensors")
+        plan_of(predictors, recording, computed, gains, training=figures).save(path)
     replace_file(folder / "losses.json", json.dumps(losses).encode())
     curves = {f"{phase} ({context})": values for phase, by in losses.items() for context, values in by.items()}
     loss_curves(folder / "losses.png", {title: values for title, values in curves.items() if values})

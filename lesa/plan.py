@@ -234,18 +234,25 @@ class Plan:
     def join(cls, plans: Mapping[str, Plan]) -> Plan:
         """One plan out of plans for single contexts, e.g. {"cond": ..., "uncond": ...}.
 
+        The figures of training are the first plan's, but for the alphas, which are kept for each context.
+
         Raises:
-            PlanError: the plans differ in schedule, sigmas or site.
+            PlanError: the plans differ in anything but rows and training.
         """
         if not plans:
             raise PlanError("plans is empty: give at least one plan")
         first = next(iter(plans.values()))
         for context, plan in plans.items():
-            for name in ("computed", "sigmas", "site"):
+            for name in ("computed", "sigmas", "site", "timesteps", "denoiser", "config_hash", "stages"):
                 if getattr(plan, name) != getattr(first, name):
-                    raise PlanError(f"plans differ in {name} at context {context!r}: join plans of one schedule")
+                    raise PlanError(
+                        f"plans differ in {name} at context {context!r}: join plans of one schedule and model"
+                    )
         rows = {context: plan.rows_of(context) for context, plan in plans.items()}
-        return replace(first, rows=rows, training={context: dict(p.training) for context, p in plans.items()})
+        training = dict(first.training)
+        if all("alphas" in plan.training for plan in plans.values()):
+            training["alphas"] = {c: next(iter(plan.training["alphas"].values())) for c, plan in plans.items()}
+        return replace(first, rows=rows, training=training)
 
     def _check_schedule(self) -> None:
         total = self.num_steps

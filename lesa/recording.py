@@ -169,6 +169,12 @@ def record(
         raise ValueError("prompts is empty: give at least one prompt")
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed a prompt")
+    try:
+        json.dumps(dict(request))
+    except TypeError as error:
+        raise ValueError(
+            f"request={dict(request)!r:.200} cannot be kept as JSON ({error}): give plain values"
+        ) from error
     folder = Path(folder)
     wanted: dict[str, Any] = {
         "prompts": tuple(prompts),

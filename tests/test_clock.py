@@ -244,10 +244,21 @@ def test_ddim_called_more_often_than_it_has_steps() -> None:
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(3)
     clock = Clock(lambda: scheduler)
-    for _ in range(3):
-        clock.tick(None, None, SAMPLE)
+    for timestep in scheduler.timesteps:
+        clock.tick(None, timestep, SAMPLE)
     with pytest.raises(PlanError, match="4 times in context 'default' of a request of 3 steps.*cache_context"):
-        clock.tick(None, None, SAMPLE)
+        clock.tick(None, scheduler.timesteps[-1], SAMPLE)
+
+
+def test_ddim_image_to_image_starts_late() -> None:
+    """DDIM keeps no begin_index: the first timestep tells how many steps were left out."""
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(8)
+    clock = Clock(lambda: scheduler)
+    calls = [clock.tick(None, timestep, SAMPLE) for timestep in scheduler.timesteps[3:]]
+    assert [call.step for call in calls] == [0, 1, 2, 3, 4]
+    assert calls[0].request.num_steps == 5
+    assert calls[0].request.sigmas == sigmas_of(scheduler)[3:]
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

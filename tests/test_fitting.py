@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ import lesa
 from lesa import fitting
 from lesa.clock import Call, Request, sigmas_of
 from lesa.denoisers import config_hash
-from lesa.fitting import plan_of, train
+from lesa.fitting import FinalError, plan_of, train
 from lesa.plan import Plan
 from lesa.predictor import Predictor
 from lesa.recording import Recording, RecordingError, replay
@@ -51,7 +52,13 @@ def request_of(case: Case) -> dict[str, Any]:
 
 def trained(case: Case, folder: Path, site: str = "hidden", **more: Any) -> tuple[Any, dict[int, Path]]:
     pipe = case.make()
-    options: dict[str, Any] = {"intervals": INTERVALS, "config": CONFIG, "predictor": PREDICTOR, **more}
+    options: dict[str, Any] = {
+        "intervals": INTERVALS,
+        "config": CONFIG,
+        "predictor": PREDICTOR,
+        "calibration": 0,
+        **more,
+    }
     return pipe, train(pipe, PROMPTS[:2], folder, request=request_of(case), site=site, **options)
 
 
@@ -198,7 +205,7 @@ def test_a_killed_run_gives_the_same_plans(tmp_path: Path, flux: tuple[Path, dic
         if calls[0] == killed_at:
             raise KeyboardInterrupt
 
-    options: dict[str, Any] = {"intervals": INTERVALS, "config": CONFIG, "predictor": PREDICTOR}
+    options: dict[str, Any] = {"intervals": INTERVALS, "config": CONFIG, "predictor": PREDICTOR, "calibration": 0}
     handle = pipe.transformer.register_forward_pre_hook(kill)
     with pytest.raises(KeyboardInterrupt):
         train(pipe, PROMPTS[:2], tmp_path / "killed", request=request_of(FLUX), **options)
@@ -210,17 +217,52 @@ def test_a_killed_run_gives_the_same_plans(tmp_path: Path, flux: tuple[Path, dic
     assert not [name for _, _, names in os.walk(tmp_path) for name in names if name.endswith(".partial")]
 
 
-def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
-    pipe, paths = trained(FLUX, tmp_path)
+@pytest.mark.parametrize("calibration", [0, 2])
+def test_a_finished_run_is_not_repeated(tmp_path: Path, calibration: int) -> None:
+    pipe, paths = trained(FLUX, tmp_path, calibration=calibration)
     before = {interval: path.read_bytes() for interval, path in paths.items()}
     calls: list[int] = []
     handle = pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
     again = train(
-        pipe, PROMPTS[:2], tmp_path, request=request_of(FLUX), intervals=INTERVALS, config=CONFIG, predictor=PREDICTOR
+        pipe,
+        PROMPTS[:2],
+        tmp_path,
+        request=request_of(FLUX),
+        intervals=INTERVALS,
+        config=CONFIG,
+        predictor=PREDICTOR,
+        calibration=calibration,
     )
     handle.remove()
     assert not calls
     assert {interval: path.read_bytes() for interval, path in again.items()} == before
+
+
+def test_calibration_brings_its_requests_closer_to_the_full_ones(tmp_path: Path) -> None:
+    pipe, plain = trained(FLUX, tmp_path / "plain", intervals=(3,))
+    _, calibrated = trained(FLUX, tmp_path / "calibrated", intervals=(3,), calibration=2)
+    measure = FinalError(pipe, Recording.open(tmp_path / "plain" / "recording"), 2)
+    before, after = Plan.load(plain[3]), Plan.load(calibrated[3])
+    assert before.training["gains"] == [1.0, 1.0] != after.training["gains"]
+    assert measure(after) < measure(before)
+    # Only the update of Eq. 7 is scaled: weights of the last feature's own copy stay.
+    low = max(set(range(STEPS)) - set(after.computed))
+    gain = after.training["gains"][1]
+    for (old, new), read in zip(
+        zip(before.rows["*"][low].weights, after.rows["*"][low].weights, strict=True),
+        before.rows["*"][low].steps,
+        strict=True,
+    ):
+        kept = float(read == low - 1)
+        assert new - kept == pytest.approx(gain * (old - kept), rel=1e-9)
+
+
+def test_final_error_of_the_full_request_is_nothing(tmp_path: Path) -> None:
+    pipe, paths = trained(FLUX, tmp_path, intervals=(3,))
+    recording = Recording.open(tmp_path / "recording")
+    everything = dataclasses.replace(Plan.load(paths[3]), computed=tuple(range(STEPS)), rows={})
+    assert FinalError(pipe, recording, 2)(everything) == pytest.approx(-200.0)
+    assert FinalError(pipe, recording, 2, batch=2)(everything) == pytest.approx(-200.0)
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:

@@ -341,11 +341,13 @@ def test_runner_equals_brute_force_that_keeps_everything(seed: int) -> None:
 
 def test_join_keeps_the_rows_of_each_context(tmp_path: Path) -> None:
     other = {1: Row((0,), (0.5,), 1.0), 3: Row((2,), (2.0,))}
-    joined = Plan.join({"cond": small(training={"loss": 1}), "uncond": small(rows={"*": other}, training={"loss": 2})})
+    first = small(training={"loss": 1, "alphas": {"*": [0.5]}})
+    second = small(rows={"*": other}, training={"loss": 1, "alphas": {"*": [0.7]}})
+    joined = Plan.join({"cond": first, "uncond": second})
     assert joined.rows_of("cond") == ROWS
     assert joined.rows_of("uncond") == other
     assert joined.rows_of("third") == {}
-    assert joined.training == {"cond": {"loss": 1}, "uncond": {"loss": 2}}
+    assert joined.training == {"loss": 1, "alphas": {"cond": [0.5], "uncond": [0.7]}}
     assert replace(Plan.load(joined.save(tmp_path / "joined")), library_version=None) == joined
 
 
@@ -360,6 +362,7 @@ def test_join_takes_a_context_out_of_a_plan_that_names_it() -> None:
         ("computed", small(computed=(0, 1, 2), rows={"*": {3: ROWS[3]}})),
         ("sigmas", small(sigmas=(1.0, 0.75, 0.5, 0.3, 0.0))),
         ("site", small(site="output")),
+        ("denoiser", small(denoiser="Another")),
     ],
 )
 def test_join_refuses_plans_that_differ(name: str, other: Plan) -> None:

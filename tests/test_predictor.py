@@ -240,7 +240,7 @@ def test_same_seed_same_parameters_and_global_generator_untouched():
 
 def test_training_parts_the_steps():
     """Two steps of one stage that want different alphas get them."""
-    predictor, sigmas = Predictor(12, ONE_STAGE, width=32, projection_init="difference"), levels(12)
+    predictor, sigmas = Predictor(12, ONE_STAGE, width=32, projection_init="difference", alpha_init=1.0), levels(12)
     wanted = {8: 0.7, 9: 1.3}
     optimizer = torch.optim.AdamW(predictor.experts[0].net.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(0)

@@ -18,10 +18,9 @@ _FITTING, _HELD_OUT = 100, 64
 
 def load(device: str = "cpu") -> Any:
     """emoji-flux as a diffusers pipeline, in float32 on the given device, without its own progress bar."""
-    import torch
     from diffusers import FluxPipeline
 
-    pipe = FluxPipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32).to(device)
+    pipe = FluxPipeline.from_pretrained(PIPELINE).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
