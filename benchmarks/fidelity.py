@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import os
 import platform
 import time
 from collections.abc import Sequence
@@ -39,7 +40,9 @@ from lesa.training import TrainingConfig, closed_loop, guided
 PROMPTS = (1, 5, 10, 50)
 CALIBRATION = 16
 STEPS = assets.REQUEST["num_inference_steps"]
-COLUMNS = "hardware commit date pipeline site method alpha stages after prompts interval computed psnr psnr_sem ssim"
+COLUMNS = (
+    "hardware commit date pipeline captions site method alpha stages after prompts interval computed psnr psnr_sem ssim"
+)
 
 
 @dataclass(frozen=True)
@@ -180,8 +183,12 @@ def measure(options: argparse.Namespace) -> None:
     captions, seeds = assets.held_out_prompts()[: options.prompts], assets.held_out_seeds()[: options.prompts]
     pipe = assets.load(options.device)
     outcomes = compare(pipe, methods, captions, seeds, assets.REQUEST, batch=options.batch)
-    hardware = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine()
-    head = [hardware, options.commit, datetime.date.today().isoformat(), "emoji-flux", plans[0].site]
+    hardware = (
+        torch.cuda.get_device_name()
+        if options.device.startswith("cuda")
+        else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    )
+    head = [hardware, options.commit, datetime.date.today().isoformat(), "emoji-flux", len(captions), plans[0].site]
     with open(options.work / "fidelity.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS.split())
