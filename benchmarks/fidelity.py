@@ -175,14 +175,14 @@ def measure(options: argparse.Namespace) -> None:
     plans = [Plan.load(path) for path in sorted((options.work / "plans").glob("*.safetensors"))]
     sigmas = plans[0].sigmas
     methods = [Method("full", None, STEPS)]
-    for interval in assets.INTERVALS:
+    for interval in () if options.ablation else assets.INTERVALS:
         computed = schedule.paper(STEPS, interval)
         methods.append(Method("fewer steps", None, len(computed)))
         methods += [Method(n, closed_form_plan(n, computed, sigmas), STEPS, interval) for n in FORECASTERS]
     methods += [Method("lesa", plan, STEPS, plan.training["interval"]) for plan in plans]
     captions, seeds = assets.held_out_prompts()[: options.prompts], assets.held_out_seeds()[: options.prompts]
     pipe = assets.load(options.device)
-    outcomes = compare(pipe, methods, captions, seeds, assets.REQUEST, batch=options.batch)
+    outcomes = compare(pipe, methods, captions, seeds, assets.REQUEST, batch=options.batch, flops=False)
     hardware = (
         torch.cuda.get_device_name()
         if options.device.startswith("cuda")
@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=8, help="of train")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of train: start no training later")
     parser.add_argument("--prompts", type=int, default=64, help="of measure: held-out captions")
+    parser.add_argument("--ablation", action="store_true", help="of measure: leave out the closed forms")
     parser.add_argument("--commit", default="", help="of measure: of the code that runs")
     options = parser.parse_args()
     torch.backends.cuda.enable_cudnn_sdp(False)

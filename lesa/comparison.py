@@ -70,7 +70,7 @@ class Outcome:
             "method": self.method.name,
             "interval": self.method.interval,
             "computed": self.method.computed,
-            "flops_speedup": full.flops / self.flops,
+            "flops_speedup": full.flops / self.flops if self.flops else None,
             "speedup": faster,
             "psnr": float(self.psnr.mean()) if self is not full else None,
             "ssim": float(self.ssim.mean()) if self is not full else None,
@@ -85,11 +85,12 @@ def compare(
     request: Mapping[str, Any],
     *,
     batch: int = 1,
+    flops: bool = True,
     progress: bool = True,
 ) -> list[Outcome]:
     """Run every method on every prompt, interleaved, each from the prompt's own noise.
 
-    The first batch also counts FLOPs and warms up, so its times are left out; with a single batch there are none.
+    The first batch warms up and counts FLOPs, so its times are left out; with a single batch there are none.
 
     Args:
         pipe: a diffusers pipeline.
@@ -98,6 +99,7 @@ def compare(
         seeds: P seeds of CPU generators.
         request: keyword arguments of the pipeline call.
         batch: prompts in one call.
+        flops: count FLOPs, by running the first batch once more.
         progress: show a bar.
 
     Returns:
@@ -112,7 +114,7 @@ def compare(
             part = slice(begin, begin + batch)
             for i, outcome in enumerate(outcomes):
                 bar.set_postfix_str(f"{outcome.method.name}, {outcome.method.computed} computed")
-                if begin == 0:
+                if begin == 0 and flops:
                     outcome.flops = _count_flops(pipe, outcome.method, prompts[part], seeds[part], request)
                 seconds, picture, path = _timed(pipe, outcome.method, prompts[part], seeds[part], request)
                 if begin > 0:

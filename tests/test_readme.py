@@ -1,0 +1,93 @@
+"""The README is true: its snippets run, and its figures are rows of benchmarks/results."""
+
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lesa.cli import _parser, main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+COMMANDS = [line.strip() for line in README.splitlines() if re.match(r" {4}lesa ", line)]
+
+
+def table_after(heading):
+    """The cells of the first table after a line that starts with `heading`, without its two header lines."""
+    lines = README[README.index(heading) :].splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[begin + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().strip("*") for cell in line.strip("|").split("|")])
+    return rows
+
+
+def fidelity(name):
+    with open(RESULTS / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_snippets_run(snippet, capsys):
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert "computed 10, forecast 40" in capsys.readouterr().out
+
+
+def test_commands_are_understood():
+    assert len(COMMANDS) == 3
+    for command in COMMANDS:
+        _parser().parse_args(shlex.split(command)[1:])
+
+
+def test_generate_and_info_run_on_the_bundled_plan(tmp_path, capsys):
+    plan = str(ROOT / "lesa" / "assets" / "emoji-flux-lesa-n10.safetensors")
+    assert main(["info", plan]) == 0
+    assert "8 of 50 steps computed: 0 1 2 3 12 22 32 42" in capsys.readouterr().out
+    assert main(["generate", "red apple", "--plan", plan, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "red-apple-0.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_table_is_the_measured_one():
+    rows = json.loads((RESULTS / "demo.json").read_text())
+    shown = table_after("## What it does")
+    assert len(shown) == len(rows)
+    for cells, row in zip(shown, rows, strict=True):
+        interval = "" if row["interval"] is None else str(row["interval"])
+        assert cells[:3] == [row["method"], interval, str(row["computed"])]
+        assert cells[3:5] == [f"{row['flops_speedup']:.2f}x", f"{row['speedup']:.2f}x"]
+        if row["psnr"] is not None:
+            assert cells[5:] == [f"{row['psnr']:.2f}", f"{row['ssim']:.4f}"]
+
+
+def test_held_out_table_is_the_measured_one():
+    rows = {(r["method"], r["after"], r["interval"]): r for r in fidelity("fidelity.csv")}
+    names = {"reuse": ("reuse", ""), "taylor-1": ("taylor-1", ""), "taylor-2": ("taylor-2", ""), "lesa": ("lesa", "3")}
+    names |= {"lesa, without gains": ("lesa", "2")}
+    shown = table_after("On 64 captions")
+    assert {cells[0] for cells in shown} == set(names)
+    for method, *cells in shown:
+        for interval, cell in zip(("5", "7", "10"), cells, strict=True):
+            row = rows[(*names[method], interval)]
+            assert row["captions"] == "64"
+            assert cell == f"{float(row['psnr']):.2f} ± {float(row['psnr_sem']):.2f}"
+
+
+def test_lesa_is_ahead_on_held_out_captions():
+    rows = fidelity("fidelity.csv")
+    margins = []
+    for interval in ("5", "7", "10"):
+        closed = [
+            float(r["psnr"])
+            for r in rows
+            if r["interval"] == interval and r["method"] in ("reuse", "taylor-1", "taylor-2")
+        ]
+        ours = [float(r["psnr"]) for r in rows if (r["interval"], r["method"], r["after"]) == (interval, "lesa", "3")]
+        margins.append(ours[0] - max(closed))
+    assert min(margins) > 0
+    assert sum(margin >= 0.5 for margin in margins) >= 2
