@@ -107,7 +107,7 @@ class Trainer:
     def closed(self, variant: Variant, interval: int) -> None:
         """Train the second stage and calibrate; keep both plans."""
         start = self.work / f"{variant.name}.safetensors"
-        if plan_path(self.work, variant, interval, 2).is_file() or not start.is_file() or time.time() > self.deadline:
+        if plan_path(self.work, variant, interval, 3).is_file() or not start.is_file() or time.time() > self.deadline:
             return
         predictor = Predictor.load(start).to(self.pipe.device)
         closed_loop(

@@ -7,6 +7,7 @@ carries them in its rows at no cost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from .routing import Stage
@@ -23,16 +24,21 @@ def calibrate(stages: Sequence[Stage], error: Callable[[tuple[float, ...]], floa
 
     Returns:
         A gain for each stage; never worse by `error` than gains of one.
+
+    Raises:
+        ValueError: the error of gains of one is not finite.
     """
     gains = [1.0] * len(stages)
     best = error(tuple(gains))
+    if not math.isfinite(best):
+        raise ValueError(f"the trained plan's requests end in an error of {best}: its weights or the model overflow")
     for i in reversed(range(len(stages))):
         for direction in (-1, 1):
             climbed = False
             while True:
                 trial = list(gains)
                 trial[i] = round(trial[i] + direction * _RUNG, 6)
-                if not 0 < trial[i] <= 2 or (now := error(tuple(trial))) >= best:
+                if not 0 < trial[i] <= 2 or not (now := error(tuple(trial))) < best:  # NaN is no improvement
                     break
                 gains, best, climbed = trial, now, True
             if climbed:

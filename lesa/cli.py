@@ -18,6 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
+    except ImportError as error:
+        print(f"lesa {options.name}: {error}; pip install 'lesa[demo]' brings what this command needs", file=sys.stderr)
+        return 1
     except (ValueError, RuntimeError, OSError) as error:
         if options.debug:
             raise
@@ -87,12 +90,23 @@ def _load(options: argparse.Namespace) -> Any:
 
     from . import assets
 
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {options.device}: torch {torch.__version__} finds no CUDA device; use --device cpu")
+    _check_device(options.device)
     path = assets.PIPELINE if options.pipeline == _BUNDLED else options.pipeline
     pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=getattr(torch, options.dtype)).to(options.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch {torch.__version__} finds no CUDA device; use --device cpu")
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {str(out)!r} is a file: give a folder")
 
 
 def _request(options: argparse.Namespace, steps: int) -> dict[str, Any]:
@@ -109,6 +123,8 @@ def _request(options: argparse.Namespace, steps: int) -> dict[str, Any]:
 def _demo(options: argparse.Namespace) -> int:
     from .demo import demo, table
 
+    _check_out(options.out)
+    _check_device(options.device)
     rows = demo(options.out, options.prompts, options.device)
     print(f"\n{table(rows)}\n\nresults.json, grid.png and steps.png are in {options.out}/")
     return 0
@@ -121,7 +137,8 @@ def _train(options: argparse.Namespace) -> int:
     from .routing import paper_stages
     from .training import TrainingConfig
 
-    # Everything that can be wrong with the options is found before a model is loaded and recorded.
+    # What can be wrong with the options is found before a model is loaded and recorded.
+    _check_out(options.out)
     prompts = read_prompts(options.prompts)
     config = TrainingConfig(batch=options.batch, seed=options.seed)
     request, stages = _request(options, options.steps), paper_stages(*options.cuts)
@@ -151,8 +168,7 @@ def _generate(options: argparse.Namespace) -> int:
     plan = Plan.load(options.plan) if options.plan else None
     steps = options.steps if options.steps is not None else plan.num_steps if plan else 50
     request = _request(options, steps)
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {str(options.out)!r} is a file: give a folder")
+    _check_out(options.out)
     pipe = _load(options)
     if plan:
         api.enable(pipe, plan)

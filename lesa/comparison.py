@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from . import metrics
+from . import hooks, metrics
 from .plan import Plan
 from .requests import run
 from .runner import PlanRunner
@@ -104,7 +104,12 @@ def compare(
 
     Returns:
         One outcome a method, in order.
+
+    Raises:
+        ValueError: lesa is enabled on `pipe`, so its full request would not be full.
     """
+    if hooks.attached(pipe) is not None:
+        raise ValueError("lesa is enabled on this pipeline: call lesa.disable(pipe) before you compare")
     outcomes = [Outcome(method) for method in methods]
     images: list[list[np.ndarray]] = [[] for _ in methods]
     paths: list[list[torch.Tensor]] = [[] for _ in methods]

@@ -14,13 +14,13 @@ from tqdm.auto import tqdm
 
 from . import schedule
 from .calibration import calibrate
-from .plan import Plan, replace_file
+from .plan import Plan, PlanError, replace_file
 from .predictor import Predictor
 from .recording import Recording, record, replay
 from .report import loss_curves
 from .requests import run
 from .runner import PlanRunner
-from .training import Losses, TrainingConfig, closed_loop, guided
+from .training import Losses, TrainingConfig, closed_loop, digest, guided
 
 
 def train(
@@ -76,11 +76,12 @@ def train(
         path = plans[interval] = folder / f"lesa-n{interval}.safetensors"
         figures = {
             "prompts": len(prompts),
+            "recording": digest(recording),
             "calibration": calibration,
             "config": asdict(config),
             "final_loss": _final(losses["guided"], losses[name]),
         }
-        if path.is_file() and figures.items() <= Plan.load(path).training.items():
+        if _is_made(path, figures):
             continue
         gains = None
         if calibration:
@@ -106,6 +107,14 @@ def plan_of(
         for context, predictor in predictors.items()
     }
     return next(iter(plans.values())) if len(plans) == 1 else Plan.join(plans)
+
+
+def _is_made(path: Path, figures: Mapping[str, Any]) -> bool:
+    """Whether a plan of just these figures lies at `path`; a damaged one is made again."""
+    try:
+        return path.is_file() and figures.items() <= Plan.load(path).training.items()
+    except PlanError:
+        return False
 
 
 class FinalError:

@@ -37,7 +37,7 @@ def run(
         What the pipeline returns.
 
     Raises:
-        ValueError: the pipeline takes no prompt, or not one of the keyword arguments.
+        ValueError: the pipeline takes no prompt or not one of the keyword arguments, or lesa is enabled on it already.
     """
     parameters = inspect.signature(pipe.__call__).parameters
     if "prompt" not in parameters:
@@ -48,6 +48,10 @@ def run(
         raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}: leave it out of the request")
     if isinstance(kwargs.get("negative_prompt"), str):
         kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
+    if driver is not None and hooks.attached(pipe) is not None:
+        raise ValueError(
+            "lesa is enabled on this pipeline: call lesa.disable(pipe) before you record, train or compare"
+        )
     kwargs["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     if driver is None:
         return pipe(prompt=list(prompts), **kwargs)

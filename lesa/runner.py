@@ -67,7 +67,8 @@ class PlanRunner:
             raise PlanError(
                 f"this request runs {request.num_steps} denoiser steps but the plan was made for "
                 f"{self.plan.num_steps}: call the pipeline with num_inference_steps={self.plan.num_steps}, "
-                f"make a plan for {request.num_steps} steps, or lesa.disable(pipe)"
+                f"make a plan for {request.num_steps} steps, or lesa.disable(pipe) (image-to-image runs strength times "
+                "num_inference_steps)"
             )
         if request.sigmas is not None:
             self._compare_sigmas(request.sigmas)
@@ -139,7 +140,8 @@ class PlanRunner:
     def _compare_sigmas(self, sigmas: tuple[float, ...]) -> None:
         gap = max(abs(a - b) for a, b in zip(sigmas, self.plan.sigmas, strict=True))
         forecasts = self.plan.budget < self.plan.num_steps
-        if forecasts and gap > _SIGMA_TOLERANCE and not self.stats.requests:
+        if forecasts and gap > _SIGMA_TOLERANCE and "sigmas" not in self._warned:
+            self._warned.add("sigmas")
             warnings.warn(
                 f"the sigmas of this request differ from the plan's by up to {gap:.3f} (another shift, spacing or "
                 "resolution): forecasts will be less exact; make a plan for these sigmas",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -268,7 +270,7 @@ class _Phase:
         self._identity = {
             "format": _FORMAT,
             "phase": name,
-            "prompts": self._count,
+            "recording": digest(recording),
             "config": asdict(config),
             "predictors": {context: predictor.config for context, predictor in predictors.items()},
             **identity,
@@ -298,7 +300,13 @@ class _Phase:
         """Read the losses back once a request, not once a step: each read waits for the device."""
         for context, learner in self.learners.items():
             if learner.losses:
-                self._done[context] += torch.stack(learner.losses).tolist()
+                losses = torch.stack(learner.losses).tolist()
+                if not all(map(math.isfinite, losses)):
+                    raise ValueError(
+                        f"a loss of context {context!r} in the {self._name} stage is not finite: the features hold NaN "
+                        "or infinity, or lr is too high; the last checkpoint is kept"
+                    )
+                self._done[context] += losses
                 learner.losses.clear()
 
     def _save(self, position: int) -> None:
@@ -359,6 +367,12 @@ def _load(learner: Learner, context: str, tensors: Mapping[str, Tensor], schedul
     for group, lr in zip(groups, scheduler["_last_lr"], strict=True):
         group["lr"] = lr
     learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def digest(recording: Features) -> str:
+    """Tells recordings apart: their prompts, noise levels, contexts and, where it says them, model and site."""
+    parts = [recording.prompts, recording.contexts, recording.sigmas, getattr(recording, "provenance", None)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _batch(recording: Features, indices: Sequence[int], context: str, device: torch.device) -> Tensor:

@@ -35,6 +35,15 @@ def test_stays_within_its_range():
     assert calibrate(ONE_STAGE, valley(-9.0)[0]) == (0.1,)
 
 
+def test_nan_is_no_improvement():
+    def error(gains):
+        return 0.0 if gains == (1.0,) else float("nan")
+
+    assert calibrate(ONE_STAGE, error) == (1.0,)
+    with pytest.raises(ValueError, match="error of nan"):
+        calibrate(ONE_STAGE, lambda _gains: float("nan"))
+
+
 def test_low_noise_is_settled_first():
     error, asked = valley(0.7, 1.0, 0.7)
     calibrate(PAPER_STAGES, error)
