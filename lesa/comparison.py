@@ -108,8 +108,7 @@ def compare(
     Raises:
         ValueError: lesa is enabled on `pipe`, so its full request would not be full.
     """
-    if hooks.attached(pipe) is not None:
-        raise ValueError("lesa is enabled on this pipeline: call lesa.disable(pipe) before you compare")
+    hooks.check_free(pipe)
     outcomes = [Outcome(method) for method in methods]
     images: list[list[np.ndarray]] = [[] for _ in methods]
     paths: list[list[torch.Tensor]] = [[] for _ in methods]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,18 @@ def attached(target: Any) -> RootHook | None:
     return registry.hooks.get(_NAME) if registry is not None else None
 
 
+def check_free(target: Any) -> None:
+    """Check that lesa is not enabled, before requests that must run by themselves.
+
+    Raises:
+        ValueError: it is.
+    """
+    if attached(target) is not None:
+        raise ValueError(
+            "lesa is enabled on this pipeline: call lesa.disable(pipe) before you record, train or compare"
+        )
+
+
 class RootHook(ModelHook):
     """Wraps a denoiser's forward: place the call, ask the driver, run or forecast."""
 
@@ -102,8 +114,8 @@ class RootHook(ModelHook):
         """Compute or forecast one step."""
         self.runs = True
         try:
-            sample = self._argument(self._sample_name, args, kwargs)
-            call = self._clock.tick(self.context.name, self._argument("timestep", args, kwargs), sample)
+            sample = _argument(self._names, self._sample_name, args, kwargs)
+            call = self._clock.tick(self.context.name, _argument(self._names, "timestep", args, kwargs), sample)
             if call.starts:
                 self.driver.begin(call.request)
             self.forecast = self.driver.forecast(call)
@@ -141,9 +153,6 @@ class RootHook(ModelHook):
         self.driver.keep(call, self.feature)
         return output
 
-    def _argument(self, name: str, args: tuple, kwargs: dict) -> Any:
-        return kwargs[name] if name in kwargs else args[self._names.index(name)]
-
 
 class BlockHook(ModelHook):
     """Wraps a block: pass the inputs through while forecasting; as the tail, take or give the feature."""
@@ -166,13 +175,10 @@ class BlockHook(ModelHook):
                 position = self._returns.index("hidden_states")
                 root.feature = output[position] if len(self._returns) > 1 else output
             return output
-        passed = [self._argument(name, args, kwargs) for name in self._returns]
+        passed = [_argument(self._names, name, args, kwargs) for name in self._returns]
         if self._is_tail:
             root.feature = passed[self._returns.index("hidden_states")] = root.forecast
         return tuple(passed) if len(passed) > 1 else passed[0]
-
-    def _argument(self, name: str, args: tuple, kwargs: dict) -> Any:
-        return kwargs[name] if name in kwargs else args[self._names.index(name)]
 
 
 class _ContextName(StateManager):
@@ -191,6 +197,11 @@ def _scheduler_of(pipe: Any) -> Callable[[], Any]:
     # A weak reference: the hook must not keep a dropped pipeline and its text encoders in memory.
     reference = weakref.ref(pipe)
     return lambda: getattr(reference(), "scheduler", None)
+
+
+def _argument(names: Sequence[str], name: str, args: tuple, kwargs: dict) -> Any:
+    """The argument `name` of a call to a forward whose parameters are `names`."""
+    return kwargs[name] if name in kwargs else args[names.index(name)]
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -48,10 +48,8 @@ def run(
         raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}: leave it out of the request")
     if isinstance(kwargs.get("negative_prompt"), str):
         kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
-    if driver is not None and hooks.attached(pipe) is not None:
-        raise ValueError(
-            "lesa is enabled on this pipeline: call lesa.disable(pipe) before you record, train or compare"
-        )
+    if driver is not None:
+        hooks.check_free(pipe)
     kwargs["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     if driver is None:
         return pipe(prompt=list(prompts), **kwargs)
