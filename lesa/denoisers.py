@@ -21,10 +21,18 @@ class Layout:
         blocks: attributes that hold its blocks, in the order they run; the feature is the
             `hidden_states` that the last block returns.
         returns: what a block returns, in order, by the names of its arguments; one name means a bare tensor.
+        norm: the layer norm of the head. What the denoiser does between it and `proj` must be
+            x * scale + shift, with one scale and shift for each sample and channel.
+        proj: the Linear that projects to the output's channels.
+        embedders: modules whose outputs only the blocks read; the rest of the forward must work with one
+            channel of their inputs in place of their outputs.
     """
 
     blocks: tuple[str, ...]
     returns: tuple[str, ...]
+    norm: str
+    proj: str
+    embedders: tuple[str, ...]
 
 
 _TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
@@ -32,11 +40,31 @@ _IMAGE_FIRST = ("hidden_states", "encoder_hidden_states")
 _IMAGE_ONLY = ("hidden_states",)
 
 LAYOUTS = {
-    "FluxTransformer2DModel": Layout(("transformer_blocks", "single_transformer_blocks"), _TEXT_FIRST),
-    "QwenImageTransformer2DModel": Layout(("transformer_blocks",), _TEXT_FIRST),
-    "HunyuanVideoTransformer3DModel": Layout(("transformer_blocks", "single_transformer_blocks"), _IMAGE_FIRST),
-    "WanTransformer3DModel": Layout(("blocks",), _IMAGE_ONLY),
-    "DiTTransformer2DModel": Layout(("transformer_blocks",), _IMAGE_ONLY),
+    "FluxTransformer2DModel": Layout(
+        ("transformer_blocks", "single_transformer_blocks"),
+        _TEXT_FIRST,
+        "norm_out.norm",
+        "proj_out",
+        ("x_embedder", "context_embedder", "pos_embed"),
+    ),
+    "QwenImageTransformer2DModel": Layout(
+        ("transformer_blocks",), _TEXT_FIRST, "norm_out.norm", "proj_out", ("img_in", "txt_norm", "txt_in", "pos_embed")
+    ),
+    "HunyuanVideoTransformer3DModel": Layout(
+        ("transformer_blocks", "single_transformer_blocks"),
+        _IMAGE_FIRST,
+        "norm_out.norm",
+        "proj_out",
+        ("x_embedder", "context_embedder", "rope"),
+    ),
+    "WanTransformer3DModel": Layout(
+        ("blocks",),
+        _IMAGE_ONLY,
+        "norm_out",
+        "proj_out",
+        ("patch_embedding", "rope", "condition_embedder.text_embedder", "condition_embedder.image_embedder"),
+    ),
+    "DiTTransformer2DModel": Layout(("transformer_blocks",), _IMAGE_ONLY, "norm_out", "proj_out_2", ("pos_embed",)),
 }
 
 _DENOISER_ATTRIBUTES = ("transformer", "unet")
@@ -76,8 +104,8 @@ def denoiser_of(target: Any) -> torch.nn.Module:
     return module
 
 
-def blocks_of(denoiser: torch.nn.Module) -> tuple[list[torch.nn.Module], Layout]:
-    """The blocks of a denoiser in the order they run, and its layout.
+def layout_of(denoiser: torch.nn.Module) -> Layout:
+    """Where the hidden site of a denoiser is.
 
     Raises:
         ValueError: the hidden site of this class is not known.
@@ -88,7 +116,7 @@ def blocks_of(denoiser: torch.nn.Module) -> tuple[list[torch.nn.Module], Layout]
             f"site='hidden' is not known for {type(denoiser).__name__}: use a plan for site='output', which any "
             f"denoiser has, or one of {', '.join(LAYOUTS)}"
         )
-    return [block for name in layout.blocks for block in getattr(denoiser, name)], layout
+    return layout
 
 
 def config_hash(denoiser: torch.nn.Module) -> str | None:

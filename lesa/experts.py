@@ -11,8 +11,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from . import ops
 from .plan import MAX_READS
-from .reference import bspline_grid, kan_layer
 
 # Half width of the hidden spline coefficients at the start. The offsets of neighbouring steps differ by a
 # few hundredths; with small coefficients their hidden values nearly coincide, and training at the paper's
@@ -36,16 +36,13 @@ class KanLayer(nn.Module):
         grid_range: (low, high) of the grid; outside it the spline fades to 0 within `order` intervals.
     """
 
-    knots: Tensor
-
     def __init__(self, inputs: int, outputs: int, grid: int, order: int, grid_range: tuple[float, float]) -> None:
         super().__init__()
         self.order = order
+        self.grid_range = grid_range
         self.base_weight = nn.Parameter(torch.empty(outputs, inputs))
         self.spline_weight = nn.Parameter(torch.empty(outputs, inputs, grid + order))
         self.spline_scale = nn.Parameter(torch.empty(outputs, inputs))
-        knots = bspline_grid(grid, order, grid_range, torch.get_default_dtype())
-        self.register_buffer("knots", knots, persistent=False)
 
     def reset(
         self, base: float, scale: float, noise: float, constant: float, generator: torch.Generator | None
@@ -69,7 +66,14 @@ class KanLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
-        return kan_layer(x, self.base_weight, self.spline_weight, self.spline_scale, self.knots, self.order)
+        rows = x.reshape(-1, x.shape[-1])
+        result = ops.kan(rows, *self.parts, self.grid_range, self.order)
+        return result.reshape(*x.shape[:-1], -1)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Base weight [Q, I], spline weight [Q, I, M] and spline scale [Q, I], as the operators take them."""
+        return self.base_weight, self.spline_weight, self.spline_scale
 
 
 class Kan(nn.Module):
@@ -108,6 +112,17 @@ class Kan(nn.Module):
         root = math.sqrt(widths[-1])
         layers[-1].reset(1 / widths[-1], _LAST_SCALE / root, 0.1 / root, constant, generator)
         self.layers = nn.ModuleList(layers)
+        self.order, self.grid_range = order, grid_range
+
+    @property
+    def fused(self) -> bool:
+        """Whether `ops.predict` can evaluate it together with a forecast: the paper's shape."""
+        return self.order == 3 and len(self.layers) == ops.LAYERS
+
+    @property
+    def parts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The parameters of every layer, as the operators take them."""
+        return [layer.parts for layer in self.layers if isinstance(layer, KanLayer)]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., widths[0]] -> [...]."""
@@ -209,10 +224,17 @@ class Expert(nn.Module):
         Returns:
             [...], in the wider of the dtypes of `history` and the parameters.
         """
-        weight, bias = self.weights, self.projection.bias[0]
-        history = history.to(torch.promote_types(history.dtype, weight.dtype))
-        z = torch.tensordot(weight.to(history.dtype), history, dims=1) + bias
-        return history[-1] + self.net(dt) * z
+        history = history.to(torch.promote_types(history.dtype, self.projection.weight.dtype))
+        slots = torch.arange(self.window, dtype=torch.int32, device=history.device)
+        wide = torch.promote_types(history.dtype, torch.float32)
+        weights, bias = self.weights.to(wide), self.projection.bias.to(wide)
+        net = self.net
+        if isinstance(net, Kan) and net.fused:
+            return ops.predict(history, slots, weights, bias, dt, net.parts, net.grid_range)[0]
+        alpha = net(dt).to(wide)
+        newest = torch.zeros_like(weights)
+        newest[-1] = 1
+        return ops.forecast(history, slots, newest + alpha * weights, alpha * bias)
 
 
 def _init_linear(layer: nn.Linear, generator: torch.Generator | None) -> None:

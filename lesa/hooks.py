@@ -1,31 +1,33 @@
-"""Hooks on a denoiser: the only file that touches one.
+"""The hook on a denoiser: the only one, on its root; with `exchange` the only file that touches a denoiser.
 
-A root hook on the denoiser asks a `Driver` at each call whether to compute or to forecast. At the hidden site
-a forecast runs the denoiser's own forward with its blocks passing their inputs through; the last block, the
-tail, returns the forecast, so that the model's own head finishes the step. At the output site the forecast is
-returned as it is.
+The root hook asks a `Driver` at each call whether to compute or to forecast. At the hidden site a forecast runs the
+denoiser's own forward with stand-ins for its blocks (see `exchange`); at the output site the forecast is returned as it
+is.
+
+torch.compile never sees the hook: its frame is skipped, what it decides is disabled, and the frames below are those of
+the bare denoiser, once with its blocks and once with stand-ins. So a compiled denoiser breaks no graph here, and no
+step makes it compile again.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 
 from .clock import Call, Clock
-from .denoisers import Layout, blocks_of, denoiser_of
-from .runner import Driver
+from .denoisers import denoiser_of, layout_of
+from .exchange import Exchange, Stands, Tail, Tap, argument
+from .runner import Driver, Forecast
 
 _NAME = "lesa"
-_ROOT_LOST = "lesa's hook on the denoiser was removed by something else; call lesa.enable again"
-_TAIL_LOST = (
-    "lesa's hook on the last block was not reached (something removed it, e.g. loading a LoRA under group offload); "
-    "call lesa.enable again"
-)
+_TAIL_LOST = "the denoiser's last block was not run (something skips it or runs another forward)"
 
 
 def attach(target: Any, driver: Driver, site: str) -> None:
@@ -40,15 +42,11 @@ def attach(target: Any, driver: Driver, site: str) -> None:
         ValueError: the target has no supported denoiser, or the site is not known for it.
     """
     denoiser = denoiser_of(target)
-    blocks, layout = blocks_of(denoiser) if site == "hidden" else ([], None)
+    stands = Stands(denoiser, layout_of(denoiser)) if site == "hidden" else None
     detach(denoiser)
     scheduler_of = None if isinstance(target, torch.nn.Module) else _scheduler_of(target)
-    root = RootHook(driver, Clock(scheduler_of), site)
     try:
-        for block in blocks:
-            assert layout is not None
-            _register(block, BlockHook(root, layout, block, is_tail=block is blocks[-1]))
-        _register(denoiser, root)
+        _register(denoiser, RootHook(driver, Clock(scheduler_of), stands))
         _invalidate_caches(denoiser)
     except BaseException:
         detach(denoiser)
@@ -58,10 +56,9 @@ def attach(target: Any, driver: Driver, site: str) -> None:
 def detach(target: Any) -> None:
     """Take lesa's hooks off; without any, do nothing."""
     denoiser = denoiser_of(target)
-    for module in denoiser.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        if registry is not None and _NAME in registry.hooks:
-            _remove(module, registry)
+    registry = getattr(denoiser, "_diffusers_hook", None)
+    if registry is not None and _NAME in registry.hooks:
+        _remove(denoiser, registry)
     _invalidate_caches(denoiser)
 
 
@@ -84,20 +81,23 @@ def check_free(target: Any) -> None:
 
 
 class RootHook(ModelHook):
-    """Wraps a denoiser's forward: place the call, ask the driver, run or forecast."""
+    """Wraps a denoiser's forward: place the call, ask the driver, run or forecast.
+
+    Args:
+        driver: decides what each call does.
+        clock: places the calls.
+        stands: stand-ins of the denoiser's children; None at the output site.
+    """
 
     _is_stateful = True
 
-    def __init__(self, driver: Driver, clock: Clock, site: str) -> None:
+    def __init__(self, driver: Driver, clock: Clock, stands: Stands | None) -> None:
         super().__init__()
         self.driver = driver
-        self.site = site
         self.context = _ContextName()  # diffusers finds it as an attribute and tells it the cache context
-        self.forecast: torch.Tensor | None = None
-        self.feature: torch.Tensor | None = None
         self._clock = clock
+        self._stands = stands
         self._like: Any = None
-        self.runs = False
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         """Learn where the denoiser takes its timestep and its sample."""
@@ -110,75 +110,112 @@ class RootHook(ModelHook):
         self._clock.abort()
         return module
 
+    @torch.compiler.disable(recursive=False)
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Compute or forecast one step."""
-        self.runs = True
+        turn = self._begin(args, kwargs)
+        output = self._run(turn, args, kwargs)
+        if not self._end(turn, output):
+            turn = self._compute(turn.call)
+            output = self._run(turn, args, kwargs)
+            self._end(turn, output)
+        return output if turn.wrap is None else turn.wrap(output)
+
+    @torch.compiler.disable(recursive=False)
+    def _run(self, turn: _Turn, args: tuple, kwargs: dict) -> Any:
         try:
-            sample = _argument(self._names, self._sample_name, args, kwargs)
-            call = self._clock.tick(self.context.name, _argument(self._names, "timestep", args, kwargs), sample)
+            return turn.run(*args, **kwargs)
+        except BaseException:
+            turn.failed = True
+            raise
+        finally:
+            self._close(turn)
+
+    @torch.compiler.disable
+    def _begin(self, args: tuple, kwargs: dict) -> _Turn:
+        """Place the call and ask the driver."""
+        try:
+            sample = argument(self._names, self._sample_name, args, kwargs)
+            call = self._clock.tick(self.context.name, argument(self._names, "timestep", args, kwargs), sample)
             if call.starts:
                 self.driver.begin(call.request)
-            self.forecast = self.driver.forecast(call)
-            if self.forecast is not None:
-                with self.driver.stats.timed("forecast", sample.device):
-                    output = self._run_forecast(args, kwargs)
-                if output is not None:
-                    self.driver.stats.forecast += 1
-                    return output
-                self.driver.lose(_TAIL_LOST)
-                self.driver.refuse(call, _TAIL_LOST)
-            with self.driver.stats.timed("computed", sample.device):
-                return self._run_computed(call, args, kwargs)
+            forecast = self.driver.forecast(call)
+            return self._compute(call) if forecast is None else self._forecast(call, forecast)
         except BaseException:
             self._clock.abort()
             raise
-        finally:
-            self.runs = False
-            self.forecast = self.feature = None
 
-    def _run_forecast(self, args: tuple, kwargs: dict) -> Any:
-        assert self.forecast is not None
-        if self.site == "output":
-            return _like(self._like, self.forecast)
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        return output if self.feature is not None else None
+    @torch.compiler.disable
+    def _compute(self, call: Call) -> _Turn:
+        """The turn that computes a step, its feature tapped on the way."""
+        stop = self.driver.stats.start("computed", call.sample.device)
+        if self._stands is None:
+            return _Turn(call, stop, self._original())
+        exchange, tap = self._stands.tap()
+        return _Turn(call, stop, self._original(), exchange, tap)
 
-    def _run_computed(self, call: Call, args: tuple, kwargs: dict) -> Any:
-        self.forecast = self.feature = None
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        if self.site == "output":
-            self._like, self.feature = output, _first(output)
-        if self.feature is None:
-            self.driver.lose(_TAIL_LOST)
-        self.driver.keep(call, self.feature)
-        return output
+    def _forecast(self, call: Call, forecast: Forecast) -> _Turn:
+        """The turn that forecasts a step."""
+        stats = self.driver.stats
+        stop = stats.start("forecast", call.sample.device)
+        if self._stands is None:
+            return _Turn(call, stop, _copy(forecast.feature()), wrap=functools.partial(_like, self._like))
+        if forecast.ring is not None and self._stands.fuses(forecast.ring, call.timestep):
+            exchange, tail = self._stands.head(call.context, forecast.ring)
+        else:
+            exchange, tail = self._stands.tail(forecast.feature())
+        return _Turn(call, stop, self._original(), exchange, tail)
+
+    @torch.compiler.disable
+    def _close(self, turn: _Turn) -> None:
+        if turn.exchange is not None:
+            turn.exchange.undo()
+        if turn.failed:
+            self._clock.abort()
+
+    @torch.compiler.disable
+    def _end(self, turn: _Turn, output: Any) -> bool:
+        """Count the turn; whether its output stands."""
+        driver, call = self.driver, turn.call
+        if isinstance(turn.stand, Tail) or turn.wrap is not None:
+            if turn.stand is not None and not turn.stand.reached:
+                driver.lose(_TAIL_LOST)
+                driver.refuse(call, _TAIL_LOST)
+                return False
+            turn.stop()
+            driver.stats.forecast += 1
+            return True
+        turn.stop()
+        if turn.stand is None:
+            self._like = output
+        feature = _first(output) if turn.stand is None else turn.stand.feature
+        if turn.stand is not None:
+            turn.stand.feature = None
+        if feature is None:
+            driver.lose(_TAIL_LOST)
+        try:
+            driver.keep(call, feature)
+        except BaseException:
+            self._clock.abort()
+            raise
+        return True
+
+    def _original(self) -> Callable[..., Any]:
+        """What this hook wraps; another hook beneath it may have been removed since."""
+        return self.fn_ref.original_forward if self.fn_ref.forward is self.wrapped else self.fn_ref.forward
 
 
-class BlockHook(ModelHook):
-    """Wraps a block: pass the inputs through while forecasting; as the tail, take or give the feature."""
+@dataclass
+class _Turn:
+    """One run of a step: what runs, and what stands in the denoiser meanwhile."""
 
-    def __init__(self, root: RootHook, layout: Layout, block: torch.nn.Module, is_tail: bool) -> None:
-        super().__init__()
-        self._root = root
-        self._returns = layout.returns
-        self._names = list(inspect.signature(type(block).forward).parameters)[1:]
-        self._is_tail = is_tail
-
-    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the block, or skip it."""
-        root = self._root
-        if root.forecast is None:
-            output = self.fn_ref.original_forward(*args, **kwargs)
-            if self._is_tail and not root.runs:
-                root.driver.lose(_ROOT_LOST)
-            elif self._is_tail:
-                position = self._returns.index("hidden_states")
-                root.feature = output[position] if len(self._returns) > 1 else output
-            return output
-        passed = [_argument(self._names, name, args, kwargs) for name in self._returns]
-        if self._is_tail:
-            root.feature = passed[self._returns.index("hidden_states")] = root.forecast
-        return tuple(passed) if len(passed) > 1 else passed[0]
+    call: Call
+    stop: Callable[[], None]
+    run: Callable[..., Any]
+    exchange: Exchange | None = None
+    stand: Tap | Tail | None = None
+    wrap: Callable[[torch.Tensor], Any] | None = None
+    failed: bool = False
 
 
 class _ContextName(StateManager):
@@ -199,17 +236,22 @@ def _scheduler_of(pipe: Any) -> Callable[[], Any]:
     return lambda: getattr(reference(), "scheduler", None)
 
 
-def _argument(names: Sequence[str], name: str, args: tuple, kwargs: dict) -> Any:
-    """The argument `name` of a call to a forward whose parameters are `names`."""
-    return kwargs[name] if name in kwargs else args[names.index(name)]
-
-
 def _first(output: Any) -> torch.Tensor:
     if isinstance(output, torch.Tensor):
         return output
     return output[0]
 
 
+def _copy(feature: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Gives the caller a tensor of its own; a frame for torch.compile, which insists on one in a fullgraph call."""
+
+    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return feature.clone()
+
+    return run
+
+
+@torch.compiler.disable
 def _like(output: Any, feature: torch.Tensor) -> Any:
     """`feature` in the wrapping that the denoiser gave its last computed output."""
     if isinstance(output, torch.Tensor):
@@ -223,10 +265,14 @@ def _invalidate_caches(denoiser: torch.nn.Module) -> None:
         registry.invalidate_child_registries_cache()
 
 
-def _register(module: torch.nn.Module, hook: ModelHook) -> None:
+def _register(module: torch.nn.Module, hook: RootHook) -> None:
+    inner = module.forward
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
+    hook.wrapped = hook.fn_ref.forward
+    # diffusers' wrapper around a hook is left out: torch.compile would trace it, and us with it.
+    module.forward = functools.update_wrapper(functools.partial(hook.new_forward, module), inner)
     # What we put in place, to tell at removal what others have put around or in place of it.
-    hook.installed, hook.wrapped = module.forward, hook.fn_ref.forward
+    hook.installed = module.forward
 
 
 def _remove(module: torch.nn.Module, registry: HookRegistry) -> None:

@@ -25,7 +25,7 @@ from .clock import Call, Request
 from .denoisers import config_hash, denoiser_of
 from .plan import replace_file
 from .requests import run
-from .runner import Driver, LesaWarning
+from .runner import Driver, Forecast, LesaWarning
 from .stats import Stats
 
 _FORMAT = "lesa-recording-1"
@@ -302,7 +302,7 @@ class _SameNoise:
         self.stats, self.begin, self.keep = driver.stats, driver.begin, driver.keep
         self.refuse, self.lose = driver.refuse, driver.lose
 
-    def forecast(self, call: Call) -> torch.Tensor | None:
+    def forecast(self, call: Call) -> Forecast | None:
         if call.starts and not torch.equal(call.sample.cpu(), self._noise):
             raise RecordingError(
                 "the request does not start from the recorded noise: use the pipeline, dtype and library versions of "

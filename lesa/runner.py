@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from .clock import Call, Request
-from .history import History
+from .history import History, Ring
 from .plan import Plan, PlanError
 from .stats import Stats
 
@@ -20,6 +22,19 @@ class LesaWarning(UserWarning):
     """Something keeps lesa from its full speed or fidelity."""
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """A feature to come.
+
+    Args:
+        feature: writes it out and returns it; in memory that the next step may overwrite.
+        ring: forecasts it too, together with the denoiser's head; None where the feature is not a plan's.
+    """
+
+    feature: Callable[[], torch.Tensor]
+    ring: Ring | None = None
+
+
 class Driver(Protocol):
     """Decides what each denoiser call does; the hooks ask it, and count the forecasts they used in `stats`."""
 
@@ -28,8 +43,8 @@ class Driver(Protocol):
     def begin(self, request: Request) -> None:
         """A new request starts, before its first denoiser call."""
 
-    def forecast(self, call: Call) -> torch.Tensor | None:
-        """The feature of this step, or None to have it computed."""
+    def forecast(self, call: Call) -> Forecast | None:
+        """The forecast of this step, or None to have it computed."""
 
     def keep(self, call: Call, feature: torch.Tensor | None) -> None:
         """A step was computed; its feature is None where `lose` was called for it."""
@@ -46,10 +61,12 @@ class PlanRunner:
 
     Args:
         plan: the plan to run.
+        backend: of the operators, see `lesa.ops.forecast`.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, backend: str | None = None) -> None:
         self.plan = plan
+        self._backend = backend
         self.stats = Stats()
         self._computed = frozenset(plan.computed)
         self._histories: dict[str, History] = {}
@@ -83,7 +100,7 @@ class PlanRunner:
         self._warn(reason)
         self._lost = reason
 
-    def forecast(self, call: Call) -> torch.Tensor | None:
+    def forecast(self, call: Call) -> Forecast | None:
         """Forecast the feature of a step the plan does not compute.
 
         Raises:
@@ -111,9 +128,8 @@ class PlanRunner:
         if not history.holds(row):
             self.refuse(call, "a step that the forecast reads was not run in this request")
             return None
-        feature = history.forecast(row)
-        history.store(call.step, feature)
-        return feature
+        ring, slot = history.select(call.step), self.plan.slots[call.step]
+        return Forecast(lambda: ring.fill(slot), ring)
 
     def keep(self, call: Call, feature: torch.Tensor | None) -> None:
         """Store the feature of a computed step for later forecasts."""
@@ -134,7 +150,7 @@ class PlanRunner:
 
     def _history(self, context: str) -> History:
         if context not in self._histories:
-            self._histories[context] = History(self.plan.slots, self.plan.capacity)
+            self._histories[context] = History(self.plan, context, self._backend)
         return self._histories[context]
 
     def _compare_sigmas(self, sigmas: tuple[float, ...]) -> None:

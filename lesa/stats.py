@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -36,12 +35,13 @@ class Stats:
             return 0.0
         return computed.seconds / computed.calls * forecast.calls - forecast.seconds
 
-    @contextmanager
-    def timed(self, kind: str, device: torch.device) -> Iterator[None]:
-        """Time one call of `kind` ("computed" or "forecast") without waiting for the device."""
-        stop = self._timers[kind].start(device)
-        yield
-        stop()  # not reached by a call that raised: it has no time of its own
+    def start(self, kind: str, device: torch.device) -> Callable[[], None]:
+        """Begin timing one call of `kind` ("computed" or "forecast") without waiting for the device.
+
+        Returns:
+            What to call at its end. A call that raises has no end, and no time of its own.
+        """
+        return self._timers[kind].start(device)
 
     def __str__(self) -> str:
         refused = ", ".join(f"{count} {reason}" for reason, count in self.refused.items()) or "none"

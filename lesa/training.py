@@ -17,9 +17,11 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import ops
 from .clock import Call, Request
 from .plan import replace_file
 from .predictor import Predictor
+from .runner import Forecast
 from .stats import Stats
 
 _FORMAT = "lesa-training-1"
@@ -104,8 +106,7 @@ def guided(
         for context, learner in phase.learners.items():
             features = _batch(recording, indices, context, learner.device)
             for step in range(first_step, len(features)):
-                history = features[max(0, step - learner.window) : step]
-                learner.learn(history, step, features[step])
+                learner.learn(features, step, features[step])
 
     return phase.run(config.guided_epochs, work)
 
@@ -154,7 +155,10 @@ class Learner:
         self.device = next(predictor.parameters()).device
         self.window = max(stage.window for stage in predictor.stages)
         self.losses: list[Tensor] = []
-        self._sigmas = sigmas
+        self._experts = [predictor.expert(sigma) for sigma in sigmas[:-1]]
+        # On the device once, not once a step: each copy waits for it.
+        self._offsets = torch.stack([predictor.offsets(step, sigmas) for step in range(len(sigmas) - 1)])
+        self._slots: dict[tuple[int, int], Tensor] = {}
         self._clip = config.clip
         self.optimizer = torch.optim.AdamW(
             predictor.parameters(),
@@ -164,28 +168,38 @@ class Learner:
         )
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, config.lr_step, config.lr_decay)
 
-    def learn(self, history: Sequence[Tensor] | Tensor, step: int, target: Tensor) -> Tensor:
+    def learn(self, history: Tensor, step: int, target: Tensor) -> Tensor:
         """One optimiser step on the L1 loss.
 
         Args:
-            history: the features before `step`, oldest first.
+            history: ring [R, ...] with the feature of every earlier step t that the window reads at t modulo R.
             step: the step forecast.
-            target: its true feature.
+            target: its true feature [...].
 
         Returns:
             The forecast made before the parameters moved, detached.
         """
+        expert = self._experts[step]
+        slots = self._windows(len(history), expert.window)[step]
+        wide = torch.promote_types(history.dtype, torch.float32)
         with torch.enable_grad():
-            forecast = self.predictor(history, step, self._sigmas)
-            loss = (forecast - target).abs().mean()
+            row = (expert.weights.to(wide), expert.projection.bias.to(wide), expert.net(self._offsets[step]).to(wide))
+            loss, forecast = ops.predict_loss(history, slots, *row, target)
             self.optimizer.zero_grad()
             loss.backward()
-        expert = self.predictor.expert(self._sigmas[step])
         torch.nn.utils.clip_grad_norm_(expert.parameters(), self._clip)
         self.optimizer.step()
         self.scheduler.step()
         self.losses.append(loss.detach())
-        return forecast.detach()
+        return forecast
+
+    def _windows(self, size: int, window: int) -> Tensor:
+        """[T, K]: the slots each step reads in a ring of `size`, its oldest feature repeated where K are not there."""
+        if (size, window) not in self._slots:
+            steps = torch.arange(len(self._offsets), device=self.device).unsqueeze(1)
+            reads = (steps - window + torch.arange(window, device=self.device)).clamp(min=0)
+            self._slots[size, window] = (reads % size).to(torch.int32)
+        return self._slots[size, window]
 
 
 class ClosedLoop:
@@ -202,27 +216,24 @@ class ClosedLoop:
         self._learners = learners
         self._computed = frozenset(computed)
         self._targets = targets
-        self._history: dict[str, list[Tensor]] = {context: [] for context in learners}
+        self._rings: dict[str, Tensor] = {}
 
     def begin(self, request: Request) -> None:
-        """Start with empty histories."""
-        for history in self._history.values():
-            history.clear()
+        """The ring is written before it is read: nothing to forget."""
 
-    def forecast(self, call: Call) -> Tensor | None:
+    def forecast(self, call: Call) -> Forecast | None:
         """Forecast and learn from a step outside the schedule."""
         if call.step in self._computed:
             return None
         target = self._targets[call.context][call.step]
-        forecast = self._learners[call.context].learn(self._history[call.context], call.step, target)
-        forecast = forecast.to(target.dtype)
-        self._remember(call.context, forecast)
-        return forecast
+        forecast = self._learners[call.context].learn(self._rings[call.context], call.step, target)
+        self._remember(call, forecast)
+        return Forecast(lambda: forecast)
 
     def keep(self, call: Call, feature: Tensor | None) -> None:
         """Take a computed feature into the history."""
         assert feature is not None  # `lose` raises
-        self._remember(call.context, feature.detach())
+        self._remember(call, feature.detach())
 
     def refuse(self, call: Call, reason: str) -> None:
         """A forecast was not used.
@@ -240,10 +251,11 @@ class ClosedLoop:
         """
         raise RuntimeError(f"training stopped: {reason}")
 
-    def _remember(self, context: str, feature: Tensor) -> None:
-        history = self._history[context]
-        history.append(feature)
-        del history[: -self._learners[context].window]
+    def _remember(self, call: Call, feature: Tensor) -> None:
+        if call.context not in self._rings:
+            self._rings[call.context] = feature.new_empty((self._learners[call.context].window, *feature.shape))
+        ring = self._rings[call.context]
+        ring[call.step % len(ring)].copy_(feature)
 
 
 class _Phase:

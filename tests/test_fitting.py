@@ -23,6 +23,7 @@ from lesa.plan import Plan
 from lesa.predictor import Predictor
 from lesa.recording import Recording, RecordingError, replay
 from lesa.requests import run
+from lesa.runner import Forecast
 from lesa.routing import Stage
 from lesa.runner import LesaWarning
 from lesa.schedule import paper
@@ -91,13 +92,14 @@ class Live:
     def begin(self, request: Request) -> None:
         self.history = {context: [] for context in self.predictors}
 
-    def forecast(self, call: Call) -> Tensor | None:
+    def forecast(self, call: Call) -> Forecast | None:
         history = self.history[call.context]
         assert call.step == len(history)
         if call.step in self.computed:
             return None
         history.append(self.predictors[call.context](history, call.step, self.sigmas).detach())
-        return history[-1]
+        feature = history[-1]
+        return Forecast(lambda: feature)
 
     def keep(self, call: Call, feature: Tensor | None) -> None:
         assert feature is not None

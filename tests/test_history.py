@@ -7,82 +7,112 @@ import torch
 
 from lesa import reference
 from lesa.history import History
-from lesa.plan import Row
+from lesa.plan import Plan, Row
 
-SLOTS = (0, 1, -1, 0)
+# Steps 0, 1 and 3 are read later, 2 and 4 are not; 3 takes the slot of 0, which step 2 reads last.
+ROWS = {2: Row((0, 1), (-1.0, 2.0), 0.5), 3: Row((1,), (1.0,)), 4: Row((1, 3), (0.5, 0.5)), 5: Row((3,), (1.0,))}
+PLAN = Plan((0, 1), tuple(1 - i / 6 for i in range(7)), {"*": ROWS})
 
 
 def feature(step: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape or (2, 3), generator=torch.Generator().manual_seed(step)).to(dtype)
 
 
+def forecast(history: History, step: int) -> torch.Tensor:
+    return history.select(step).fill(PLAN.slots[step])
+
+
 def filled() -> History:
-    history = History(SLOTS, 2)
+    history = History(PLAN, "*")
     history.store(0, feature(0))
     history.store(1, feature(1))
     return history
 
 
+def test_the_plan_is_as_the_tests_take_it() -> None:
+    assert PLAN.slots == (0, 1, -1, 0, -1, -1)
+
+
 def test_forecast_from_stored_features() -> None:
-    row = Row((0, 1), (-1.0, 2.0), 0.5)
-    expected = reference.forecast(torch.stack((feature(0), feature(1))).double(), row.weights, row.bias)
-    torch.testing.assert_close(filled().forecast(row).double(), expected, rtol=0, atol=1e-6)
+    expected = reference.forecast(torch.stack((feature(0), feature(1))).double(), ROWS[2].weights, ROWS[2].bias)
+    torch.testing.assert_close(forecast(filled(), 2).double(), expected, rtol=0, atol=1e-6)
+
+
+def test_forecasts_that_nothing_reads_leave_the_ring_alone() -> None:
+    history = filled()
+    forecast(history, 2)
+    assert history.ring is not None
+    assert torch.equal(history.ring.history[0], feature(0))
+    assert torch.equal(history.ring.history[1], feature(1))
+
+
+def test_a_forecast_that_is_read_later_is_kept() -> None:
+    history = filled()
+    forecast(history, 2)
+    assert torch.equal(forecast(history, 3), feature(1))
+    assert history.holds(ROWS[4])
+    torch.testing.assert_close(forecast(history, 4), feature(1))
+
+
+def test_nothing_is_allocated_after_the_first_forecasts() -> None:
+    history = filled()
+    first = [forecast(history, step).data_ptr() for step in (2, 3, 4, 5)]
+    history.clear()
+    history.store(0, feature(0))
+    history.store(1, feature(1))
+    assert [forecast(history, step).data_ptr() for step in (2, 3, 4, 5)] == first
 
 
 def test_holds_only_what_was_stored() -> None:
-    history = History(SLOTS, 2)
-    assert not history.holds(Row((0,), (1.0,)))
+    history = History(PLAN, "*")
+    assert not history.holds(ROWS[3])
     history.store(0, feature(0))
-    assert history.holds(Row((0,), (1.0,)))
-    assert not history.holds(Row((0, 1), (1.0, 1.0)))
+    assert not history.holds(ROWS[2])
     history.store(1, feature(1))
-    assert history.holds(Row((0, 1), (1.0, 1.0)))
+    assert history.holds(ROWS[2])
 
 
 def test_a_slot_taken_again_gives_up_the_older_step() -> None:
     history = filled()
     history.store(3, feature(3))
-    assert history.holds(Row((1, 3), (1.0, 1.0)))
-    assert not history.holds(Row((0,), (1.0,)))
-    assert torch.equal(history.forecast(Row((3,), (1.0,))), feature(3))
-    assert torch.equal(history.forecast(Row((1,), (1.0,))), feature(1))
+    assert history.holds(ROWS[4])
+    assert not history.holds(ROWS[2])
+    assert torch.equal(forecast(history, 5), feature(3))
+    torch.testing.assert_close(forecast(history, 4), (feature(1) + feature(3)) / 2)
 
 
 def test_steps_without_a_slot_are_not_kept() -> None:
     history = filled()
-    history.store(2, feature(2))
-    assert torch.equal(history.forecast(Row((0,), (1.0,))), feature(0))
-    assert torch.equal(history.forecast(Row((1,), (1.0,))), feature(1))
-    History((-1, -1), 0).store(0, feature(0))
+    history.store(2, feature(9))
+    assert history.holds(ROWS[2])
+    assert torch.equal(forecast(history, 3), feature(1))
+    computed = Plan((0, 1), (1.0, 0.5, 0.0))
+    History(computed, "*").store(0, feature(0))
 
 
 def test_clear_forgets_and_keeps_the_memory() -> None:
     history = filled()
-    assert history._buffer is not None
-    before = history._buffer.data_ptr()
+    assert history.ring is not None
+    before = history.ring.history.data_ptr()
     history.clear()
-    assert not history.holds(Row((0,), (1.0,)))
-    assert not history.holds(Row((1,), (1.0,)))
+    assert not history.holds(ROWS[2])
     history.store(0, feature(5))
-    assert history._buffer.data_ptr() == before
-    assert not history.holds(Row((1,), (1.0,)))
+    assert history.ring.history.data_ptr() == before
+    assert not history.holds(ROWS[2])
 
 
 def test_features_are_copies() -> None:
-    history = History(SLOTS, 2)
-    given = feature(0)
-    history.store(0, given)
+    history = History(PLAN, "*")
+    given = feature(1)
+    history.store(1, given)
     given.zero_()
-    result = history.forecast(Row((0,), (1.0,)))
-    assert torch.equal(result, feature(0))
-    result.zero_()
-    assert torch.equal(history.forecast(Row((0,), (1.0,))), feature(0))
+    assert torch.equal(forecast(history, 3), feature(1))
 
 
 def test_no_graph_is_kept() -> None:
-    history = History(SLOTS, 2)
-    history.store(0, feature(0).requires_grad_() * 2)
-    assert not history.forecast(Row((0,), (1.0,))).requires_grad
+    history = History(PLAN, "*")
+    history.store(1, feature(1).requires_grad_() * 2)
+    assert not forecast(history, 3).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -93,15 +123,15 @@ def test_no_graph_is_kept() -> None:
 def test_another_kind_of_feature_starts_a_new_buffer(changed: torch.Tensor) -> None:
     history = filled()
     history.store(1, changed)
-    assert not history.holds(Row((0,), (1.0,)))
-    actual = history.forecast(Row((1,), (1.0,)))
+    assert not history.holds(ROWS[2])
+    actual = forecast(history, 3)
     assert actual.dtype == changed.dtype
     assert torch.equal(actual, changed)
 
 
 def test_features_of_any_layout() -> None:
-    history = History(SLOTS, 2)
-    history.store(0, feature(0, 4, 6).t())
-    assert torch.equal(history.forecast(Row((0,), (1.0,))), feature(0, 4, 6).t())
+    history = History(PLAN, "*")
+    history.store(1, feature(0, 4, 6).t())
+    assert torch.equal(forecast(history, 3), feature(0, 4, 6).t())
     history.store(1, feature(1, 6, 8)[:, ::2])
-    assert torch.equal(history.forecast(Row((1,), (1.0,))), feature(1, 6, 8)[:, ::2])
+    assert torch.equal(forecast(history, 3), feature(1, 6, 8)[:, ::2])

@@ -190,7 +190,7 @@ def test_learn_returns_the_forecast_made_before() -> None:
     expected = predictor()(features[:5], 5, SIGMAS)
     with torch.no_grad():  # as in a pipeline
         actual = Learner(start, SIGMAS, FAST).learn(features[:5], 5, features[5])
-    assert torch.equal(actual, expected.detach())
+    torch.testing.assert_close(actual, expected.detach(), rtol=1e-6, atol=1e-6)
     assert not actual.requires_grad
 
 
@@ -225,7 +225,8 @@ class Sampler:
             for context in self.recording.contexts:
                 call = Call(context, step, SIGMAS[step], torch.zeros(1), request, step == 0)
                 truth = torch.cat([self.recording.features(i, context)[step] for i in indices])
-                forecast = driver.forecast(call)
+                coming = driver.forecast(call)
+                forecast = None if coming is None else coming.feature()
                 if forecast is None:
                     feature = truth + drift[context]
                     driver.keep(call, feature)
@@ -244,8 +245,9 @@ def test_closed_loop_learns_from_what_the_sampler_did(monkeypatch: pytest.Monkey
     names = {id(model): context for context, model in trained.items()}
     learn = Learner.learn
 
-    def spy(self: Learner, history: Sequence[Tensor], step: int, target: Tensor) -> Tensor:
-        learned.append((names[id(self.predictor)], step, [h.clone() for h in history], target.clone()))
+    def spy(self: Learner, history: Tensor, step: int, target: Tensor) -> Tensor:
+        window = [history[t % len(history)].clone() for t in range(max(0, step - len(history)), step)]
+        learned.append((names[id(self.predictor)], step, window, target.clone()))
         return learn(self, history, step, target)
 
     monkeypatch.setattr(Learner, "learn", spy)
@@ -305,7 +307,9 @@ def test_closed_loop_forecasts_in_the_dtype_of_the_features() -> None:
     calls = [Call("cond", step, None, torch.zeros(1), request, step == 0) for step in range(2)]
     assert driver.forecast(calls[0]) is None
     driver.keep(calls[0], targets["cond"][0])
-    forecast = driver.forecast(calls[1])
+    coming = driver.forecast(calls[1])
+    assert coming is not None and coming.ring is None
+    forecast = coming.feature()
     assert forecast is not None
     assert forecast.dtype == torch.bfloat16
     assert not forecast.requires_grad

@@ -1,0 +1,27 @@
+"""The operations of the hot path: torch custom operators `lesa::*`, one entry each, whatever backend serves them.
+
+A call goes to Triton kernels on a GPU, to the C++ library on the CPU, and to plain torch where neither serves it
+(float64 on a GPU, no C++ library). `backend=` asks for one of "triton", "cpp", "torch" and never falls back.
+"""
+
+from ._library import BACKENDS, backend_of, describe
+from .forecast import feature_sums, forecast, forecast_at, forecast_into_, spread
+from .head import forecast_head
+from .kan import kan
+from .predict import LAYERS, predict, predict_loss
+
+__all__ = [
+    "BACKENDS",
+    "LAYERS",
+    "backend_of",
+    "describe",
+    "feature_sums",
+    "forecast",
+    "forecast_at",
+    "forecast_head",
+    "forecast_into_",
+    "kan",
+    "predict",
+    "predict_loss",
+    "spread",
+]

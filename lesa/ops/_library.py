@@ -1,0 +1,177 @@
+"""Schemas and the choice of a backend, shared by all operators.
+
+The schemas are defined here, in Python. The C++ library only adds kernels for the CPU to them, so that it may be
+absent; it is loaded at the first call on CPU tensors, and triton at the first call on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BACKENDS = ("triton", "cpp", "torch")
+# ROCm's tensors carry the key CUDA.
+_GPU_KEYS = ("CUDA", "XPU")
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Operators the C++ library has no kernel for: on the CPU the host's own head is as good.
+_NO_CPP = ("forecast_head", "spread")
+
+_library = torch.library.Library("lesa", "DEF")
+_plain: dict[str, Callable[..., Any]] = {}
+_triton: dict[str, Callable[..., Any]] = {}
+
+
+def define(
+    schema: str,
+    plain: Callable[..., Any],
+    triton: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Define one operator.
+
+    Args:
+        schema: its schema, the name first, without namespace.
+        plain: the operator in plain torch, for any device and dtype.
+        triton: its launcher, imported when it is called.
+        fake: makes outputs of the right shape, dtype and device.
+        setup, backward: the autograd formula; none for operators without one.
+    """
+    name = schema.partition("(")[0]
+    _plain[name], _triton[name] = plain, triton
+    _library.define(schema)
+    _library.impl(name, functools.partial(_run_default, name), "CompositeExplicitAutograd")
+    for key in _GPU_KEYS:
+        _library.impl(name, functools.partial(_run_gpu, name), key)
+    torch.library.register_fake(f"lesa::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"lesa::{name}", backward, setup_context=setup, lib=_library)
+
+
+def call(name: str, backend: str | None, *args: Any) -> Any:
+    """Call an operator on its own backend, or on the one asked for.
+
+    Raises:
+        ValueError: `backend` is unknown.
+        RuntimeError: `backend` cannot serve these tensors; nothing else is tried.
+    """
+    if backend is None:
+        return getattr(torch.ops.lesa, name)(*args)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: expected one of {BACKENDS}, or None for the best there is")
+    if backend == "torch":
+        return _plain[name](*args)
+    first = args[0]
+    if backend == "cpp":
+        reason = _cpp_missing(name, first.device)
+        if reason:
+            raise RuntimeError(f"backend='cpp' cannot run {name}: {reason}")
+        return getattr(torch.ops.lesa, name)(*args)
+    reason = _triton_missing(first)
+    if reason:
+        raise RuntimeError(f"backend='triton' cannot run {name}: {reason}")
+    if first.device.type == "cpu":  # the interpreter
+        return _triton[name](*args)
+    return getattr(torch.ops.lesa, name)(*args)
+
+
+def backend_of(name: str, tensor: torch.Tensor) -> str:
+    """The backend that serves operator `name` on tensors like this one."""
+    if tensor.device.type == "cpu":
+        return "torch" if _cpp_missing(name, tensor.device) else "cpp"
+    return "torch" if _triton_missing(tensor) else "triton"
+
+
+def describe() -> dict[str, str]:
+    """For every backend whether it is there, and if not why and what to do."""
+    triton = _triton_version()
+    gpu = _gpu_name()
+    return {
+        "triton": f"{triton} on {gpu}" if triton and gpu else _no_triton(triton),
+        "cpp": f"{cpp_path().name}" if load_cpp() else _NO_LIBRARY,  # type: ignore[union-attr]
+        "torch": torch.__version__,
+    }
+
+
+_NO_LIBRARY = "not built: install lesa where a C++ compiler is, with --no-build-isolation; plain torch serves the CPU"
+
+
+def _no_triton(version: str | None) -> str:
+    return f"{version}, but no GPU is here" if version else "not installed: pip install triton"
+
+
+@functools.cache
+def cpp_path() -> Path | None:
+    """The C++ library beside the package, None if it was not built."""
+    return next(iter(sorted(Path(__file__).parents[1].glob("_cpu*.so"))), None)
+
+
+@functools.cache
+def load_cpp() -> bool:
+    """Load the C++ library once; whether it is there."""
+    path = cpp_path()
+    if path is not None:
+        torch.ops.load_library(str(path))
+    return path is not None
+
+
+def _run_default(name: str, *args: Any) -> Any:
+    """Reached where no kernel of the device is registered: on the CPU before the C++ library is loaded, or without."""
+    if args[0].device.type == "cpu" and not load_cpp.cache_info().currsize and load_cpp() and name not in _NO_CPP:
+        return getattr(torch.ops.lesa, name)(*args)
+    with torch.no_grad():
+        return _plain[name](*args)
+
+
+def _run_gpu(name: str, *args: Any) -> Any:
+    if _triton_missing(args[0]):
+        with torch.no_grad():
+            return _plain[name](*args)
+    return _triton[name](*args)
+
+
+def _cpp_missing(name: str, device: torch.device) -> str | None:
+    """Why the C++ library cannot serve an operator on `device`; None if it can."""
+    if device.type != "cpu":
+        return f"it serves CPU tensors, these are on {device}"
+    if name in _NO_CPP:
+        return "the C++ library has no kernel for it; leave backend out"
+    return None if load_cpp() else f"the library is {_NO_LIBRARY}"
+
+
+def _triton_missing(tensor: torch.Tensor) -> str | None:
+    """Why Triton cannot serve tensors like this one; None if it can."""
+    if tensor.dtype not in _KERNEL_DTYPES:
+        return f"the kernels take {', '.join(map(str, _KERNEL_DTYPES))}, not {tensor.dtype}"
+    if _triton_version() is None:
+        return "triton is not installed: pip install triton"
+    if tensor.device.type == "cpu" and not _interpreted():
+        return "these are CPU tensors; kernels run there only with TRITON_INTERPRET=1 in the environment"
+    return None
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return triton.__version__
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _gpu_name() -> str | None:
+    for module in (torch.cuda, getattr(torch, "xpu", None)):
+        if module is not None and module.is_available():
+            return str(module.get_device_name())
+    return None
