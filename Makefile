@@ -1,4 +1,4 @@
-# make demo | test | lint      Each sets up .venv once and again when pyproject.toml or setup.py changes.
+# make demo | test | lint      Each sets up .venv once, and again when pyproject.toml, setup.py or csrc changes.
 #
 # PYTHON   makes .venv; 3.10 or newer.
 # TORCH    what pip installs as torch, pip options included. Plain torch from the public index brings CUDA
@@ -32,8 +32,8 @@ lint: .venv/dev.done
 	@$(PIP) $(TORCH)
 	@touch $@
 
-# Without build isolation: an isolated build would fetch a second torch once the C++ part needs one.
-.venv/%.done: .venv/torch.done pyproject.toml setup.py
+# Without build isolation: the C++ kernels are built for the torch that is installed.
+.venv/%.done: .venv/torch.done pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "== 2/2 lesa[$*] and what it needs (a minute or more)"
 	@$(PIP) --no-build-isolation --editable ".[$*]"
 	@touch $@

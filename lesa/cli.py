@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import __version__, ops
 from .plan import Plan
 
 _BUNDLED = "emoji-flux"
@@ -64,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", type=Path, default=Path("."), help="folder of the pictures")
     generate.set_defaults(command=_generate)
 
-    info = commands.add_parser("info", help="say what a plan holds")
-    info.add_argument("plan", type=Path)
+    info = commands.add_parser("info", help="say what a plan holds, or without one, which backends are here")
+    info.add_argument("plan", type=Path, nargs="?")
     info.set_defaults(command=_info)
     return parser
 
@@ -188,7 +189,12 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    print(describe(Plan.load(options.plan)))
+    if options.plan is not None:
+        print(describe(Plan.load(options.plan)))
+        return 0
+    print(f"lesa {__version__}")
+    for name, state in ops.describe().items():
+        print(f"{name:<8}{state}")
     return 0
 
 

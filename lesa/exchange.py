@@ -188,9 +188,9 @@ class Stands:
         places[self._layout.proj] = head
         return Exchange(self._denoiser, places), tail
 
-    def fuses(self, ring: Ring | None, timestep: Any) -> bool:
+    def fuses(self, ring: Ring, timestep: Any) -> bool:
         """Whether the fused operator can do the head's work: on its device, in its dtypes, and nothing wraps it."""
-        if ring is None or ring.history.dim() != 4 or getattr(timestep, "dim", lambda: 0)() > 1:
+        if ring.history.dim() != 4 or getattr(timestep, "dim", lambda: 0)() > 1:
             return False  # a timestep for every token modulates every token
         norm, proj = self._head()
         plain = type(proj) is nn.Linear and isinstance(norm, nn.LayerNorm) and norm.weight is None

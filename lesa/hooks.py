@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
+from torch._dynamo.decorators import skip  # unlike torch.compiler.disable(recursive=False), for good, not call by call
 
+from . import ops
 from .clock import Call, Clock
 from .denoisers import denoiser_of, layout_of
 from .exchange import Exchange, Stands, Tail, Tap, argument
@@ -110,7 +112,7 @@ class RootHook(ModelHook):
         self._clock.abort()
         return module
 
-    @torch.compiler.disable(recursive=False)
+    @skip
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Compute or forecast one step."""
         turn = self._begin(args, kwargs)
@@ -121,7 +123,7 @@ class RootHook(ModelHook):
             self._end(turn, output)
         return output if turn.wrap is None else turn.wrap(output)
 
-    @torch.compiler.disable(recursive=False)
+    @skip
     def _run(self, turn: _Turn, args: tuple, kwargs: dict) -> Any:
         try:
             return turn.run(*args, **kwargs)
@@ -158,12 +160,17 @@ class RootHook(ModelHook):
         """The turn that forecasts a step."""
         stats = self.driver.stats
         stop = stats.start("forecast", call.sample.device)
-        if self._stands is None:
+        ring, stands = forecast.ring, self._stands
+        fused = stands is not None and ring is not None and stands.fuses(ring, call.timestep)
+        if ring is not None:
+            name = "forecast_head" if fused else "forecast_into_"
+            stats.operators[f"{name}: {ring.backend or ops.backend_of(name, ring.history)}"] += 1
+        if stands is None:
             return _Turn(call, stop, _copy(forecast.feature()), wrap=functools.partial(_like, self._like))
-        if forecast.ring is not None and self._stands.fuses(forecast.ring, call.timestep):
-            exchange, tail = self._stands.head(call.context, forecast.ring)
+        if fused:
+            exchange, tail = stands.head(call.context, ring)
         else:
-            exchange, tail = self._stands.tail(forecast.feature())
+            exchange, tail = stands.tail(forecast.feature())
         return _Turn(call, stop, self._original(), exchange, tail)
 
     @torch.compiler.disable

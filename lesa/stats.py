@@ -19,12 +19,14 @@ class Stats:
         computed: denoiser calls the plan computed.
         forecast: denoiser calls the plan forecast.
         refused: calls that should have been forecast but were computed, by reason.
+        operators: forecasts by the operator and backend that made them, e.g. "forecast_head: triton".
     """
 
     requests: int = 0
     computed: int = 0
     forecast: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    operators: Counter[str] = field(default_factory=Counter)
     _timers: dict[str, _Timer] = field(default_factory=lambda: {"computed": _Timer(), "forecast": _Timer()}, repr=False)
 
     @property
@@ -45,8 +47,10 @@ class Stats:
 
     def __str__(self) -> str:
         refused = ", ".join(f"{count} {reason}" for reason, count in self.refused.items()) or "none"
+        operators = ", ".join(self.operators)
         return (
-            f"requests {self.requests}, computed {self.computed}, forecast {self.forecast}, refused {refused}, "
+            f"requests {self.requests}, computed {self.computed}, forecast {self.forecast}"
+            f"{f' ({operators})' if operators else ''}, refused {refused}, "
             f"{self.seconds_saved:.3f} s saved"
         )
 

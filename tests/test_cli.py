@@ -85,7 +85,7 @@ def test_generate(folder: Path, plan: Path, tmp_path: Path, capsys: Any, planned
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == [str(path) for path in paths]
     assert len(printed) == (3 if planned else 2)
-    assert not planned or printed[2].startswith("requests 1, computed 4, forecast 4, refused none")
+    assert not planned or printed[2].startswith("requests 1, computed 4, forecast 4 (forecast_into_: ")
     full = expected(folder, ["a red apple", "snow"], 3)
     for path, image, other in zip(
         paths, expected(folder, ["a red apple", "snow"], 3, plan if planned else None), full, strict=True
@@ -263,13 +263,21 @@ def test_interruption(capsys: Any, monkeypatch: Any) -> None:
     assert capsys.readouterr().err == "lesa generate: interrupted\n"
 
 
+def test_info_names_the_backends(capsys: Any) -> None:
+    assert cli.main(["info"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["lesa"] == lesa.__version__
+    assert list(lines)[1:] == list(lesa.ops.BACKENDS)
+    assert lines["torch"] == torch.__version__
+
+
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(lesa.PlanError, match="does not exist"):
         cli.main(["--debug", "info", "missing.safetensors"])
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["info"], ["train"], ["generate"], ["generate", "--steps", "x", "snow"]]
+    "arguments", [[], ["nonsense"], ["train"], ["generate"], ["generate", "--steps", "x", "snow"]]
 )
 def test_usage(arguments: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from lesa import ops, reference
+from lesa.ops import _library
 from lesa.plan import MAX_READS
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -106,8 +112,186 @@ def test_nan_of_an_unread_slot_stays_out() -> None:
     assert ops.forecast(history, [0, 1], [3.0, 0.0]).isnan().all()
 
 
+def test_slots_and_weights_that_do_not_fit() -> None:
+    history = torch.ones(2, 4)
+    with pytest.raises(ValueError, match="names 2, but history holds slots 0 to 1"):
+        ops.forecast(history, [0, 2], [1.0, 1.0])
+    with pytest.raises(ValueError, match="slots has 2 entries but weights has 1"):
+        ops.forecast(history, [0, 1], [1.0])
+
+
 def test_works_under_inference_mode_and_outside() -> None:
     with torch.inference_mode():
         history = torch.ones(2, 3)
         assert ops.forecast(history, [0, 1], [1.0, 1.0]).tolist() == [2.0] * 3
     assert ops.forecast(history, [0, 1], [1.0, 1.0]).tolist() == [2.0] * 3
+
+
+# Every operator: schema, fake, autograd, compilation
+
+
+def rows(kind: torch.dtype, steps: int = 3) -> tuple[torch.Tensor, ...]:
+    """Slots with one left out, weights, biases of a table, and the step."""
+    slots = torch.tensor([[2, -1, 0], [1, 0, -1], [3, 3, 1]], dtype=torch.int32)[:steps]
+    return slots, torch.randn(steps, 3, dtype=kind), torch.randn(steps, dtype=kind), torch.tensor([1])
+
+
+def network(kind: torch.dtype, experts: int | None = None, inputs: int = 5, outputs: int = 4) -> list[torch.Tensor]:
+    lead = () if experts is None else (experts,)
+    shapes = ((outputs, inputs), (outputs, inputs, 8), (outputs, inputs))
+    return [torch.randn(*lead, *shape, dtype=kind, requires_grad=True) for shape in shapes]
+
+
+def arguments(name: str, kind: torch.dtype) -> tuple:
+    """Arguments of every operator; floating inputs that have gradients require them."""
+    torch.manual_seed(0)
+    history = torch.randn(4, 2, 3, 6, dtype=kind)
+    slots, weights, bias, step = rows(kind)
+    keep = torch.tensor([-1, 2, 0], dtype=torch.int32)
+    one = (slots[0], weights[0].requires_grad_(), bias[0].requires_grad_())
+    grid = (-3.0, 3.0)
+    if name == "forecast":
+        return history.requires_grad_(), *one
+    if name == "forecast_at":
+        return history, slots, weights.detach(), bias.detach(), step
+    if name == "forecast_into_":
+        return history, slots, weights.detach(), bias.detach(), keep, step
+    if name == "forecast_head":
+        vectors = torch.randn(2, 6, dtype=kind), torch.randn(2, 6, dtype=kind)
+        projection = torch.randn(5, 6, dtype=kind), torch.randn(5, dtype=kind)
+        return history, slots, weights.detach(), bias.detach(), keep, step, *vectors, *projection, 1e-6
+    if name == "feature_sums":
+        return torch.randn(2, 3, 6, dtype=kind), history, slots[0]
+    if name == "spread":
+        return torch.randn(2, 3, 6, dtype=kind), weights[0].detach(), slots[0], 4
+    if name == "kan":
+        return torch.randn(2, 3, 5, dtype=kind, requires_grad=True), *network(kind, 2), *grid
+    if name == "kan_backward":
+        detached = [part.detach() for part in network(kind, 2)]
+        return torch.randn(2, 3, 4, dtype=kind), torch.randn(2, 3, 5, dtype=kind), *detached, *grid, True
+    layers = [*network(kind), *network(kind, None, 4, 3), *network(kind, None, 3, 1)]
+    if name == "predict":
+        return history.requires_grad_(), *one, torch.randn(5, dtype=kind), layers, *grid
+    assert name == "predict_loss"
+    alpha = torch.randn((), dtype=kind, requires_grad=True)
+    return history, *one, alpha, torch.randn(2, 3, 6, dtype=kind), False, True
+
+
+OPERATORS = (
+    *("forecast", "forecast_at", "forecast_into_", "forecast_head", "feature_sums", "spread"),
+    *("kan", "kan_backward", "predict", "predict_loss"),
+)
+DIFFERENTIABLE = ("forecast", "kan", "predict", "predict_loss")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
+def test_opcheck(name: str, kind: torch.dtype) -> None:
+    results = torch.library.opcheck(getattr(torch.ops.lesa, name), arguments(name, kind))
+    assert set(results.values()) == {"SUCCESS"}
+    assert len(results) == 4
+
+
+def test_no_operator_is_left_out() -> None:
+    defined = {name.removeprefix("lesa::").partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    assert {n for n in defined if hasattr(torch.ops.lesa, n)} >= set(OPERATORS)
+    assert set(_library._plain) == set(OPERATORS)
+
+
+def flat(values: Any) -> list[torch.Tensor]:
+    parts = values if isinstance(values, (tuple, list)) else (values,)
+    return [leaf for part in parts for leaf in (flat(part) if isinstance(part, (tuple, list)) else [part])]
+
+
+def tensors(values: Any) -> list[torch.Tensor]:
+    return [part for part in flat(values) if isinstance(part, torch.Tensor)]
+
+
+def first_output(name: str, values: tuple) -> torch.Tensor:
+    return tensors(getattr(torch.ops.lesa, name)(*values))[0]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("loaded", [True, False], ids=["this machine's backend", "plain torch"])
+def test_gradients_in_float64(name: str, loaded: bool) -> None:
+    values = arguments(name, torch.float64)
+    leaves = [part for part in tensors(values) if part.requires_grad]
+    assert len(leaves) >= 3
+
+    def run(*parts: torch.Tensor) -> torch.Tensor:
+        rest = iter(parts)
+        filled = [
+            [next(rest) for _ in part]
+            if isinstance(part, list)
+            else next(rest)
+            if isinstance(part, torch.Tensor) and part.requires_grad
+            else part
+            for part in values
+        ]
+        return tensors(getattr(torch.ops.lesa, name)(*filled))[0]
+
+    with contextlib.ExitStack() as stack:
+        if not loaded:
+            stack.enter_context(plain_only())
+        assert torch.autograd.gradcheck(run, leaves)
+
+
+@contextlib.contextmanager
+def plain_only() -> Iterator[None]:
+    """Serve CPU tensors by plain torch, as where the C++ library was not built."""
+    library = torch.library.Library("lesa", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # overriding is what is wanted
+        for name in OPERATORS:
+            library.impl(name, _library._plain[name], "CPU", allow_override=True)
+        yield
+        library._destroy()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_compiles_in_one_graph_forward_and_backward(name: str) -> None:
+    eager, compiled = arguments(name, torch.float32), arguments(name, torch.float32)
+    torch._dynamo.reset()
+    for values, run in ((eager, first_output), (compiled, torch.compile(first_output, fullgraph=True))):
+        run(name, values).square().sum().backward()
+    pairs = list(zip(tensors(eager), tensors(compiled), strict=True))
+    assert sum(one.grad is not None for one, _ in pairs) >= 3
+    for one, other in pairs:
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad)
+
+
+# Backends
+
+
+def test_a_backend_asked_for_never_falls_back() -> None:
+    history = torch.ones(2, 4)
+    with pytest.raises(ValueError, match="backend='cuda': expected one of"):
+        ops.forecast(history, [0], [1.0], backend="cuda")
+    if not interpreted():
+        with pytest.raises(RuntimeError, match="backend='triton' cannot run forecast: these are CPU tensors"):
+            ops.forecast(history, [0], [1.0], backend="triton")
+    with pytest.raises(RuntimeError, match="backend='cpp' cannot run forecast: it serves CPU tensors"):
+        ops.forecast(history.to("meta"), [0], [1.0], backend="cpp")
+    values = arguments("forecast_head", torch.float32)
+    with pytest.raises(RuntimeError, match="backend='cpp' cannot run forecast_head: the C.. library has no kernel"):
+        ops.forecast_head(*values, backend="cpp")
+
+
+def test_a_backend_that_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "load_cpp", lambda: False)
+    assert ops.backend_of("forecast", torch.ones(1)) == "torch"
+    assert "not built" in ops.describe()["cpp"]
+    with pytest.raises(RuntimeError, match="backend='cpp' cannot run forecast: the library is not built: install lesa"):
+        ops.forecast(torch.ones(2, 4), [0], [1.0], backend="cpp")
+
+
+def test_the_backend_of_the_cpu() -> None:
+    expected = "cpp" if _library.load_cpp() else "torch"
+    assert ops.backend_of("forecast", torch.ones(1)) == expected
+    assert ops.backend_of("forecast_head", torch.ones(1)) == "torch"
+    assert ops.forecast(torch.ones(2, 4), [0, 1], [1.0, 2.0], backend=expected).tolist() == [3.0] * 4
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,155 @@
+"""The live predictor and its loss with gradients, as one row of a benchmark runs them; see cases.py."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lesa import ops, reference
+
+from .cases import FUSED, FeatureCase, Form, Inputs, Outputs, Shape, compiled, kan_chain, kan_parameters, knots, wide_sum
+from .measuring import copies_beyond_cache
+
+
+class Predict(FeatureCase):
+    """Projection, KAN and residual update, forward."""
+
+    def __init__(self, shape: Shape, k: int, dtype: torch.dtype, device: str) -> None:
+        super().__init__(shape, k, dtype, device)
+        sigmas = torch.linspace(1, 0, 51, device=device)
+        self.dt = sigmas[20] - sigmas
+        self.knots = knots(torch.float32, self.dt.device)
+        self.newest = torch.zeros_like(self.w)
+        self.newest[-1] = 1
+        # With their KANs the inputs are larger, and fewer of them leave the cache.
+        self.inputs = self.inputs[: copies_beyond_cache(self._read, device)]
+        for i in self.inputs:
+            i.layers = kan_parameters(device)
+
+    @property
+    def _parameters(self) -> int:
+        return 4 * sum(part.numel() for layer in kan_parameters("meta") for part in layer)
+
+    @property
+    def _read(self) -> int:
+        return self.k * self.L * self.dtype.itemsize + self._parameters
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes + self._parameters + 4 * self.dt.numel()
+
+    def formula(self, i: Inputs, dtype: torch.dtype) -> Outputs:
+        wide = torch.promote_types(dtype, torch.float32)
+        layers = [tuple(part.to(wide) for part in layer) for layer in i.layers]
+        alpha = kan_chain(self.dt.to(wide).unsqueeze(0), layers, knots(wide, self.dt.device)).reshape(())
+        history = i.history.to(dtype)
+        z = reference.forecast(history, self.w.to(dtype), self.b.to(dtype))
+        return history[-1] + alpha.to(dtype) * z, alpha
+
+    def fused(self, backend: str) -> Form:
+        row = (self.slots, self.w, self.b, self.dt)
+        return lambda i: ops.predict(i.history, *row, i.layers, (-3.0, 3.0), backend)
+
+    def _alpha(self, i: Inputs) -> Tensor:
+        return kan_chain(self.dt.unsqueeze(0), i.layers, self.knots).reshape(())
+
+    def eager(self) -> dict[str, Form]:
+        def folded(i: Inputs) -> Outputs:
+            alpha = self._alpha(i)
+            w = (self.newest + alpha * self.w).to(self.dtype)
+            out = (w @ i.history.view(self.k, -1)).view(i.target.shape)
+            return out.add_((alpha * self.b).to(self.dtype)), alpha
+
+        def folded_chain(i: Inputs) -> Outputs:
+            alpha = self._alpha(i)
+            w = (self.newest + alpha * self.w).to(self.dtype)
+            out = torch.addcmul((alpha * self.b).to(self.dtype), i.features[0], w[0])
+            for feature, weight in zip(i.features[1:], w[1:], strict=True):
+                out.addcmul_(feature, weight)
+            return out, alpha
+
+        def chain(i: Inputs) -> Outputs:
+            alpha = self._alpha(i)
+            return torch.addcmul(i.features[-1], self._add(i), alpha.to(self.dtype)), alpha
+
+        return {"folded matmul": folded, "folded addcmul_": folded_chain, "add_": chain}
+
+    def compile(self) -> dict[str, Form]:
+        def formula(features: list[Tensor], w: Tensor, b: Tensor, dt: Tensor, layers: list) -> Outputs:
+            alpha = kan_chain(dt.unsqueeze(0), layers, self.knots).reshape(())
+            return (features[-1].float() + alpha * wide_sum(features, w, b)).to(features[0].dtype), alpha
+
+        run = compiled(formula)
+        return {"sum": lambda i: run(i.features, self.w, self.b, self.dt, i.layers)}
+
+
+class PredictLoss(FeatureCase):
+    """L1 loss of the predictor with all gradients: loss, forecast, dW, db, dalpha."""
+
+    @property
+    def bytes(self) -> int:
+        return (self.k + 2) * self.L * self.dtype.itemsize
+
+    @cached_property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W, b and alpha, with gradients."""
+        w, b, alpha = self.w.clone(), self.b.clone(), torch.tensor(0.7, device=self.device)
+        return w.requires_grad_(), b.requires_grad_(), alpha.requires_grad_()
+
+    def formula(self, i: Inputs, dtype: torch.dtype) -> Outputs:
+        wide = torch.promote_types(dtype, torch.float32)
+        w, b, alpha = (leaf.detach().to(wide).requires_grad_() for leaf in self.leaves)
+        history = i.history.to(dtype)
+        forecast = history[-1] + alpha.to(dtype) * reference.forecast(history, w.to(dtype), b.to(dtype))
+        return _with_gradients((forecast - i.target).abs().to(wide).mean(), forecast, (w, b, alpha))
+
+    def fused(self, backend: str) -> Form:
+        w, b, alpha = self.leaves
+
+        def run(i: Inputs) -> Outputs:
+            loss, forecast = ops.predict_loss(i.history, self.slots, w, b, alpha, i.target, backend=backend)
+            return _with_gradients(loss, forecast, self.leaves)
+
+        return run
+
+    def eager(self) -> dict[str, Form]:
+        w, b, alpha = self.leaves
+
+        def low(i: Inputs) -> Outputs:
+            z = (w.to(self.dtype) @ i.history.view(self.k, -1)).view(i.target.shape) + b.to(self.dtype)
+            forecast = torch.addcmul(i.features[-1], z, alpha.to(self.dtype))
+            return _with_gradients((forecast - i.target).abs().mean(dtype=torch.float32), forecast, self.leaves)
+
+        def wide(i: Inputs) -> Outputs:
+            history = i.history.float()
+            forecast = history[-1] + alpha * (torch.tensordot(w, history, dims=1) + b)
+            return _with_gradients((forecast - i.target).abs().mean(), forecast.to(self.dtype), self.leaves)
+
+        return {"matmul": low, "float32": wide}
+
+    def compile(self) -> dict[str, Form]:
+        def formula(
+            row: tuple[Tensor, Tensor, Tensor], features: list[Tensor], target: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            w, b, alpha = row
+            forecast = features[-1].float() + alpha * wide_sum(features, w, b)
+            return (forecast - target).abs().mean(), forecast.detach().to(target.dtype)
+
+        two = compiled(formula)
+        one = compiled(torch.func.grad_and_value(formula, has_aux=True))
+        detached = tuple(leaf.detach() for leaf in self.leaves)
+
+        def autograd(i: Inputs) -> Outputs:
+            return _with_gradients(*two(self.leaves, i.features, i.target), self.leaves)
+
+        def one_graph(i: Inputs) -> Outputs:
+            gradients, (loss, forecast) = one(detached, i.features, i.target)
+            return loss, forecast, *gradients
+
+        return {"autograd": autograd, "one graph": one_graph}
+
+
+def _with_gradients(loss: Tensor, forecast: Tensor, leaves: tuple[Tensor, ...]) -> Outputs:
+    return loss.detach(), forecast.detach(), *torch.autograd.grad(loss, leaves)

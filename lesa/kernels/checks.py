@@ -1,0 +1,90 @@
+"""What launchers refuse before a kernel would misread it, and the device they launch on."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+MAX_WINDOW = 16
+FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The device to launch on: that of `tensor`; nothing to choose for the interpreter's CPU tensors."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    module = torch.get_device_module(tensor.device)
+    context: contextlib.AbstractContextManager[object] = module.device(tensor.device)
+    return context
+
+
+def check_history(history: Tensor) -> None:
+    """Refuse a ring whose features are not dense or not of a dtype the kernels know.
+
+    Args:
+        history: [H, *feature], any stride between slots.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if history.dtype not in FEATURE_DTYPES:
+        raise ValueError(f"history has dtype {history.dtype}; expected float32, float16 or bfloat16")
+    if history.dim() < 1 or (history.numel() and not history[0].is_contiguous()):
+        raise ValueError(
+            f"history of shape {tuple(history.shape)} has strides {history.stride()}; expected contiguous features "
+            "(history[i]); call .contiguous() on the ring"
+        )
+
+
+def check_row(slots: Tensor, step: Tensor | None, **rows: Tensor | None) -> int:
+    """Refuse rows the kernels would misread.
+
+    Args:
+        slots: [K] int32, or [T, K] with `step`.
+        step: [1] int64, or None.
+        rows: weights or coefficients like `slots`, bias and keep one a row; None is left out.
+
+    Returns:
+        K.
+
+    Raises:
+        ValueError: a dtype, a window, or a stride is not as said.
+    """
+    window = slots.shape[-1]
+    if not 1 <= window <= MAX_WINDOW:
+        raise ValueError(f"slots has a window of {window}; expected 1 to {MAX_WINDOW}")
+    if slots.dim() != (1 if step is None else 2):
+        raise ValueError(f"slots has shape {tuple(slots.shape)}; expected [K] without step, [T, K] with it")
+    if step is not None and step.dtype != torch.int64:
+        raise ValueError(f"step has dtype {step.dtype}; expected int64")
+    expected = {"slots": (slots, torch.int32, slots.numel())}
+    for name, row in rows.items():
+        if row is not None:
+            dtype = torch.int32 if name == "keep" else torch.float32
+            expected[name] = (row, dtype, slots.numel() // (1 if name in ("weights", "coefficients") else window))
+    for name, (row, dtype, count) in expected.items():
+        if row.dtype != dtype or row.numel() != count or not row.is_contiguous():
+            raise ValueError(
+                f"{name} is {row.dtype} of shape {tuple(row.shape)} and strides {row.stride()}; "
+                f"expected {count} contiguous values of {dtype}"
+            )
+    return window
+
+
+def check_grad(grad: Tensor, shape: torch.Size) -> None:
+    """Refuse a gradient that is not a dense feature.
+
+    Args:
+        grad: expected to have `shape` and one of the feature dtypes.
+        shape: of a feature.
+
+    Raises:
+        ValueError: it has not, or is not contiguous.
+    """
+    if grad.dtype not in FEATURE_DTYPES or grad.shape != shape or not grad.is_contiguous():
+        raise ValueError(
+            f"grad is {grad.dtype} of shape {tuple(grad.shape)} and strides {grad.stride()}; "
+            f"expected contiguous values of a feature's shape {tuple(shape)} in float32, float16 or bfloat16"
+        )

@@ -1,0 +1,275 @@
+"""Weighted sums of cached features, and the two reductions and the spread their gradients need.
+
+Legend: H ring slots, K window, L elements of a feature, S stride between slots, T steps, P partial sums.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .checks import check_grad, check_history, check_row, guard
+
+
+class ForecastConfig(NamedTuple):
+    """How the forecast is cut: elements a program, warps a program, eviction hint of the loads."""
+
+    block: int = 512
+    warps: int = 2
+    hint: str = "evict_first"
+
+
+class SumsConfig(NamedTuple):
+    """How the sums are cut: elements times slots a tile, elements a tile at most, programs at most, warps a program.
+
+    Nothing here follows the machine: the order of the additions is part of the result.
+    """
+
+    tile: int = 8192
+    block: int = 2048
+    programs: int = 1024
+    warps: int = 4
+
+
+@triton.jit
+def _forecast_fwd_kernel(
+    p_out,
+    p_history,
+    p_slots,
+    p_weights,
+    p_bias,
+    p_keep,
+    p_step,
+    S,
+    L,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HINT: tl.constexpr,
+):
+    i_start = tl.program_id(0).to(tl.int64) * BLOCK
+    i_row = 0
+    if p_step is not None:
+        i_row = tl.load(p_step)
+    o_tile = tl.arange(0, BLOCK)
+    # Cut to the block, what is left fits 32 bits. An unused slot leaves nothing to load.
+    left = tl.minimum(L - i_start, BLOCK).to(tl.int32)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        i_slot = tl.load(p_slots + i_row * K + k).to(tl.int64)
+        weight = tl.where(i_slot >= 0, tl.load(p_weights + i_row * K + k), 0.0)
+        p_feature = p_history + i_slot * S + i_start
+        m_tile = o_tile < tl.where(i_slot >= 0, left, 0)
+        b_feature = tl.load(p_feature + o_tile, mask=m_tile, other=0.0, eviction_policy=HINT)
+        b_sum += weight * b_feature.to(tl.float32)
+    b_sum += tl.load(p_bias + i_row)
+    if p_keep is not None:
+        i_slot = tl.load(p_keep + i_row).to(tl.int64)
+        p_out = p_history + i_slot * S
+        left = tl.where(i_slot >= 0, left, 0)
+    tl.store(p_out + i_start + o_tile, b_sum.to(p_history.dtype.element_ty), mask=o_tile < left)
+
+
+@triton.jit
+def _feature_sums_kernel(
+    p_part, p_grad, p_history, p_slots, S, L, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr
+):
+    i_program = tl.program_id(0)
+    o_k = tl.arange(0, KP)
+    o_tile = tl.arange(0, BLOCK)
+    i_slots = tl.load(p_slots + o_k, mask=o_k < K, other=-1).to(tl.int64)
+    p_features = (p_history + i_slots * S)[:, None]
+    b_sums = tl.zeros([KP, BLOCK], tl.float32)
+    b_total = tl.zeros([BLOCK], tl.float32)
+    i_start = i_program.to(tl.int64) * BLOCK
+    for _ in range(i_program, tl.cdiv(L, BLOCK), tl.num_programs(0)):
+        m_tile = o_tile < tl.minimum(L - i_start, BLOCK).to(tl.int32)
+        b_grad = tl.load(p_grad + i_start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        m_features = (i_slots >= 0)[:, None] & m_tile[None, :]
+        b_features = tl.load(p_features + i_start + o_tile[None, :], mask=m_features, other=0.0).to(tl.float32)
+        b_sums += b_grad[None, :] * b_features
+        b_total += b_grad
+        i_start += tl.num_programs(0) * BLOCK
+    p_part += i_program * (K + 1)
+    # An unused slot's products are zero times the gradient, NaN where that is not finite.
+    tl.store(p_part + o_k, tl.where(i_slots >= 0, tl.sum(b_sums, 1), 0.0), mask=o_k < K)
+    tl.store(p_part + K, tl.sum(b_total, 0))
+
+
+@triton.jit
+def _reduce_kernel(p_sum, p_part, P, K1: tl.constexpr, BLOCK: tl.constexpr):
+    i_k = tl.program_id(0)
+    o_part = tl.arange(0, BLOCK)
+    b_part = tl.load(p_part + o_part * K1 + i_k, mask=o_part < P, other=0.0)
+    tl.store(p_sum + i_k, tl.sum(b_part, 0))
+
+
+@triton.jit
+def _spread_kernel(
+    p_out, p_grad, p_coefficients, p_slots, L, H, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr
+):
+    i_start = tl.program_id(0).to(tl.int64) * BLOCK
+    o_k = tl.arange(0, KP)
+    o_tile = tl.arange(0, BLOCK)
+    m_tile = o_tile < tl.minimum(L - i_start, BLOCK).to(tl.int32)
+    i_slots = tl.load(p_slots + o_k, mask=o_k < K, other=-1)
+    b_coefficients = tl.load(p_coefficients + o_k, mask=o_k < K, other=0.0)
+    b_grad = tl.load(p_grad + i_start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+    p_out += i_start
+    for i_slot in range(H):
+        m_k = i_slots == i_slot
+        coefficient = tl.sum(tl.where(m_k, b_coefficients, 0.0), 0)
+        # A slot that no entry reads gets zeros, also where the gradient is not finite.
+        b_out = tl.where(tl.max(m_k.to(tl.int32), 0) > 0, coefficient * b_grad, 0.0)
+        tl.store(p_out + o_tile, b_out.to(p_out.dtype.element_ty), mask=m_tile)
+        p_out += L
+
+
+def launch_forecast(
+    out: Tensor | None,
+    history: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    keep: Tensor | None = None,
+    step: Tensor | None = None,
+    config: ForecastConfig = ForecastConfig(),  # noqa: B008 - immutable
+) -> Tensor:
+    """sum_k weights[k] * history[slots[k]] + bias, in float32, to `out` or into the ring.
+
+    Args:
+        out: [*feature] in the history's dtype, contiguous; None makes it.
+        history: [H, *feature] float32, float16 or bfloat16, dense features.
+        slots: [K] int32, -1 for an unused entry; [T, K] with `step`.
+        weights: float32, like `slots`.
+        bias: one float32; [T] with `step`.
+        keep: one int32, the slot to write to; [T] with `step`. A negative slot writes nothing.
+        step: [1] int64 on the device, the row to use.
+        config: how the work is cut; the result does not depend on it.
+
+    Returns:
+        `out`, or `history` where `keep` is given.
+
+    Raises:
+        ValueError: an argument has a dtype, shape or stride that is not as said.
+    """
+    check_history(history)
+    window = check_row(slots, step, weights=weights, bias=bias, keep=keep)
+    if keep is not None:
+        out = history
+    elif out is None:
+        out = torch.empty(history.shape[1:], dtype=history.dtype, device=history.device)
+    elif out.shape != history.shape[1:] or out.dtype != history.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out is {out.dtype} of shape {tuple(out.shape)} and strides {out.stride()}; "
+            f"expected contiguous {history.dtype} of shape {tuple(history.shape[1:])}"
+        )
+    if history.numel() == 0:
+        return out
+    length = history[0].numel()
+    with guard(history):
+        _forecast_fwd_kernel[(triton.cdiv(length, config.block),)](
+            None if keep is not None else out,
+            history,
+            slots,
+            weights,
+            bias,
+            keep,
+            step,
+            history.stride(0),
+            length,
+            K=window,
+            BLOCK=config.block,
+            HINT=config.hint,
+            num_warps=config.warps,
+        )
+    return out
+
+
+def launch_feature_sums(
+    grad: Tensor,
+    history: Tensor,
+    slots: Tensor,
+    config: SumsConfig = SumsConfig(),  # noqa: B008 - immutable
+) -> Tensor:
+    """S_k = sum(grad * history[slots[k]]) for every k and S_0 = sum(grad), in one pass and a fixed order.
+
+    Args:
+        grad: [*feature], contiguous, any of the feature dtypes.
+        history: [H, *feature], dense features.
+        slots: [K] int32, -1 for an unused entry, whose sum is 0.
+        config: how the work is cut; it sets the order of the additions.
+
+    Returns:
+        [K + 1] float32, S_0 last.
+
+    Raises:
+        ValueError: an argument has a dtype, shape or stride that is not as said.
+    """
+    check_history(history)
+    window = check_row(slots, None)
+    check_grad(grad, history.shape[1:])
+    sums = torch.zeros(window + 1, dtype=torch.float32, device=grad.device)
+    if grad.numel() == 0 or history.numel() == 0:
+        return sums
+    padded = triton.next_power_of_2(window)
+    block = min(config.tile // padded, config.block)
+    programs = min(triton.cdiv(grad.numel(), block), config.programs)
+    parts = torch.empty(programs, window + 1, dtype=torch.float32, device=grad.device)
+    with guard(grad):
+        _feature_sums_kernel[(programs,)](
+            parts,
+            grad,
+            history,
+            slots,
+            history.stride(0),
+            grad.numel(),
+            K=window,
+            KP=padded,
+            BLOCK=block,
+            num_warps=config.warps,
+            num_stages=1,
+        )
+        _reduce_kernel[(window + 1,)](
+            sums, parts, programs, K1=window + 1, BLOCK=triton.next_power_of_2(programs), num_warps=config.warps
+        )
+    return sums
+
+
+def launch_spread(grad: Tensor, coefficients: Tensor, slots: Tensor, H: int) -> Tensor:
+    """Gradient of a weighted sum in the ring: (sum of coefficients[k] with slots[k] == h) * grad, zeros elsewhere.
+
+    Args:
+        grad: [*feature], contiguous, any of the feature dtypes.
+        coefficients: [K] float32.
+        slots: [K] int32, -1 for an unused entry.
+        H: slots of the ring.
+
+    Returns:
+        [H, *feature], the dtype of `grad`.
+
+    Raises:
+        ValueError: an argument has a dtype, shape or stride that is not as said.
+    """
+    window = check_row(slots, None, coefficients=coefficients)
+    check_grad(grad, grad.shape)
+    out = torch.empty(H, *grad.shape, dtype=grad.dtype, device=grad.device)
+    if out.numel() == 0:
+        return out
+    block = 1024
+    with guard(grad):
+        _spread_kernel[(triton.cdiv(grad.numel(), block),)](
+            out,
+            grad,
+            coefficients,
+            slots,
+            grad.numel(),
+            H,
+            K=window,
+            KP=triton.next_power_of_2(window),
+            BLOCK=block,
+        )
+    return out

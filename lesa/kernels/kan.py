@@ -1,0 +1,234 @@
+"""A KAN layer for a batch of experts, forward and backward, one launch each.
+
+    y_tq = sum_i base_qi silu(x_ti) + scale_qi sum_m spline_qim B_m(x_ti)
+
+A tile of rows against a tile of edges is a product over the flat index (i, m), [BT, BX MP] x [BX MP, BQ], with the
+bases from their closed form; few rows or few outputs do without the product.
+
+Legend: E experts, T steps, X inputs, Q outputs, M spline bases, MP bases padded to a power of two, SE, ST strides of x,
+BT, BQ, BX rows, outputs and inputs a tile, SPLIT parts of a tile's inputs that are summed apart.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .checks import guard
+from .kan_backward import _kan_bwd_kernel
+from .kan_cuts import BackwardConfig, ForwardConfig, backward_config, forward_config, padded
+from .spline import (
+    SIXTH,
+    apply_edges,
+    basis6,
+    gather_edges,
+    grid_numbers,
+    load_edges,
+    load_rows,
+    load_splines,
+    position,
+    product,
+    silu,
+)
+
+
+@triton.jit
+def _split_product(
+    b_rows,
+    b_edges,
+    FACTOR: tl.constexpr,
+    BT: tl.constexpr,
+    BQ: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PART: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # [SPLIT, BT, BQ]: each warp sums PART terms of all outputs, so that no two warps read the same operands.
+    b_rows = tl.permute(tl.reshape(b_rows, [BT, SPLIT, PART]), (1, 0, 2))
+    b_edges = tl.permute(tl.reshape(b_edges, [BQ, SPLIT, PART]), (1, 2, 0))
+    return product(b_rows, b_edges, FACTOR, PRECISION)
+
+
+@triton.jit
+def _kan_fwd_kernel(
+    p_y,
+    p_x,
+    p_base,
+    p_spline,
+    p_scale,
+    T,
+    X,
+    Q,
+    SE,
+    ST,
+    middle,
+    inverse,
+    width,
+    width_rest,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    FORM: tl.constexpr,
+    BT: tl.constexpr,
+    BQ: tl.constexpr,
+    BX: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64) * BT
+    i_q = tl.program_id(1).to(tl.int64) * BQ
+    i_e = tl.program_id(2).to(tl.int64)
+    p_x += i_e * SE + i_t * ST
+    p_y += (i_e * T + i_t) * Q + i_q
+    i_edge = (i_e * Q + i_q) * X
+    p_base, p_spline, p_scale = p_base + i_edge, p_spline + i_edge * M, p_scale + i_edge
+    o_t, o_q, o_m = tl.arange(0, BT), tl.arange(0, BQ), tl.arange(0, MP)
+    T, Q_left = T - i_t, Q - i_q
+    if FORM == "dot":
+        b_parts = tl.zeros([SPLIT, BT, BQ], tl.float32)
+        for i_x in range(0, X, 16 * SPLIT):
+            o_x = i_x + tl.arange(0, 16 * SPLIT)
+            b_silu = 2.0 * silu(load_rows(p_x, o_t, o_x, T, X, ST))
+            b_base = load_rows(p_base, o_q, o_x, Q_left, X, X)
+            b_parts += _split_product(b_silu, b_base, 0.5, BT, BQ, SPLIT, 16, PRECISION)
+        for i_x in range(0, X, BX):
+            o_x = i_x + tl.arange(0, BX)
+            b_x = load_rows(p_x, o_t, o_x, T, X, ST)
+            b_cell, b_rest = position(b_x, middle, inverse, width, width_rest)
+            b_basis = basis6(b_cell[:, :, None], b_rest[:, :, None], o_m[None, None, :], M)
+            b_spline = load_splines(p_spline, o_q, o_x, Q_left, X, M, MP)
+            b_spline *= load_rows(p_scale, o_q, o_x, Q_left, X, X)[:, :, None]
+            b_parts += _split_product(b_basis, b_spline, SIXTH, BT, BQ, SPLIT, BX // SPLIT * MP, PRECISION)
+        b_y = tl.sum(b_parts, 0)
+        m_y = (o_t < T)[:, None] & (o_q < Q_left)[None, :]
+        tl.store(p_y + o_t[:, None] * Q + o_q[None, :], b_y, mask=m_y)
+    else:
+        b_sum = tl.zeros([BQ, BX], tl.float32)
+        for i_x in range(0, X, BX):
+            o_x = i_x + tl.arange(0, BX)
+            b_x = tl.load(p_x + o_x, mask=o_x < X, other=0.0).to(tl.float32)
+            b_cell, b_rest = position(b_x, middle, inverse, width, width_rest)
+            if FORM == "gather":
+                b_sum += gather_edges(p_base, p_spline, p_scale, o_q, o_x, Q_left, X, silu(b_x), b_cell, b_rest, M)
+            else:
+                b_basis = basis6(b_cell[:, None], b_rest[:, None], o_m[None, :], M)
+                b_base, b_spline, b_scale = load_edges(p_base, p_spline, p_scale, o_q, o_x, Q_left, X, M, MP)
+                b_sum += apply_edges(b_base, b_spline, b_scale, silu(b_x), b_basis)
+        tl.store(p_y + o_q, tl.sum(b_sum, 1), mask=o_q < Q_left)
+
+
+def launch_kan_fwd(
+    x: Tensor, base: Tensor, spline: Tensor, scale: Tensor, low: float, high: float, config: ForwardConfig | None = None
+) -> Tensor:
+    """A layer of cubic splines for E experts.
+
+    Args:
+        x: [E, T, X], any strides; 0 over E for one x that all experts read.
+        base, scale: [E, Q, X], float32, float16 or bfloat16.
+        spline: [E, Q, X, M].
+        low, high: the range of the M - 3 intervals of the grid.
+        config: how the work is cut; it sets the order of the additions.
+
+    Returns:
+        [E, T, Q] float32.
+    """
+    experts, steps, inputs = x.shape
+    outputs, bases = spline.shape[1], spline.shape[3]
+    y = torch.empty(experts, steps, outputs, dtype=torch.float32, device=x.device)
+    if y.numel() == 0:
+        return y
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    cut = config or forward_config(steps, inputs, outputs, bases)
+    with guard(x):
+        _kan_fwd_kernel[(triton.cdiv(steps, cut.rows), triton.cdiv(outputs, cut.outputs), experts)](
+            y,
+            x,
+            base.contiguous(),
+            spline.contiguous(),
+            scale.contiguous(),
+            steps,
+            inputs,
+            outputs,
+            x.stride(0),
+            x.stride(1),
+            *grid_numbers(bases, low, high),
+            M=bases,
+            MP=padded(bases),
+            FORM=cut.form,
+            BT=cut.rows,
+            BQ=cut.outputs,
+            BX=cut.inputs,
+            SPLIT=cut.split,
+            PRECISION=cut.precision,
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
+    return y
+
+
+def launch_kan_bwd(
+    grad: Tensor,
+    x: Tensor,
+    base: Tensor,
+    spline: Tensor,
+    scale: Tensor,
+    low: float,
+    high: float,
+    needs_x: bool,
+    config: BackwardConfig | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Gradients of `launch_kan_fwd`.
+
+    Args:
+        grad: [E, T, Q], of y.
+        x, base, spline, scale, low, high: as given to the forward.
+        needs_x: whether dx is wanted.
+        config: how the work is cut; it sets the order of the additions.
+
+    Returns:
+        dx [E, T, X] in x's dtype or None, and the gradients of base, spline and scale, like these.
+    """
+    experts, steps, inputs = x.shape
+    outputs, bases = spline.shape[1], spline.shape[3]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
+    dbase, dspline, dscale = (torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (base, spline, scale))
+    if dspline.numel() == 0:
+        return dx, dbase, dspline, dscale
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    cut = config or backward_config(steps, inputs, outputs, bases)
+    tiles = triton.cdiv(outputs, cut.outputs) * triton.cdiv(inputs, cut.inputs)
+    if needs_x:
+        tiles += triton.cdiv(steps, cut.rows) * triton.cdiv(inputs, cut.dx_inputs)
+    with guard(x):
+        _kan_bwd_kernel[(tiles, experts)](
+            dx,
+            dbase,
+            dspline,
+            dscale,
+            grad.contiguous(),
+            x,
+            base.contiguous(),
+            spline.contiguous(),
+            scale.contiguous(),
+            steps,
+            inputs,
+            outputs,
+            x.stride(0),
+            x.stride(1),
+            *grid_numbers(bases, low, high),
+            M=bases,
+            MP=padded(bases),
+            FORM=cut.form,
+            BT=cut.rows,
+            BQ=cut.outputs,
+            BX=cut.inputs,
+            DQ=cut.dx_outputs,
+            DX=cut.dx_inputs,
+            PRECISION=cut.precision,
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
+    return dx, dbase, dspline, dscale

@@ -1,0 +1,147 @@
+"""What the KAN's kernels share: cubic B-splines on a uniform grid in closed form, and tiles of edges.
+
+Of M bases on intervals of width h, whose middle is c, basis m is symmetric about u = m - (M - 1) / 2, where
+u = (x - c) / h is the position of x. With w the distance from there,
+
+    B_m(x) = (a^3 - 4 b^3) / 6,   a = max(2 - |w|, 0),   b = max(1 - |w|, 0),
+
+which vanishes beyond |w| = 2, so beyond the grid too, carried on by 3 intervals at both ends. At an x at most four
+bases differ from zero. Every `..6` here leaves the sixth to its caller, who applies it once to a whole sum.
+
+A position is kept as the nearest whole number and the rest: a float32 of u would lose digits of w near the ends of a
+fine grid, and the slope of a spline shows it. h comes in two parts, the first of so few bits that its multiples are
+exact.
+
+Legend: T steps, X inputs, Q outputs, M spline bases, MP bases padded to a power of two, BQ, BX edges a tile.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+SIXTH = tl.constexpr(1 / 6)
+
+
+@triton.jit
+def position(b_x, middle, inverse, width, width_rest):
+    """u of the inputs x: the nearest whole number, and the rest."""
+    b_x -= middle
+    b_cell = tl.floor(b_x * inverse + 0.5)
+    return b_cell, ((b_x - b_cell * width) - b_cell * width_rest) * inverse
+
+
+@triton.jit
+def basis6(b_cell, b_rest, o_m, M: tl.constexpr):
+    """6 B_m at the positions u."""
+    b_far = tl.maximum(2.0 - tl.abs(b_cell - (o_m - 0.5 * (M - 1)) + b_rest), 0.0)
+    b_near = tl.maximum(b_far - 1.0, 0.0)
+    return b_far * b_far * b_far - 4.0 * (b_near * b_near * b_near)
+
+
+@triton.jit
+def slope6(b_cell, b_rest, o_m, M: tl.constexpr):
+    """6 dB_m / du at the positions u."""
+    b_w = b_cell - (o_m - 0.5 * (M - 1)) + b_rest
+    b_far = tl.maximum(2.0 - tl.abs(b_w), 0.0)
+    b_near = tl.maximum(b_far - 1.0, 0.0)
+    b_slope = 12.0 * b_near * b_near - 3.0 * b_far * b_far
+    return tl.where(b_w < 0, -b_slope, b_slope)
+
+
+@triton.jit
+def silu(b_x):
+    return b_x * tl.sigmoid(b_x)
+
+
+@triton.jit
+def silu_slope(b_x):
+    b_sigmoid = tl.sigmoid(b_x)
+    return b_sigmoid * (1.0 + b_x * (1.0 - b_sigmoid))
+
+
+@triton.jit
+def load_rows(p_rows, o_row, o_column, ROWS, COLUMNS, STRIDE):
+    """A tile of a matrix as float32, 0 beyond its ends."""
+    m_tile = (o_row < ROWS)[:, None] & (o_column < COLUMNS)[None, :]
+    o_tile = o_row.to(tl.int64)[:, None] * STRIDE + o_column[None, :]
+    return tl.load(p_rows + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_splines(p_spline, o_q, o_x, Q, X, M: tl.constexpr, MP: tl.constexpr):
+    """Coefficients [BQ, BX, MP] of the edges from o_x to o_q as float32, 0 beyond the ends."""
+    o_m = tl.arange(0, MP)
+    m_edge = (o_q < Q)[:, None] & (o_x < X)[None, :]
+    o_spline = (o_q[:, None] * X + o_x[None, :])[:, :, None] * M + o_m[None, None, :]
+    m_spline = m_edge[:, :, None] & (o_m < M)[None, None, :]
+    return tl.load(p_spline + o_spline, mask=m_spline, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_edges(p_base, p_spline, p_scale, o_q, o_x, Q, X, M: tl.constexpr, MP: tl.constexpr):
+    """Base and scale [BQ, BX] and coefficients [BQ, BX, MP] of the edges from o_x to o_q."""
+    b_spline = load_splines(p_spline, o_q, o_x, Q, X, M, MP)
+    return load_rows(p_base, o_q, o_x, Q, X, X), b_spline, load_rows(p_scale, o_q, o_x, Q, X, X)
+
+
+@triton.jit
+def apply_edges(b_base, b_spline, b_scale, b_silu, b_basis6):
+    """phi_qi [BQ, BX]: base_qi silu_i + scale_qi sum_m spline_qim basis_im; or its slope, given both slopes.
+
+    b_silu is [BX], b_basis6 [BX, MP].
+    """
+    b_sum = tl.sum(b_spline * b_basis6[None, :, :], 2) * SIXTH
+    return b_base * b_silu[None, :] + b_scale * b_sum
+
+
+@triton.jit
+def gather_edges(p_base, p_spline, p_scale, o_q, o_x, Q, X, b_silu, b_cell, b_rest, M: tl.constexpr):
+    """`apply_edges` reading the four coefficients of the active bases only."""
+    o_edge = o_q[:, None] * X + o_x[None, :]
+    m_edge = (o_q < Q)[:, None] & (o_x < X)[None, :]
+    # Far outside the grid no basis is active; the clamp keeps the cast to an integer defined.
+    b_first = tl.floor(b_cell + (0.5 * (M - 1) - 1.0) + b_rest)
+    o_first = tl.minimum(tl.maximum(b_first, -4.0), M).to(tl.int32)
+    b_sum = tl.zeros(o_edge.shape, tl.float32)
+    for j in tl.static_range(4):
+        o_m = o_first + j
+        m_spline = m_edge & ((o_m >= 0) & (o_m < M))[None, :]
+        b_spline = tl.load(p_spline + o_edge * M + o_m[None, :], mask=m_spline, other=0.0).to(tl.float32)
+        b_sum += b_spline * basis6(b_cell, b_rest, o_m, M)[None, :]
+    b_base = load_rows(p_base, o_q, o_x, Q, X, X)
+    b_scale = load_rows(p_scale, o_q, o_x, Q, X, X)
+    return b_base * b_silu[None, :] + b_scale * (b_sum * SIXTH)
+
+
+@triton.jit
+def _split(b_x):
+    # The nearest number of 11 significant bits, and the rest, which 12 bits and a sign hold.
+    b_high = ((b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return b_high, b_x - b_high
+
+
+@triton.jit
+def product(b_left, b_right, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """FACTOR times the product, in plain float32 ("ieee") or on tensor cores ("tf32x3"), for sums that go on outside.
+
+    Tensor cores multiply 11 bits of each operand, so both are split in two; they round every sum towards zero, and stay
+    as exact as float32 over short sums only. The factor, which must not be 1, keeps the compiler from merging the sum
+    that follows into theirs.
+    """
+    if PRECISION == "tf32x3":
+        b_left, b_left_rest = _split(b_left)
+        b_right, b_right_rest = _split(b_right)
+        b_sum = tl.dot(b_left_rest, b_right, input_precision="tf32")
+        b_sum = tl.dot(b_left, b_right_rest, b_sum, input_precision="tf32")
+        return tl.dot(b_left, b_right, b_sum, input_precision="tf32") * FACTOR
+    else:
+        return tl.dot(b_left, b_right, input_precision=PRECISION) * FACTOR
+
+
+def grid_numbers(bases: int, low: float, high: float) -> tuple[float, float, float, float]:
+    """The last arguments of `position`: middle of the grid, 1 / h, and h in two parts, the first of 12 bits."""
+    width = (high - low) / (bases - 3)
+    mantissa, exponent = math.frexp(width)
+    rounded = math.ldexp(round(math.ldexp(mantissa, 12)), exponent - 12)
+    return (low + high) / 2, 1 / width, rounded, width - rounded
