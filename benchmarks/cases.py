@@ -5,7 +5,7 @@ Sizes: B batch, N tokens, D channels, C projected channels, K window, L values o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,11 +16,9 @@ from torch import Tensor
 
 from lesa import ops, reference
 
-from .measuring import copies_beyond_cache
+from .measuring import Expected, copies_beyond, expected
 
 FUSED = ("triton", "cpp")
-GRID = (-3.0, 3.0)
-WIDTHS = (51, 256, 256, 1)
 MODE = "max-autotune-no-cudagraphs"
 EPS = 1e-6
 ROWS, ROW = 4, 2
@@ -51,7 +49,7 @@ class Inputs:
 
     history: Tensor
     target: Tensor
-    layers: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    layers: list[list[Tensor]] = field(default_factory=list)
     features: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,31 +60,27 @@ Outputs = tuple[Tensor, ...]
 Form = Callable[[Any], Outputs]
 
 
-def kan_parameters(device: str, experts: int | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Random float32 parameters of the published KAN, for one expert or, with a first axis, for several."""
-    lead = () if experts is None else (experts,)
-    layers = []
-    for inputs, outputs in zip(WIDTHS, WIDTHS[1:], strict=False):
-        shape = (*lead, outputs, inputs)
-        base = torch.randn(shape, device=device) / inputs**0.5
-        spline = torch.randn(*shape, 8, device=device) / inputs**0.5
-        layers.append((base, spline, 1 + torch.rand(shape, device=device)))
-    return layers
+class Case:
+    """What rows on the same inputs share: the inputs of all rounds, and what the first of them must give."""
+
+    inputs: Sequence[Any]
+    dtype: torch.dtype
+
+    def formula(self, i: Any, dtype: torch.dtype) -> Outputs:
+        """The operator in plain torch, computed in `dtype`."""
+        raise NotImplementedError
+
+    def judged(self, outputs: Outputs) -> Outputs:
+        """The outputs as they are compared."""
+        return outputs
+
+    def expected(self) -> list[Expected]:
+        """What the outputs on the first inputs must be, see `measuring.expected`."""
+        exact, plain = (self.formula(self.inputs[0], dtype) for dtype in (torch.float64, self.dtype))
+        return expected([part.detach() for part in self.judged(exact)], [part.detach() for part in self.judged(plain)])
 
 
-def knots(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The published spline grid."""
-    return reference.bspline_grid(5, 3, GRID, dtype).to(device)
-
-
-def kan_chain(x: Tensor, layers: list[tuple[Tensor, Tensor, Tensor]], grid: Tensor) -> Tensor:
-    """The KAN as a chain of plain layers."""
-    for layer in layers:
-        x = reference.kan_layer(x, *layer, grid, 3)
-    return x
-
-
-class FeatureCase:
+class FeatureCase(Case):
     """Inputs of an operator on features beyond what the cache holds, and its forms by provider.
 
     The window lies in the ring in order, which the providers that read the ring as one matrix need. Rows, modulation
@@ -97,9 +91,10 @@ class FeatureCase:
         k: window.
         dtype: of the features.
         device: "cuda" or "cpu".
+        cache: bytes; the inputs of all rounds are four times as large.
     """
 
-    def __init__(self, shape: Shape, k: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, shape: Shape, k: int, dtype: torch.dtype, device: str, cache: int) -> None:
         self.shape, self.k, self.dtype, self.device = shape, k, dtype, device
         B, N, D, C = shape
         self.L = B * N * D
@@ -115,8 +110,12 @@ class FeatureCase:
         self.shift = torch.randn(B, D, device=device).to(dtype)
         self.proj = (torch.randn(C, D, device=device) / D**0.5).to(dtype)
         self.proj_bias = torch.randn(C, device=device).to(dtype)
-        size = self.k * self.L * dtype.itemsize
-        self.inputs = [self._inputs() for _ in range(copies_beyond_cache(size, device))]
+        self.inputs = [self._inputs() for _ in range(copies_beyond(cache, self._read))]
+
+    @property
+    def _read(self) -> int:
+        """Bytes of the inputs of one round."""
+        return self.k * self.L * self.dtype.itemsize
 
     def _inputs(self) -> Inputs:
         B, N, D, _ = self.shape
@@ -129,7 +128,6 @@ class FeatureCase:
         return (self.k + 1) * self.L * self.dtype.itemsize
 
     def formula(self, i: Inputs, dtype: torch.dtype) -> Outputs:
-        """The operator in plain torch, computed in `dtype`."""
         return (reference.forecast(i.history.to(dtype), self.w.to(dtype), self.b.to(dtype)),)
 
     def forms(self, provider: str) -> dict[str, Form]:

@@ -9,48 +9,57 @@ from torch import Tensor
 
 from lesa import ops, reference
 
-from .cases import FUSED, FeatureCase, Form, Inputs, Outputs, Shape, compiled, kan_chain, kan_parameters, knots, wide_sum
-from .measuring import copies_beyond_cache
+from .cases import FeatureCase, Form, Inputs, Outputs, Shape, compiled, wide_sum
+from .cases_kan import GRID, KAN_BYTES, WIDTHS, kan_chain, kan_parameters, knots
+from .measuring import Expected, expected
 
 
 class Predict(FeatureCase):
-    """Projection, KAN and residual update, forward."""
+    """Projection, KAN and residual update, forward; every round has its own KAN."""
 
-    def __init__(self, shape: Shape, k: int, dtype: torch.dtype, device: str) -> None:
-        super().__init__(shape, k, dtype, device)
-        sigmas = torch.linspace(1, 0, 51, device=device)
+    def __init__(self, shape: Shape, k: int, dtype: torch.dtype, device: str, cache: int) -> None:
+        super().__init__(shape, k, dtype, device, cache)
+        sigmas = torch.linspace(1, 0, WIDTHS[0], device=device)
         self.dt = sigmas[20] - sigmas
         self.knots = knots(torch.float32, self.dt.device)
         self.newest = torch.zeros_like(self.w)
         self.newest[-1] = 1
-        # With their KANs the inputs are larger, and fewer of them leave the cache.
-        self.inputs = self.inputs[: copies_beyond_cache(self._read, device)]
-        for i in self.inputs:
-            i.layers = kan_parameters(device)
 
-    @property
-    def _parameters(self) -> int:
-        return 4 * sum(part.numel() for layer in kan_parameters("meta") for part in layer)
+    def _inputs(self) -> Inputs:
+        inputs = super()._inputs()
+        inputs.layers = [[part[0] for part in layer] for layer in kan_parameters(self.device, 1)]
+        return inputs
 
     @property
     def _read(self) -> int:
-        return self.k * self.L * self.dtype.itemsize + self._parameters
+        return super()._read + KAN_BYTES
 
     @property
     def bytes(self) -> int:
-        return super().bytes + self._parameters + 4 * self.dt.numel()
+        return super().bytes + KAN_BYTES + 4 * self.dt.numel()
 
     def formula(self, i: Inputs, dtype: torch.dtype) -> Outputs:
         wide = torch.promote_types(dtype, torch.float32)
-        layers = [tuple(part.to(wide) for part in layer) for layer in i.layers]
+        layers = [[part.to(wide) for part in layer] for layer in i.layers]
         alpha = kan_chain(self.dt.to(wide).unsqueeze(0), layers, knots(wide, self.dt.device)).reshape(())
         history = i.history.to(dtype)
         z = reference.forecast(history, self.w.to(dtype), self.b.to(dtype))
         return history[-1] + alpha.to(dtype) * z, alpha
 
+    def expected(self) -> list[Expected]:
+        """As ever, but one alpha says little about the error of plain KANs: that of all steps' alphas is taken."""
+        forecast, alpha = super().expected()
+        sigmas = torch.linspace(1, 0, WIDTHS[0], device=self.device)
+        rows, layers = sigmas[:-1, None] - sigmas, self.inputs[0].layers
+        exact = kan_chain(rows.double(), [[p.double() for p in layer] for layer in layers], self.knots.double())
+        allowed = expected([exact], [kan_chain(rows, layers, self.knots)])[0].allowed
+        # What alpha may be off moves the forecast by as much times z.
+        carried = allowed * (forecast.exact.abs().max() / alpha.exact.abs()).item()
+        return [forecast._replace(allowed=forecast.allowed + carried), alpha._replace(allowed=allowed)]
+
     def fused(self, backend: str) -> Form:
         row = (self.slots, self.w, self.b, self.dt)
-        return lambda i: ops.predict(i.history, *row, i.layers, (-3.0, 3.0), backend)
+        return lambda i: ops.predict(i.history, *row, i.layers, GRID, backend)
 
     def _alpha(self, i: Inputs) -> Tensor:
         return kan_chain(self.dt.unsqueeze(0), i.layers, self.knots).reshape(())
@@ -77,7 +86,7 @@ class Predict(FeatureCase):
         return {"folded matmul": folded, "folded addcmul_": folded_chain, "add_": chain}
 
     def compile(self) -> dict[str, Form]:
-        def formula(features: list[Tensor], w: Tensor, b: Tensor, dt: Tensor, layers: list) -> Outputs:
+        def formula(features: list[Tensor], w: Tensor, b: Tensor, dt: Tensor, layers: list[list[Tensor]]) -> Outputs:
             alpha = kan_chain(dt.unsqueeze(0), layers, self.knots).reshape(())
             return (features[-1].float() + alpha * wide_sum(features, w, b)).to(features[0].dtype), alpha
 
@@ -92,6 +101,11 @@ class PredictLoss(FeatureCase):
     def bytes(self) -> int:
         return (self.k + 2) * self.L * self.dtype.itemsize
 
+    def judged(self, outputs: Outputs) -> Outputs:
+        """The gradients are judged together: each alone may be next to nothing by chance."""
+        loss, forecast, *gradients = outputs
+        return loss, forecast, torch.cat([part.reshape(-1) for part in gradients])
+
     @cached_property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
         """W, b and alpha, with gradients."""
@@ -99,11 +113,10 @@ class PredictLoss(FeatureCase):
         return w.requires_grad_(), b.requires_grad_(), alpha.requires_grad_()
 
     def formula(self, i: Inputs, dtype: torch.dtype) -> Outputs:
-        wide = torch.promote_types(dtype, torch.float32)
-        w, b, alpha = (leaf.detach().to(wide).requires_grad_() for leaf in self.leaves)
+        w, b, alpha = (leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves)
         history = i.history.to(dtype)
-        forecast = history[-1] + alpha.to(dtype) * reference.forecast(history, w.to(dtype), b.to(dtype))
-        return _with_gradients((forecast - i.target).abs().to(wide).mean(), forecast, (w, b, alpha))
+        forecast = history[-1] + alpha * reference.forecast(history, w, b)
+        return _with_gradients((forecast - i.target).abs().mean(), forecast, (w, b, alpha))
 
     def fused(self, backend: str) -> Form:
         w, b, alpha = self.leaves

@@ -75,7 +75,8 @@ void check_layer(const Tensor& base, const Tensor& spline, const Tensor& scale, 
   check_floating(base, "base");
   check_floating(spline, "spline");
   check_floating(scale, "scale");
-  TORCH_CHECK_VALUE(base.dim() == dim, "base has shape ", base.sizes(), ": expected ", dim, " axes, the last two [Q, I]");
+  TORCH_CHECK_VALUE(base.dim() == dim, "base has shape ", base.sizes(), ": expected ", dim,
+                    " axes, the last two [Q, I]");
   TORCH_CHECK_VALUE(scale.sizes() == base.sizes(), "scale has shape ", scale.sizes(), ": expected that of base, ",
                     base.sizes());
   TORCH_CHECK_VALUE(spline.dim() == dim + 1 && spline.sizes().slice(0, dim) == base.sizes(), "spline has shape ",

@@ -34,8 +34,8 @@ void check_cpu(const Tensor& tensor, const char* name) {
 
 void check_dtype(const Tensor& tensor, const char* name, at::ScalarType expected) {
   check_cpu(tensor, name);
-  TORCH_CHECK_VALUE(tensor.scalar_type() == expected, name, " has dtype ", tensor.scalar_type(), ": expected ", expected,
-                    "; convert it with .to()");
+  TORCH_CHECK_VALUE(tensor.scalar_type() == expected, name, " has dtype ", tensor.scalar_type(), ": expected ",
+                    expected, "; convert it with .to()");
 }
 
 void check_floating(const Tensor& tensor, const char* name) {
@@ -73,8 +73,8 @@ int64_t window_of(const Row& row) { return row.slots.size(-1); }
 
 int slot_of(const Row& row, int64_t k, int64_t H) {
   const int slot = data_of<int>(row.slots)[row.index * window_of(row) + k];
-  TORCH_CHECK_VALUE(slot < H, "slots[", k, "] is ", slot, ", but history holds ", H, " features: expected less than ", H,
-                    ", or -1 for an entry that is not used");
+  TORCH_CHECK_VALUE(slot < H, "slots[", k, "] is ", slot, ", but history holds ", H, " features: expected less than ",
+                    H, ", or -1 for an entry that is not used");
   return slot;
 }
 

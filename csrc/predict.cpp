@@ -9,7 +9,8 @@ namespace {
 template <class T>
 const T* last_feature(const Tensor& history, const Row& row) {
   const int slot = slot_of(row, window_of(row) - 1, history.size(0));
-  TORCH_CHECK_VALUE(slot >= 0, "slots ends with ", slot, ": expected the slot of the newest feature, which is added to");
+  TORCH_CHECK_VALUE(slot >= 0, "slots ends with ", slot,
+                    ": expected the slot of the newest feature, which is added to");
   return data_of<T>(history) + slot * history.stride(0);
 }
 

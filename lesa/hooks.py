@@ -161,17 +161,17 @@ class RootHook(ModelHook):
         stats = self.driver.stats
         stop = stats.start("forecast", call.sample.device)
         ring, stands = forecast.ring, self._stands
-        fused = stands is not None and ring is not None and stands.fuses(ring, call.timestep)
-        if ring is not None:
-            name = "forecast_head" if fused else "forecast_into_"
-            stats.operators[f"{name}: {ring.backend or ops.backend_of(name, ring.history)}"] += 1
+        name = "forecast_into_"
         if stands is None:
-            return _Turn(call, stop, _copy(forecast.feature()), wrap=functools.partial(_like, self._like))
-        if fused:
-            exchange, tail = stands.head(call.context, ring)
+            turn = _Turn(call, stop, _copy(forecast.feature()), wrap=functools.partial(_like, self._like))
+        elif ring is not None and stands.fuses(ring, call.timestep):
+            name = "forecast_head"
+            turn = _Turn(call, stop, self._original(), *stands.head(call.context, ring))
         else:
-            exchange, tail = stands.tail(forecast.feature())
-        return _Turn(call, stop, self._original(), exchange, tail)
+            turn = _Turn(call, stop, self._original(), *stands.tail(forecast.feature()))
+        if ring is not None:
+            stats.operators[f"{name}: {ring.backend or ops.backend_of(name, ring.history)}"] += 1
+        return turn
 
     @torch.compiler.disable
     def _close(self, turn: _Turn) -> None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from . import ops
 from .experts import Expert, Kan, Mlp
 from .plan import ANY_CONTEXT, Plan, Row, replace_file
 from .routing import PAPER_STAGES, Stage, check_stages, stage_of
@@ -139,6 +140,26 @@ class Predictor(nn.Module):
         levels = self._levels(step, sigmas)
         return self.expert(levels[step]).net(self.offsets(step, levels))
 
+    def alphas(self, sigmas: Iterable[float]) -> Tensor:
+        """The scalars of Eq. 6 of a whole schedule; KANs of all stages together, one launch a layer.
+
+        Args:
+            sigmas: T + 1 noise levels, the final 0 included.
+
+        Returns:
+            [T], each step's alpha by the expert of its stage.
+
+        Raises:
+            ValueError: the number of sigmas does not fit this predictor.
+        """
+        levels = self._levels(0, sigmas)
+        x = torch.stack([self.offsets(step, levels) for step in range(self.num_steps)])
+        nets = [expert.net for expert in self.experts if isinstance(expert, Expert)]
+        kans = [net for net in nets if isinstance(net, Kan)]
+        table = torch.stack([net(x) for net in nets]) if not kans else _kans(kans, x)
+        stages = torch.tensor([stage_of(level, self.stages) for level in levels[:-1]], device=x.device)
+        return table.gather(0, stages.unsqueeze(0)).squeeze(0)
+
     def forward(self, history: Sequence[Tensor] | Tensor, step: int, sigmas: Iterable[float]) -> Tensor:
         """Forecast the feature of `step`.
 
@@ -200,9 +221,10 @@ class Predictor(nn.Module):
         if len(factors) != len(self.stages):
             raise ValueError(f"gains={factors}: expected {len(self.stages)}, one for each stage")
         rows: dict[int, Row] = {}
+        table = exact.alphas(levels).tolist()
         alphas: list[float | None] = [None] * self.num_steps
         for step in sorted(set(range(self.num_steps)) - set(steps)):
-            alpha = exact.alpha(step, levels).item() * factors[stage_of(levels[step], self.stages)]
+            alpha = table[step] * factors[stage_of(levels[step], self.stages)]
             rows[step] = _row(exact.expert(levels[step]), alpha, step)
             alphas[step] = alpha
         training = {"alphas": {ANY_CONTEXT: alphas}, "gains": list(factors), **provenance.pop("training", {})}
@@ -255,6 +277,15 @@ class Predictor(nn.Module):
         if not 0 <= step < self.num_steps:
             raise ValueError(f"step={step}: expected 0 to {self.num_steps - 1}")
         return levels
+
+
+def _kans(nets: Sequence[Kan], x: Tensor) -> Tensor:
+    """[E, T]: networks of one shape on the same rows [T, I]."""
+    x = x.expand(len(nets), -1, -1)
+    for layers in zip(*(net.parts for net in nets), strict=True):
+        base, spline, scale = (torch.stack(parts) for parts in zip(*layers, strict=True))
+        x = ops.kan(x, base, spline, scale, nets[0].grid_range, nets[0].order)
+    return x.squeeze(-1)
 
 
 def _row(expert: Expert, alpha: float, step: int) -> Row:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,14 +17,14 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import ops
 from .clock import Call, Request
+from .learning import Learner, TrainingConfig
 from .plan import replace_file
 from .predictor import Predictor
 from .runner import Forecast
 from .stats import Stats
 
-_FORMAT = "lesa-training-1"
+_FORMAT = "lesa-training-2"
 Losses = dict[str, list[float]]
 
 
@@ -45,40 +45,6 @@ class Features(Protocol):
 
     def features(self, index: int, context: str) -> Tensor:
         """The features [T, B, ...] of prompt `index`."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The paper's recipe (its supplement, 7.2).
-
-    Args:
-        lr: learning rate of AdamW.
-        weight_decay: of AdamW.
-        lr_step: optimiser steps after which the learning rate is multiplied by `lr_decay`.
-        lr_decay: see `lr_step`.
-        clip: maximum norm of the gradient.
-        guided_epochs: passes over the prompts with true features.
-        closed_loop_epochs: passes over the prompts in the accelerated sampler.
-        batch: prompts a request; one optimiser step serves them all.
-        seed: of the order of the prompts.
-        checkpoint_every: batches between two checkpoints.
-    """
-
-    lr: float = 1e-4
-    weight_decay: float = 1e-4
-    lr_step: int = 500
-    lr_decay: float = 0.5
-    clip: float = 1.0
-    guided_epochs: int = 1
-    closed_loop_epochs: int = 2
-    batch: int = 1
-    seed: int = 0
-    checkpoint_every: int = 10
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "lr_step", "lr_decay", "clip", "batch", "checkpoint_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
 
 
 def guided(
@@ -105,8 +71,10 @@ def guided(
     def work(indices: Sequence[int]) -> None:
         for context, learner in phase.learners.items():
             features = _batch(recording, indices, context, learner.device)
-            for step in range(first_step, len(features)):
-                learner.learn(features, step, features[step])
+            for step in range(len(features)):
+                if step >= first_step:
+                    learner.learn(step, features[step])
+                learner.remember(step, features[step])
 
     return phase.run(config.guided_epochs, work)
 
@@ -141,67 +109,6 @@ def closed_loop(
     return phase.run(config.closed_loop_epochs, work)
 
 
-class Learner:
-    """A predictor with its optimiser.
-
-    Args:
-        predictor: trained in place.
-        sigmas: the T + 1 noise levels.
-        config: the recipe.
-    """
-
-    def __init__(self, predictor: Predictor, sigmas: Sequence[float], config: TrainingConfig) -> None:
-        self.predictor = predictor
-        self.device = next(predictor.parameters()).device
-        self.window = max(stage.window for stage in predictor.stages)
-        self.losses: list[Tensor] = []
-        self._experts = [predictor.expert(sigma) for sigma in sigmas[:-1]]
-        # On the device once, not once a step: each copy waits for it.
-        self._offsets = torch.stack([predictor.offsets(step, sigmas) for step in range(len(sigmas) - 1)])
-        self._slots: dict[tuple[int, int], Tensor] = {}
-        self._clip = config.clip
-        self.optimizer = torch.optim.AdamW(
-            predictor.parameters(),
-            config.lr,
-            weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda",
-        )
-        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, config.lr_step, config.lr_decay)
-
-    def learn(self, history: Tensor, step: int, target: Tensor) -> Tensor:
-        """One optimiser step on the L1 loss.
-
-        Args:
-            history: ring [R, ...] with the feature of every earlier step t that the window reads at t modulo R.
-            step: the step forecast.
-            target: its true feature [...].
-
-        Returns:
-            The forecast made before the parameters moved, detached.
-        """
-        expert = self._experts[step]
-        slots = self._windows(len(history), expert.window)[step]
-        wide = torch.promote_types(history.dtype, torch.float32)
-        with torch.enable_grad():
-            row = (expert.weights.to(wide), expert.projection.bias.to(wide), expert.net(self._offsets[step]).to(wide))
-            loss, forecast = ops.predict_loss(history, slots, *row, target)
-            self.optimizer.zero_grad()
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(expert.parameters(), self._clip)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.losses.append(loss.detach())
-        return forecast
-
-    def _windows(self, size: int, window: int) -> Tensor:
-        """[T, K]: the slots each step reads in a ring of `size`, its oldest feature repeated where K are not there."""
-        if (size, window) not in self._slots:
-            steps = torch.arange(len(self._offsets), device=self.device).unsqueeze(1)
-            reads = (steps - window + torch.arange(window, device=self.device)).clamp(min=0)
-            self._slots[size, window] = (reads % size).to(torch.int32)
-        return self._slots[size, window]
-
-
 class ClosedLoop:
     """A driver that forecasts with live predictors and trains them on the way.
 
@@ -216,24 +123,23 @@ class ClosedLoop:
         self._learners = learners
         self._computed = frozenset(computed)
         self._targets = targets
-        self._rings: dict[str, Tensor] = {}
 
     def begin(self, request: Request) -> None:
-        """The ring is written before it is read: nothing to forget."""
+        """What a learner remembers is overwritten before it is read: nothing to forget."""
 
     def forecast(self, call: Call) -> Forecast | None:
         """Forecast and learn from a step outside the schedule."""
         if call.step in self._computed:
             return None
-        target = self._targets[call.context][call.step]
-        forecast = self._learners[call.context].learn(self._rings[call.context], call.step, target)
-        self._remember(call, forecast)
+        learner = self._learners[call.context]
+        forecast = learner.learn(call.step, self._targets[call.context][call.step])
+        learner.remember(call.step, forecast)
         return Forecast(lambda: forecast)
 
     def keep(self, call: Call, feature: Tensor | None) -> None:
         """Take a computed feature into the history."""
         assert feature is not None  # `lose` raises
-        self._remember(call, feature.detach())
+        self._learners[call.context].remember(call.step, feature.detach())
 
     def refuse(self, call: Call, reason: str) -> None:
         """A forecast was not used.
@@ -250,12 +156,6 @@ class ClosedLoop:
             RuntimeError: always, as `refuse`.
         """
         raise RuntimeError(f"training stopped: {reason}")
-
-    def _remember(self, call: Call, feature: Tensor) -> None:
-        if call.context not in self._rings:
-            self._rings[call.context] = feature.new_empty((self._learners[call.context].window, *feature.shape))
-        ring = self._rings[call.context]
-        ring[call.step % len(ring)].copy_(feature)
 
 
 class _Phase:
@@ -324,19 +224,19 @@ class _Phase:
     def _save(self, position: int) -> None:
         if self._checkpoint is None:
             return
-        tensors, schedulers = {}, {}
+        tensors, steps = {}, {}
         for context, learner in self.learners.items():
             for name, tensor in learner.predictor.state_dict().items():
                 tensors[f"{context}/predictor/{name}"] = tensor
             for i, state in learner.optimizer.state_dict()["state"].items():
                 for name, tensor in state.items():
                     tensors[f"{context}/optimizer/{i}/{name}"] = tensor
-            schedulers[context] = learner.scheduler.state_dict()
+            steps[context] = learner.steps
         description = {
             "identity": self._identity,
             "position": position,
             "losses": self._done,
-            "schedulers": schedulers,
+            "steps": steps,
         }
         tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         replace_file(self._checkpoint, serialize(tensors, {"lesa": json.dumps(description)}))
@@ -359,14 +259,14 @@ class _Phase:
             )
         try:
             for context, learner in self.learners.items():
-                _load(learner, context, tensors, description["schedulers"][context])
+                _load(learner, context, tensors, description["steps"][context])
             self._done = description["losses"]
             return description["position"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"checkpoint {str(path)!r} is incomplete: delete it to start again") from error
 
 
-def _load(learner: Learner, context: str, tensors: Mapping[str, Tensor], scheduler: dict[str, Any]) -> None:
+def _load(learner: Learner, context: str, tensors: Mapping[str, Tensor], steps: int) -> None:
     prefix = f"{context}/predictor/"
     learner.predictor.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
     state: dict[int, dict[str, Tensor]] = {}
@@ -375,10 +275,8 @@ def _load(learner: Learner, context: str, tensors: Mapping[str, Tensor], schedul
             *_, index, name = key.split("/")
             state.setdefault(int(index), {})[name] = tensor
     groups = learner.optimizer.state_dict()["param_groups"]
-    learner.scheduler.load_state_dict(scheduler)
-    for group, lr in zip(groups, scheduler["_last_lr"], strict=True):
-        group["lr"] = lr
     learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    learner.resume(steps)
 
 
 def digest(recording: Features) -> str:

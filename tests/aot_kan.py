@@ -32,12 +32,12 @@ def forward(steps: int, inputs: int, outputs: int, dtype: str = "fp32", cut: For
     tile = {"FORM": cut.form, "BT": cut.rows, "BQ": cut.outputs, "BX": cut.inputs, "SPLIT": cut.split}
     return Variant(
         _kan_fwd_kernel,
-        pointers | integers | GRID,
+        pointers | integers | {"SPAN": "i32"} | GRID,
         one | tile | {"M": BASES, "MP": PADDED, "PRECISION": cut.precision},
         cut.warps,
         cut.stages,
         f"{steps}x{inputs}x{outputs} {dtype} {cut.form} {cut.precision}",
-        divisible,
+        (*divisible, *(("SPAN",) if (cut.span or inputs) % 16 == 0 else ())),
     )
 
 
@@ -48,7 +48,14 @@ def backward(steps: int, inputs: int, outputs: int, needs_x: bool, cut: Backward
     parts = ("dx", "dbase", "dspline", "dscale", "grad", "x", "base", "spline", "scale")
     pointers = {f"p_{name}": "*fp32" for name in parts[0 if needs_x else 1 :]}
     tile = {"FORM": cut.form, "BT": cut.rows, "BQ": cut.outputs, "BX": cut.inputs}
-    tile |= {"DQ": cut.dx_outputs, "DX": cut.dx_inputs, "M": BASES, "MP": PADDED, "PRECISION": cut.precision}
+    tile |= {
+        "DT": cut.dx_rows,
+        "DQ": cut.dx_outputs,
+        "DX": cut.dx_inputs,
+        "M": BASES,
+        "MP": PADDED,
+        "PRECISION": cut.precision,
+    }
     return Variant(
         _kan_bwd_kernel,
         pointers | integers | GRID,

@@ -276,9 +276,7 @@ def test_debug_shows_the_traceback() -> None:
         cli.main(["--debug", "info", "missing.safetensors"])
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["train"], ["generate"], ["generate", "--steps", "x", "snow"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["train"], ["generate"], ["generate", "--steps", "x", "snow"]])
 def test_usage(arguments: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)

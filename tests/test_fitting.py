@@ -23,9 +23,8 @@ from lesa.plan import Plan
 from lesa.predictor import Predictor
 from lesa.recording import Recording, RecordingError, replay
 from lesa.requests import run
-from lesa.runner import Forecast
 from lesa.routing import Stage
-from lesa.runner import LesaWarning
+from lesa.runner import Forecast, LesaWarning
 from lesa.schedule import paper
 from lesa.stats import Stats
 from lesa.training import TrainingConfig

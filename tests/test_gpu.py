@@ -11,8 +11,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lesa
-from lesa import assets, ops
+from lesa import assets, learning, ops
 from lesa.exchange import Stands
+from lesa.learning import Learner, TrainingConfig
+from lesa.predictor import Predictor
 
 pytestmark = pytest.mark.gpu
 
@@ -205,3 +207,26 @@ def test_compiled_with_inductor(how: str) -> None:
         assert (output - expected[seed]).square().mean() < 1e-3 * away
     assert dict(counters["stats"]) == warm
     assert dict(lesa.stats(pipe).operators) == {"forecast_head: triton": 120}
+
+
+def test_captured_training_is_the_launched_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    sigmas = tuple(torch.linspace(1, 0, 21).tolist())
+    features = torch.randn(20, *SHAPE, device=DEVICE).bfloat16()
+
+    def train() -> tuple[list[float], list[Tensor], Tensor]:
+        config = TrainingConfig(lr_step=10)
+        learner = Learner(Predictor(20).to(DEVICE), sigmas, config)
+        forecast = torch.empty(0)
+        for _ in range(3):
+            for step in range(20):
+                if step >= 4:
+                    forecast = learner.learn(step, features[step])
+                learner.remember(step, features[step])
+        return torch.stack(learner.losses).tolist(), list(learner.predictor.parameters()), forecast.clone()
+
+    captured = train()
+    monkeypatch.setattr(learning, "_WARM_UP", 1000)
+    launched = train()
+    assert captured[0] == launched[0]
+    assert all(torch.equal(*pair) for pair in zip(captured[1], launched[1], strict=True))
+    assert torch.equal(captured[2], launched[2])

@@ -15,7 +15,9 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "lesa").rglob("*.py"))
 }
-MATHEMATICS = {"plan", "schedule", "routing", "forecasters", "experts", "predictor", "training", "reference"}
+MATHEMATICS = {
+    *("plan", "schedule", "routing", "forecasters", "experts", "predictor", "learning", "training", "reference"),
+}
 RUNTIME = {"clock", "runner", "stats"}
 MAY_IMPORT_DIFFUSERS = {"hooks", "denoisers", "recording", "cli", "demo", "assets"}
 FOREIGN = {"diffusers", "transformers", "triton", "lesa.kernels"}

@@ -13,8 +13,8 @@ NAMES = ("y", "dx", "dbase", "dspline", "dscale")
 # experts, steps, inputs, outputs, bases
 SIZES = [(1, 1, 51, 33, 8), (3, 1, 5, 7, 8), (1, 3, 51, 1, 4), (2, 3, 1, 33, 11), (1, 50, 51, 7, 5), (3, 50, 5, 33, 8)]
 SIZES += [(1, 50, 51, 1, 8), (3, 7, 20, 1, 7), (1, 0, 5, 7, 8), (2, 35, 33, 9, 17)]
-ROWS = BackwardConfig("rows", 1, 8, 8, 16, 4)
-DOT = BackwardConfig("dot", 16, 16, 2, 32, 4)
+ROWS = BackwardConfig("rows", 4, 8, 8, 1, 16, 4)
+DOT = BackwardConfig("dot", 16, 16, 2, 32, 32, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_forward_and_gradients(size, dtype, seed):
     [
         (ForwardConfig("rows", 1, 8, 8), ROWS),
         (ForwardConfig("gather", 1, 8, 8), ROWS),
-        (ForwardConfig("dot", 16, 16, 8, split=2), DOT),
+        (ForwardConfig("dot", 16, 16, 8, split=2, span=16), DOT),
         (ForwardConfig("dot", 32, 16, 16, split=4, precision="ieee"), DOT._replace(precision="ieee", rows=32)),
     ],
 )

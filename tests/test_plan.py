@@ -321,13 +321,14 @@ def test_runner_equals_brute_force_that_keeps_everything(seed: int) -> None:
                     if not plan.rows_of(context) and plan.budget < plan.num_steps:
                         continue
                     call = Call(context, step, None, torch.zeros(1), request, False)
-                    actual = runner.forecast(call)
-                    assert (actual is None) == (step in plan.computed)
-                    if actual is None:
+                    coming = runner.forecast(call)
+                    assert (coming is None) == (step in plan.computed)
+                    if coming is None:
                         actual = torch.randn(3, 2, dtype=torch.float64)
                         runner.keep(call, actual)
                         kept[context].append(actual.clone())
                         continue
+                    actual = coming.feature()
                     row = plan.rows_of(context)[step]
                     terms = [w * kept[context][s] for w, s in zip(row.weights, row.steps, strict=True)]
                     size = sum(term.abs().max() for term in terms) + abs(row.bias)

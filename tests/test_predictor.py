@@ -238,6 +238,14 @@ def test_same_seed_same_parameters_and_global_generator_untouched():
     assert not all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("alpha", ["kan", "mlp"])
+@pytest.mark.parametrize("order", [3, 2])
+def test_the_table_of_alphas_is_every_step_by_itself(alpha, order):
+    predictor, sigmas = trained(12, alpha=alpha, width=16, order=order).double(), levels(12)
+    expected = torch.stack([predictor.alpha(step, sigmas) for step in range(12)])
+    torch.testing.assert_close(predictor.alphas(sigmas), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_training_parts_the_steps():
     """Two steps of one stage that want different alphas get them."""
     predictor, sigmas = Predictor(12, ONE_STAGE, width=32, projection_init="difference", alpha_init=1.0), levels(12)

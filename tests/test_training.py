@@ -140,6 +140,12 @@ def test_number_of_optimiser_steps_of_the_paper() -> None:
     assert len(losses["cond"]) == 5 * 46
 
 
+def learn(learner: Learner, features: Tensor, step: int) -> Tensor:
+    for earlier in range(step):
+        learner.remember(earlier, features[earlier])
+    return learner.learn(step, features[step])
+
+
 def test_recipe_of_the_paper() -> None:
     config = TrainingConfig()
     assert (config.lr, config.weight_decay, config.lr_step, config.lr_decay, config.clip) == (1e-4, 1e-4, 500, 0.5, 1.0)
@@ -155,7 +161,7 @@ def test_learning_rate_halves_at_lr_step() -> None:
     rates = []
     for _ in range(8):
         rates.append(learner.optimizer.param_groups[0]["lr"])
-        learner.learn(features[:5], 5, features[5])
+        learn(learner, features, 5)
     assert rates == [0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125, 0.125]
 
 
@@ -163,7 +169,7 @@ def test_gradient_is_clipped_to_its_norm() -> None:
     def norm_after_learning(clip: float, size: float) -> float:
         learner = Learner(predictor(), SIGMAS, TrainingConfig(clip=clip))
         features = Trajectories(size=size).features(0, "cond")
-        learner.learn(features[:5], 5, features[5])
+        learn(learner, features, 5)
         grads = [p.grad for p in learner.predictor.parameters() if p.grad is not None]
         return float(torch.cat([grad.flatten() for grad in grads]).norm())
 
@@ -178,7 +184,7 @@ def test_only_the_expert_of_the_step_learns() -> None:
     learner = Learner(predictor(), SIGMAS, TrainingConfig(lr=0.1))
     before = parameters({"": learner.predictor})
     features = Trajectories().features(0, "cond")
-    learner.learn(features[:3], 3, features[3])  # sigma 0.7: the first stage
+    learn(learner, features, 3)  # sigma 0.7: the first stage
     after = parameters({"": learner.predictor})
     changed = {name.split(".")[2] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {"0"}
@@ -189,7 +195,7 @@ def test_learn_returns_the_forecast_made_before() -> None:
     features = Trajectories().features(0, "cond")
     expected = predictor()(features[:5], 5, SIGMAS)
     with torch.no_grad():  # as in a pipeline
-        actual = Learner(start, SIGMAS, FAST).learn(features[:5], 5, features[5])
+        actual = learn(Learner(start, SIGMAS, FAST), features, 5)
     torch.testing.assert_close(actual, expected.detach(), rtol=1e-6, atol=1e-6)
     assert not actual.requires_grad
 
@@ -241,16 +247,23 @@ def test_closed_loop_learns_from_what_the_sampler_did(monkeypatch: pytest.Monkey
     recording = Trajectories(contexts=("cond", "uncond"))
     sampler = Sampler(recording)
     learned: list[tuple[str, int, list[Tensor], Tensor]] = []
+    remembered: dict[str, dict[int, Tensor]] = {"cond": {}, "uncond": {}}
     trained = predictors(recording)
     names = {id(model): context for context, model in trained.items()}
-    learn = Learner.learn
+    learn, remember = Learner.learn, Learner.remember
 
-    def spy(self: Learner, history: Tensor, step: int, target: Tensor) -> Tensor:
-        window = [history[t % len(history)].clone() for t in range(max(0, step - len(history)), step)]
-        learned.append((names[id(self.predictor)], step, window, target.clone()))
-        return learn(self, history, step, target)
+    def spy(self: Learner, step: int, target: Tensor) -> Tensor:
+        context = names[id(self.predictor)]
+        window = [remembered[context][t] for t in range(max(0, step - 3), step)]
+        learned.append((context, step, window, target.clone()))
+        return learn(self, step, target)
+
+    def spy_on_memory(self: Learner, step: int, feature: Tensor) -> None:
+        remembered[names[id(self.predictor)]][step] = feature.clone()
+        remember(self, step, feature)
 
     monkeypatch.setattr(Learner, "learn", spy)
+    monkeypatch.setattr(Learner, "remember", spy_on_memory)
     losses = closed_loop(trained, recording, COMPUTED, sampler, FAST)
 
     forecast_steps = [step for step in range(STEPS) if step not in COMPUTED]

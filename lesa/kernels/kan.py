@@ -6,7 +6,7 @@ A tile of rows against a tile of edges is a product over the flat index (i, m), 
 bases from their closed form; few rows or few outputs do without the product.
 
 Legend: E experts, T steps, X inputs, Q outputs, M spline bases, MP bases padded to a power of two, SE, ST strides of x,
-BT, BQ, BX rows, outputs and inputs a tile, SPLIT parts of a tile's inputs that are summed apart.
+BT, BQ, BX rows, outputs and inputs a tile, SPLIT parts of a tile's inputs that are summed apart, SPAN inputs a program.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def _kan_fwd_kernel(
     Q,
     SE,
     ST,
+    SPAN,
     middle,
     inverse,
     width,
@@ -78,26 +79,32 @@ def _kan_fwd_kernel(
 ):
     i_t = tl.program_id(0).to(tl.int64) * BT
     i_q = tl.program_id(1).to(tl.int64) * BQ
-    i_e = tl.program_id(2).to(tl.int64)
+    # Spans of one expert's inputs are neighbours.
+    n_span = tl.cdiv(X, SPAN)
+    i_span = tl.program_id(2) % n_span
+    i_e = (tl.program_id(2) // n_span).to(tl.int64)
+    E = tl.num_programs(2) // n_span
     p_x += i_e * SE + i_t * ST
-    p_y += (i_e * T + i_t) * Q + i_q
+    p_y += ((i_span * E + i_e) * T + i_t) * Q + i_q
+    i_first = i_span * SPAN
+    i_end = tl.minimum(X, i_first + SPAN)
     i_edge = (i_e * Q + i_q) * X
     p_base, p_spline, p_scale = p_base + i_edge, p_spline + i_edge * M, p_scale + i_edge
     o_t, o_q, o_m = tl.arange(0, BT), tl.arange(0, BQ), tl.arange(0, MP)
     T, Q_left = T - i_t, Q - i_q
     if FORM == "dot":
         b_parts = tl.zeros([SPLIT, BT, BQ], tl.float32)
-        for i_x in range(0, X, 16 * SPLIT):
+        for i_x in range(i_first, i_end, 16 * SPLIT):
             o_x = i_x + tl.arange(0, 16 * SPLIT)
-            b_silu = 2.0 * silu(load_rows(p_x, o_t, o_x, T, X, ST))
-            b_base = load_rows(p_base, o_q, o_x, Q_left, X, X)
+            b_silu = 2.0 * silu(load_rows(p_x, o_t, o_x, T, i_end, ST))
+            b_base = load_rows(p_base, o_q, o_x, Q_left, i_end, X)
             b_parts += _split_product(b_silu, b_base, 0.5, BT, BQ, SPLIT, 16, PRECISION)
-        for i_x in range(0, X, BX):
+        for i_x in range(i_first, i_end, BX):
             o_x = i_x + tl.arange(0, BX)
             b_x = load_rows(p_x, o_t, o_x, T, X, ST)
             b_cell, b_rest = position(b_x, middle, inverse, width, width_rest)
             b_basis = basis6(b_cell[:, :, None], b_rest[:, :, None], o_m[None, None, :], M)
-            b_spline = load_splines(p_spline, o_q, o_x, Q_left, X, M, MP)
+            b_spline = load_splines(p_spline, o_q, i_x, Q_left, X, M, MP, BX)
             b_spline *= load_rows(p_scale, o_q, o_x, Q_left, X, X)[:, :, None]
             b_parts += _split_product(b_basis, b_spline, SIXTH, BT, BQ, SPLIT, BX // SPLIT * MP, PRECISION)
         b_y = tl.sum(b_parts, 0)
@@ -105,7 +112,7 @@ def _kan_fwd_kernel(
         tl.store(p_y + o_t[:, None] * Q + o_q[None, :], b_y, mask=m_y)
     else:
         b_sum = tl.zeros([BQ, BX], tl.float32)
-        for i_x in range(0, X, BX):
+        for i_x in range(i_first, i_end, BX):
             o_x = i_x + tl.arange(0, BX)
             b_x = tl.load(p_x + o_x, mask=o_x < X, other=0.0).to(tl.float32)
             b_cell, b_rest = position(b_x, middle, inverse, width, width_rest)
@@ -113,7 +120,7 @@ def _kan_fwd_kernel(
                 b_sum += gather_edges(p_base, p_spline, p_scale, o_q, o_x, Q_left, X, silu(b_x), b_cell, b_rest, M)
             else:
                 b_basis = basis6(b_cell[:, None], b_rest[:, None], o_m[None, :], M)
-                b_base, b_spline, b_scale = load_edges(p_base, p_spline, p_scale, o_q, o_x, Q_left, X, M, MP)
+                b_base, b_spline, b_scale = load_edges(p_base, p_spline, p_scale, o_q, i_x, Q_left, X, M, MP, BX)
                 b_sum += apply_edges(b_base, b_spline, b_scale, silu(b_x), b_basis)
         tl.store(p_y + o_q, tl.sum(b_sum, 1), mask=o_q < Q_left)
 
@@ -135,15 +142,16 @@ def launch_kan_fwd(
     """
     experts, steps, inputs = x.shape
     outputs, bases = spline.shape[1], spline.shape[3]
-    y = torch.empty(experts, steps, outputs, dtype=torch.float32, device=x.device)
-    if y.numel() == 0:
-        return y
+    cut = config or forward_config(steps, inputs, outputs, bases)
+    span = cut.span or inputs
+    sums = torch.empty(triton.cdiv(inputs, span), experts, steps, outputs, dtype=torch.float32, device=x.device)
+    if sums.numel() == 0:
+        return sums.new_zeros(sums.shape[1:])
     if x.stride(2) != 1:
         x = x.contiguous()
-    cut = config or forward_config(steps, inputs, outputs, bases)
     with guard(x):
-        _kan_fwd_kernel[(triton.cdiv(steps, cut.rows), triton.cdiv(outputs, cut.outputs), experts)](
-            y,
+        _kan_fwd_kernel[(triton.cdiv(steps, cut.rows), triton.cdiv(outputs, cut.outputs), experts * len(sums))](
+            sums,
             x,
             base.contiguous(),
             spline.contiguous(),
@@ -153,6 +161,7 @@ def launch_kan_fwd(
             outputs,
             x.stride(0),
             x.stride(1),
+            span,
             *grid_numbers(bases, low, high),
             M=bases,
             MP=padded(bases),
@@ -165,7 +174,8 @@ def launch_kan_fwd(
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
-    return y
+    # A counter for the last program to join the sums would need a launch to zero it, which costs as much as this one.
+    return sums[0] if len(sums) == 1 else sums.sum(0)
 
 
 def launch_kan_bwd(
@@ -201,7 +211,7 @@ def launch_kan_bwd(
     cut = config or backward_config(steps, inputs, outputs, bases)
     tiles = triton.cdiv(outputs, cut.outputs) * triton.cdiv(inputs, cut.inputs)
     if needs_x:
-        tiles += triton.cdiv(steps, cut.rows) * triton.cdiv(inputs, cut.dx_inputs)
+        tiles += triton.cdiv(steps, cut.dx_rows) * triton.cdiv(inputs, cut.dx_inputs)
     with guard(x):
         _kan_bwd_kernel[(tiles, experts)](
             dx,
@@ -225,6 +235,7 @@ def launch_kan_bwd(
             BT=cut.rows,
             BQ=cut.outputs,
             BX=cut.inputs,
+            DT=cut.dx_rows,
             DQ=cut.dx_outputs,
             DX=cut.dx_inputs,
             PRECISION=cut.precision,

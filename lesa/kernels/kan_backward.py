@@ -8,7 +8,7 @@ With g = dy and the moments A_qim = sum_t g_tq B_m(x_ti):
 so the inputs are all that is saved. Programs of the one launch take one of two roles, dx or the parameters' gradients.
 
 Legend: E experts, T steps, X inputs, Q outputs, M spline bases, MP bases padded to a power of two, SE, ST strides of x,
-BT, BQ, BX rows, outputs and inputs a tile, DQ, DX outputs and inputs a tile of dx.
+BT, BQ, BX rows, outputs and inputs a tile, DT, DQ, DX those of a tile of dx.
 """
 
 import triton
@@ -62,7 +62,7 @@ def _grad_x(
         for i_q in range(0, Q, BQ):
             o_q = i_q + tl.arange(0, BQ)
             b_grad = load_rows(p_grad, o_t, o_q, T, Q, Q)
-            b_base, b_spline, b_scale = load_edges(p_base, p_spline, p_scale, o_q, o_x, Q, X, M, MP)
+            b_base, b_spline, b_scale = load_edges(p_base, p_spline, p_scale, o_q, i_x, Q, X, M, MP, BX)
             b_spline = tl.reshape(b_spline * b_scale[:, :, None], [BQ, BX * MP])
             b_spline_sum += product(b_grad, b_spline, SIXTH, PRECISION)
             b_base_sum += product(2.0 * b_grad, b_base, 0.5, PRECISION)
@@ -79,7 +79,7 @@ def _grad_x(
         for i_q in range(0, Q, BQ):
             o_q = i_q + tl.arange(0, BQ)
             b_grad = tl.load(p_grad + o_q, mask=o_q < Q, other=0.0).to(tl.float32)
-            b_base, b_spline, b_scale = load_edges(p_base, p_spline, p_scale, o_q, o_x, Q, X, M, MP)
+            b_base, b_spline, b_scale = load_edges(p_base, p_spline, p_scale, o_q, i_x, Q, X, M, MP, BX)
             b_sum += b_grad[:, None] * apply_edges(b_base, b_spline, b_scale, b_silu, b_slope)
         b_dx = tl.sum(b_sum, 0)[None, :]
     m_dx = (o_t < T)[:, None] & (o_x < X)[None, :]
@@ -130,20 +130,19 @@ def _grad_edges(
         b_moment = tl.reshape(b_flat, [BQ, BX, MP])
     else:
         b_moment = tl.zeros([BQ, BX, MP], tl.float32)
-        for _ in range(T):
-            b_grad = tl.load(p_grad + o_q, mask=o_q < Q_left, other=0.0).to(tl.float32)
-            b_x = tl.load(p_x + o_x, mask=o_x < X, other=0.0).to(tl.float32)
+        for i_t in range(0, T, BT):
+            o_t = i_t + tl.arange(0, BT)
+            b_grad = load_rows(p_grad, o_t, o_q, T, Q_left, Q)
+            b_x = load_rows(p_x, o_t, o_x, T, X, ST)
             b_cell, b_rest = position(b_x, middle, inverse, width, width_rest)
-            b_basis = basis6(b_cell[:, None], b_rest[:, None], o_m[None, :], M) * SIXTH
-            b_moment += b_grad[:, None, None] * b_basis[None, :, :]
-            b_dbase += b_grad[:, None] * silu(b_x)[None, :]
-            p_grad += Q
-            p_x += ST
+            b_basis = basis6(b_cell[:, :, None], b_rest[:, :, None], o_m[None, None, :], M) * SIXTH
+            b_moment += tl.sum(b_grad[:, :, None, None] * b_basis[:, None, :, :], 0)
+            b_dbase += tl.sum(b_grad[:, :, None] * silu(b_x)[:, None, :], 0)
     o_edge = o_q[:, None] * X + o_x[None, :]
     m_edge = (o_q < Q_left)[:, None] & (o_x < X)[None, :]
     o_spline = o_edge[:, :, None] * M + o_m[None, None, :]
     m_spline = m_edge[:, :, None] & (o_m < M)[None, None, :]
-    b_spline = load_splines(p_spline, o_q, o_x, Q_left, X, M, MP)
+    b_spline = load_splines(p_spline, o_q, i_x, Q_left, X, M, MP, BX)
     b_scale = load_rows(p_scale, o_q, o_x, Q_left, X, X)
     tl.store(p_dbase + o_edge, b_dbase.to(p_dbase.dtype.element_ty), mask=m_edge)
     tl.store(p_dscale + o_edge, tl.sum(b_spline * b_moment, 2).to(p_dscale.dtype.element_ty), mask=m_edge)
@@ -177,6 +176,7 @@ def _kan_bwd_kernel(
     BT: tl.constexpr,
     BQ: tl.constexpr,
     BX: tl.constexpr,
+    DT: tl.constexpr,
     DQ: tl.constexpr,
     DX: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -190,17 +190,17 @@ def _kan_bwd_kernel(
     # Programs of dx come first: they run longest, and none are left to wait for in the end.
     n_dx = 0
     if p_dx is not None:
-        n_dx = tl.cdiv(T, BT) * tl.cdiv(X, DX)
+        n_dx = tl.cdiv(T, DT) * tl.cdiv(X, DX)
     if i_program < n_dx:
         if p_dx is not None:
-            i_t = (i_program // tl.cdiv(X, DX)).to(tl.int64) * BT
+            i_t = (i_program // tl.cdiv(X, DX)).to(tl.int64) * DT
             i_x = i_program % tl.cdiv(X, DX) * DX
             p_dx += (i_e * T + i_t) * X
             p_grad += i_t * Q
             p_x += i_t * ST
             # fmt: off
             _grad_x(p_dx, p_grad, p_x, p_base, p_spline, p_scale, i_x, T - i_t, X, Q, ST,
-                    middle, inverse, width, width_rest, M, MP, FORM, BT, DQ, DX, PRECISION)
+                    middle, inverse, width, width_rest, M, MP, FORM, DT, DQ, DX, PRECISION)
             # fmt: on
     else:
         i_tile = i_program - n_dx

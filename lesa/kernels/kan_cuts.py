@@ -8,6 +8,8 @@ import triton
 
 # A product reads at least 16 rows: up to so many rows or outputs, going through them one by one is less work.
 _FEW = 4
+# Elements of y up to which a program of the forward takes a span of the inputs.
+_SMALL = 1 << 16
 
 
 class ForwardConfig(NamedTuple):
@@ -21,6 +23,7 @@ class ForwardConfig(NamedTuple):
         precision: of products, "ieee" or "tf32x3".
         warps: warps a program.
         stages: depth of the pipeline of loads.
+        span: inputs a program sums, a multiple of `inputs`; 0 for all. Sums of several spans are added up afterwards.
     """
 
     form: str
@@ -31,15 +34,17 @@ class ForwardConfig(NamedTuple):
     precision: str = "tf32x3"
     warps: int = 4
     stages: int = 2
+    span: int = 0
 
 
 class BackwardConfig(NamedTuple):
-    """How a backward is cut: see ForwardConfig; outputs and inputs of the two roles' tiles."""
+    """How a backward is cut: see ForwardConfig; sizes of the tiles of both roles, one row of dx in the form "rows"."""
 
     form: str
     rows: int
     outputs: int
     inputs: int
+    dx_rows: int
     dx_outputs: int
     dx_inputs: int
     precision: str = "tf32x3"
@@ -51,18 +56,26 @@ def forward_config(steps: int, inputs: int, outputs: int, bases: int) -> Forward
     """The cut for x [*, steps, inputs] and `outputs` outputs."""
     if min(steps, outputs) <= _FEW:
         return ForwardConfig("rows", 1, min(2, padded(outputs)), min(256, padded(inputs)))
-    tile = max(8, 256 // padded(bases))
-    return ForwardConfig("dot", 16, 32, tile, split=8, warps=8)
+    tile = max(4, 128 // padded(bases))
+    # With few tiles, the way of one program through all the inputs takes longest.
+    if inputs > 64 and steps * outputs <= _SMALL:
+        return ForwardConfig("dot", 16, 32, tile, split=4, span=64)
+    return ForwardConfig("dot", 16, 32, 2 * tile, split=8, warps=8)
 
 
 def backward_config(steps: int, inputs: int, outputs: int, bases: int) -> BackwardConfig:
     """The cut for x [*, steps, inputs] and `outputs` outputs."""
+    wide = min(128, padded(outputs))
     if steps <= _FEW:
-        wide = min(128, padded(outputs))
-        return BackwardConfig("rows", 1, min(8, wide), min(32, padded(inputs)), wide, min(64, 512 // wide))
+        return BackwardConfig("rows", 1, min(8, wide), min(32, padded(inputs)), 1, wide, min(64, 512 // wide))
     tile = max(1, 64 // padded(bases))
-    return BackwardConfig("dot", 32, 32, tile, 32, tile)
+    if outputs <= _FEW:
+        return BackwardConfig("rows", min(64, padded(steps)), 1, tile, 1, wide, 64 // wide)
+    if padded(bases) == 8:
+        return BackwardConfig("dot", 32, 32, 16, 32, 32, 16, "ieee", warps=8)
+    return BackwardConfig("dot", 32, 32, tile, 32, 16, tile, stages=3)
 
 
 def padded(size: int) -> int:
+    """The next power of two."""
     return int(triton.next_power_of_2(size))

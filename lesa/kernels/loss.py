@@ -32,9 +32,9 @@ class LossConfig(NamedTuple):
 
     lanes: int = 128
     bytes: int = 16
-    programs: int = 1056
+    programs: int = 264
     warps: int = 4
-    stages: int = 1
+    stages: int = 3
 
 
 @triton.jit
@@ -71,8 +71,8 @@ def _predict_loss_kernel(
     b_weights = tl.load(p_weights + o_k, mask=i_slots >= 0, other=0.0)
     # F_last is one of the features: its 1 joins the coefficient.
     b_coefficients = alpha * b_weights + tl.where(o_k == K - 1, 1.0, 0.0)
-    p_features = p_history + (i_slots * S)[:, None, None]
-    o_tile = tl.arange(0, R)[:, None] * V + tl.arange(0, V)[None, :]
+    p_features = p_history + (i_slots * S)[:, None]
+    o_tile = tl.arange(0, R * V)
     b_sums = tl.zeros([KP, R], tl.float32)
     b_total = tl.zeros([R], tl.float32)
     b_loss = tl.zeros([R], tl.float32)
@@ -80,23 +80,25 @@ def _predict_loss_kernel(
     for _ in tl.range(i_program, tl.cdiv(L, R * V), P, num_stages=STAGES):
         o_element = i_start + o_tile
         m_element = o_element < L
-        m_features = (i_slots >= 0)[:, None, None] & m_element[None, :, :]
-        b_features = tl.load(p_features + o_element[None, :, :], mask=m_features, other=0.0).to(tl.float32)
+        m_features = (i_slots >= 0)[:, None] & m_element[None, :]
+        b_features = tl.load(p_features + o_element[None, :], mask=m_features, other=0.0).to(tl.float32)
         b_target = tl.load(p_target + o_element, mask=m_element, other=0.0).to(tl.float32)
-        b_forecast = tl.sum(b_coefficients[:, None, None] * b_features, 0) + alpha * bias
+        b_forecast = tl.sum(b_coefficients[:, None] * b_features, 0) + alpha * bias
         if p_forecast is not None:
             tl.store(p_forecast + o_element, b_forecast.to(p_forecast.dtype.element_ty), mask=m_element)
         b_error = tl.where(m_element, b_forecast - b_target, 0.0)
         if SQUARED:
             b_grad = b_error
-            b_loss += tl.sum(b_error * b_error, 1)
+            b_each = b_error * b_error
         else:
             # NaN stays NaN: it compares unequal to itself, not greater or less.
             b_sign = tl.where(b_error > 0, 1.0, tl.where(b_error < 0, -1.0, 0.0))
             b_grad = tl.where(b_error == b_error, b_sign, b_error)
-            b_loss += tl.sum(tl.abs(b_error), 1)
-        b_total += tl.sum(b_grad, 1)
-        b_sums += tl.sum(b_grad[None, :, :] * b_features, 2)
+            b_each = tl.abs(b_error)
+        # Neighbours, which one thread holds, are added up at once, so that a sum needs one register.
+        b_loss += tl.sum(tl.reshape(b_each, [R, V]), 1)
+        b_total += tl.sum(tl.reshape(b_grad, [R, V]), 1)
+        b_sums += tl.sum(tl.reshape(b_grad[None, :] * b_features, [KP, R, V]), 2)
         i_start += P * (R * V)
     tl.store(p_part + o_k * P + i_program, tl.sum(b_sums, 1), mask=o_k < K)
     tl.store(p_part + K * P + i_program, tl.sum(b_total, 0))

@@ -34,12 +34,16 @@ _HIDDEN_WORD = 32
 
 
 class PredictConfig(NamedTuple):
-    """How the forecast is cut: elements a streaming program, outputs and inputs a KAN program, warps a program."""
+    """How the forecast is cut: elements a streaming program, outputs and inputs a KAN program, warps a program.
 
-    block: int = 2048
-    outputs: int = 2
+    Streaming programs wait for alpha with their sums in registers: the more of them there are at once, and the larger,
+    the longer memory stays busy meanwhile.
+    """
+
+    block: int = 4096
+    outputs: int = 1
     inputs: int = 256
-    warps: int = 4
+    warps: int = 8
 
 
 @triton.jit
@@ -95,7 +99,7 @@ def _kan_part(
     b_sum = tl.zeros([BQ, BX], tl.float32)
     for i_x in range(0, X, BX):
         o_x = i_x + tl.arange(0, BX)
-        b_base, b_spline, b_scale = load_edges(p_base, p_spline, p_scale, o_q, o_x, Q, X, M, MP)
+        b_base, b_spline, b_scale = load_edges(p_base, p_spline, p_scale, o_q, i_x, Q, X, M, MP, BX)
         if WORDS:
             b_x = _wait_for_all(p_x + o_x, o_x < X)
         else:

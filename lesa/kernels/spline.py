@@ -69,19 +69,27 @@ def load_rows(p_rows, o_row, o_column, ROWS, COLUMNS, STRIDE):
 
 
 @triton.jit
-def load_splines(p_spline, o_q, o_x, Q, X, M: tl.constexpr, MP: tl.constexpr):
-    """Coefficients [BQ, BX, MP] of the edges from o_x to o_q as float32, 0 beyond the ends."""
-    o_m = tl.arange(0, MP)
-    m_edge = (o_q < Q)[:, None] & (o_x < X)[None, :]
-    o_spline = (o_q[:, None] * X + o_x[None, :])[:, :, None] * M + o_m[None, None, :]
-    m_spline = m_edge[:, :, None] & (o_m < M)[None, None, :]
-    return tl.load(p_spline + o_spline, mask=m_spline, other=0.0).to(tl.float32)
+def load_splines(p_spline, o_q, i_x, Q, X, M: tl.constexpr, MP: tl.constexpr, BX: tl.constexpr):
+    """Coefficients [BQ, BX, MP] of the edges from i_x and its neighbours to o_q as float32, 0 beyond the ends."""
+    o_flat = tl.arange(0, BX * MP)
+    o_row = o_q[:, None] * (X * M)
+    if M == MP:
+        # One long row: written with two indices, some compilers would let neighbouring threads load distant edges.
+        o_flat += i_x * M
+        m_flat = o_flat < X * M
+    else:
+        m_flat = (i_x + o_flat // MP < X) & (o_flat % MP < M)
+        o_flat = (i_x + o_flat // MP) * M + o_flat % MP
+    m_spline = (o_q < Q)[:, None] & m_flat[None, :]
+    b_spline = tl.load(p_spline + o_row + o_flat[None, :], mask=m_spline, other=0.0).to(tl.float32)
+    return tl.reshape(b_spline, [o_q.shape[0], BX, MP])
 
 
 @triton.jit
-def load_edges(p_base, p_spline, p_scale, o_q, o_x, Q, X, M: tl.constexpr, MP: tl.constexpr):
-    """Base and scale [BQ, BX] and coefficients [BQ, BX, MP] of the edges from o_x to o_q."""
-    b_spline = load_splines(p_spline, o_q, o_x, Q, X, M, MP)
+def load_edges(p_base, p_spline, p_scale, o_q, i_x, Q, X, M: tl.constexpr, MP: tl.constexpr, BX: tl.constexpr):
+    """Base and scale [BQ, BX] and coefficients [BQ, BX, MP] of the edges from i_x and its neighbours to o_q."""
+    o_x = i_x + tl.arange(0, BX)
+    b_spline = load_splines(p_spline, o_q, i_x, Q, X, M, MP, BX)
     return load_rows(p_base, o_q, o_x, Q, X, X), b_spline, load_rows(p_scale, o_q, o_x, Q, X, X)
 
 

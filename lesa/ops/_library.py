@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,18 @@ def cpp_path() -> Path | None:
 def load_cpp() -> bool:
     """Load the C++ library once; whether it is there."""
     path = cpp_path()
-    if path is not None:
+    if path is None:
+        return False
+    try:
         torch.ops.load_library(str(path))
-    return path is not None
+    except OSError as error:
+        warnings.warn(
+            f"{path.name} was built for another torch than {torch.__version__} and is not used, plain torch serves the "
+            f"CPU: install lesa again ({error})",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _run_default(name: str, *args: Any) -> Any:

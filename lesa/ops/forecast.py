@@ -76,7 +76,7 @@ def forecast_into_(
     Args:
         history: contiguous features [H, ...], changed in place.
         slots, weights, bias, step: see `forecast_at`.
-        keep: [T] int32 slot of each step's forecast; it may be one that the row reads.
+        keep: [T] int32 slot of each step's forecast, negative to write none; it may be one that the row reads.
         backend: see `forecast`.
     """
     call("forecast_into_", backend, history, slots, weights, bias, keep, step)
@@ -159,7 +159,9 @@ def _plain_forecast_at(history: Tensor, slots: Tensor, weights: Tensor, bias: Te
 def _plain_forecast_into(
     history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, keep: Tensor, step: Tensor
 ) -> None:
-    history[int(keep[int(step)])].copy_(_plain_forecast_at(history, slots, weights, bias, step))
+    slot = int(keep[int(step)])
+    if slot >= 0:
+        history[slot].copy_(_plain_forecast_at(history, slots, weights, bias, step))
 
 
 def _plain_feature_sums(grad: Tensor, history: Tensor, slots: Tensor) -> Tensor:
