@@ -1,6 +1,6 @@
 """Times how the kernels of the KAN and of the live predictor may be cut, beside eager and compiled torch.
 
-    python -m benchmarks.tune_kan [--only layer|network|predict|loss]
+    python -m benchmarks.tune_kan [--only layer,network,predict,loss] [--quick]
 
 Every variant is first compared with float64, on fresh random inputs and with outputs filled with NaN; `error` is in
 units of what the tests allow. Times are medians of CUDA events around a graph of several launches; "launched" times
@@ -109,48 +109,51 @@ def oracle(grad: Tensor, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[
     return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(dtype))]
 
 
-def forwards(steps: int) -> list[Any]:
+def forwards(steps: int, inputs: int, outputs: int) -> list[Any]:
+    """Cuts of the forward to compare with the default."""
     from lesa.kernels.kan_cuts import ForwardConfig as Cut
 
-    if steps == 1:
-        rows = [(2, 256), (1, 256), (4, 128), (8, 64)]
-        cuts = [Cut(form, 1, *tile) for form in ("rows", "gather") for tile in rows]
-        return [*cuts, Cut("rows", 1, 2, 256, warps=8), Cut("rows", 1, 1, 256, warps=2)]
-    dots = [(16, 32, 32, 8, 8), (16, 32, 16, 4, 4), (16, 16, 32, 8, 8), (16, 16, 32, 4, 4), (32, 16, 32, 8, 8)]
-    cuts = [Cut("dot", *tile, "tf32x3", warps) for *tile, warps in [*dots, (32, 16, 16, 4, 4), (32, 32, 32, 8, 8)]]
-    cuts += [cuts[0]._replace(stages=stages) for stages in (1, 3)]
-    return cuts + [Cut("dot", *tile, "ieee", warps) for *tile, warps in dots] + [Cut("rows", 1, 2, 256)]
+    if min(steps, outputs) == 1:
+        return [Cut(form, 1, 1, 256) for form in ("rows", "gather")]
+    tiles = [(16, 32, 16, 4, 4), (16, 32, 32, 8, 8)]
+    narrow, wide = (Cut("dot", *tile, "tf32x3", warps) for *tile, warps in tiles)
+    if inputs < 64:
+        return [narrow, narrow._replace(span=32), narrow._replace(outputs=16), wide._replace(outputs=16)]
+    cuts = [narrow._replace(span=span) for span in (0, 64, 128)] + [
+        Cut("dot", 16, 32, 8, 4, span=span) for span in (32, 64, 128)
+    ]
+    cuts += [wide._replace(stages=3), wide._replace(span=64), wide._replace(span=128)]
+    return [*cuts, Cut("dot", 16, 64, 8, 4, span=64), Cut("dot", 32, 32, 8, 4, span=32)]
 
 
-def backwards(steps: int) -> list[Any]:
+def backwards(steps: int, inputs: int, outputs: int) -> list[Any]:
+    """Cuts of the backward to compare with the default."""
     from lesa.kernels.kan_cuts import BackwardConfig as Cut
 
     if steps == 1:
-        return [
-            Cut("rows", 1, 8, 32, 128, 4),
-            Cut("rows", 1, 4, 64, 256, 2),
-            Cut("rows", 1, 4, 32, 64, 8),
-            Cut("rows", 1, 2, 128, 256, 1),
-        ]
-    tiles = [(32, 32, 8, 16, 8), (32, 32, 8, 32, 4), (32, 32, 8, 32, 8), (16, 32, 8, 16, 8)]
-    cuts = [Cut("dot", *tile, precision, 4) for precision in ("tf32x3", "ieee") for tile in tiles]
-    cuts += [Cut("dot", 32, 32, 16, 32, 16, "ieee", 8), cuts[0]._replace(stages=1), cuts[0]._replace(stages=3)]
-    return cuts
+        return [Cut("rows", 1, 4, 64, 1, 256, 2)]
+    if outputs == 1:
+        return [Cut("rows", *tile) for tile in ((64, 1, 4, 1, 1, 64), (32, 1, 8, 1, 1, 128))]
+    tall = Cut("dot", 32, 64, 8, 64, 32, 4)
+    if inputs < 64:
+        return [tall, Cut("dot", 32, 32, 4, 64, 32, 4), Cut("dot", 32, 32, 8, 32, 32, 8, "ieee")]
+    cuts = [tall, tall._replace(stages=3), tall._replace(rows=64), tall._replace(dx_inputs=8, warps=8)]
+    return [*cuts, Cut("dot", 32, 32, 8, 32, 16, 8, stages=3)]
 
 
 def layers() -> None:
-    """Variants of one layer."""
+    """Variants of one layer; dx of the first is not wanted, as in a network."""
     from lesa.kernels.kan import launch_kan_bwd, launch_kan_fwd
 
-    for experts, steps, inputs, outputs in ((3, 50, 256, 256), (1, 1, 256, 256), (3, 50, 51, 256), (3, 50, 256, 1)):
+    for experts, steps, inputs, outputs in ((3, 50, 256, 256), (3, 50, 51, 256), (3, 50, 256, 1), (1, 1, 256, 256)):
         tensors = random_layer(experts, steps, inputs, outputs)
         grad = torch.randn(experts, steps, outputs, device="cuda")
         exact, plain = oracle(grad, tensors, torch.float64), oracle(grad, tensors, torch.float32)
-        every = (inputs, outputs) == (256, 256)
+        needs_x = inputs != WIDTHS[0]
         case = f"{experts}x{steps} [{inputs}, {outputs}]"
         floor = sum(part.numel() for part in tensors) * 4 / 3e6
 
-        for cut in [None, *(forwards(steps) if every else ())]:
+        for cut in [None, *forwards(steps, inputs, outputs)]:
 
             def forward(cut: Any = cut, tensors: list[Tensor] = tensors) -> list[Tensor]:
                 return [launch_kan_fwd(*tensors, LOW, HIGH, cut)]
@@ -159,13 +162,16 @@ def layers() -> None:
                 return error_of(run(), exact[:1], plain[:1])
 
             attempt(f"forward {case}", cut or "default", check, forward, f"bytes {floor:.1f} us")
-        for cut in [None, *(backwards(steps) if every else ())]:
+        first = 1 if needs_x else 2
+        for cut in [None, *backwards(steps, inputs, outputs)]:
 
-            def backward(cut: Any = cut, tensors: list[Tensor] = tensors, grad: Tensor = grad) -> list[Any]:
-                return list(launch_kan_bwd(grad, *tensors, LOW, HIGH, True, cut))
+            def backward(
+                cut: Any = cut, tensors: list[Tensor] = tensors, grad: Tensor = grad, needs_x: bool = needs_x
+            ) -> list[Any]:
+                return list(launch_kan_bwd(grad, *tensors, LOW, HIGH, needs_x, cut))[0 if needs_x else 1 :]
 
-            def check_back(run: Any = backward, exact: Any = exact, plain: Any = plain) -> float:
-                return error_of(run(), exact[1:], plain[1:])
+            def check_back(run: Any = backward, exact: Any = exact[first:], plain: Any = plain[first:]) -> float:
+                return error_of(run(), exact, plain)
 
             attempt(f"backward {case}", cut or "default", check_back, backward, f"bytes {2 * floor:.1f} us")
 
@@ -189,8 +195,8 @@ def chain_batched(x: Tensor, params: Sequence[Sequence[Tensor]], grid: Tensor) -
     return x
 
 
-def network() -> None:
-    """The published network: forward, and forward with backward, ours and torch's."""
+def network(quick: bool) -> None:
+    """The published network: forward, and forward with backward, ours and, unless `quick`, torch's."""
     from lesa.kernels.kan import launch_kan_bwd, launch_kan_fwd
 
     grid = bspline_grid(BASES - 3, 3, (LOW, HIGH), torch.float32).cuda()
@@ -219,8 +225,10 @@ def network() -> None:
         )
         with poisoned():
             error = error_of([ours(False)], [exact], [plain])
-        chains: dict[str, Any] = {"eager": chain_eager, "eager, experts batched": chain_batched}
-        if experts > 1:
+        chains: dict[str, Any] = {}
+        if not quick:
+            chains = {"eager": chain_eager, "eager, experts batched": chain_batched}
+        if experts > 1 and not quick:
             chains["compiled"] = torch.compile(chain_eager, dynamic=False)
             chains["compiled, experts batched"] = torch.compile(chain_batched, dynamic=False)
         for back in (False, True):
@@ -362,13 +370,17 @@ def loss() -> None:
 def main() -> None:
     """Run the sections asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="may be given more than once")
-    chosen = parser.parse_args().only or SECTIONS
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas between them")
+    parser.add_argument("--quick", action="store_true", help="leave torch's networks out")
+    options = parser.parse_args()
+    chosen = options.only.split(",")
+    if not set(chosen) <= set(SECTIONS):
+        parser.error(f"--only takes {', '.join(SECTIONS)}; got {options.only}")
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     print(torch.cuda.get_device_name(), torch.__version__)
     print(f"{'case':24} {'variant':46} {'error':>10} {'time':>12}")
-    for name, section in zip(SECTIONS, (layers, network, predict, loss), strict=True):
+    for name, section in zip(SECTIONS, (layers, partial(network, options.quick), predict, loss), strict=True):
         if name in chosen:
             section()
             torch.cuda.empty_cache()

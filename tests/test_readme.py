@@ -89,6 +89,44 @@ def test_ablation_table_is_the_measured_one():
             assert cell == (" / ".join(figures) or "–")
 
 
+def measured_operators(hardware):
+    """p50 in microseconds by (op, shape, provider) and GB/s, of the newest rows, for K = 8 where there is a K."""
+    rows = [r for r in fidelity("ops.csv") if hardware in r["hardware"] and r["k"] in ("8", "")]
+    return {(r["op"], r["shape"], r["dtype"], r["provider"]): (float(r["p50_us"]), float(r["gbps"])) for r in rows}
+
+
+def shown_time(us):
+    return f"{us / 1000:.2f} ms" if us >= 1000 else f"{us:.1f} us"
+
+
+def test_speed_table_is_the_measured_one():
+    rows = measured_operators("H100")
+    shown = table_after("On an H100")
+    assert len(shown) == 7
+    for name, *cells in shown:
+        op = name.split("`")[1]
+        shape, dtype = ("t50x3", "float32") if op.startswith("kan") else ("flux", "bfloat16")
+        for provider, cell in zip(("triton", "eager", "paper", "compile"), cells, strict=False):
+            found = rows.get((op, shape, dtype, provider))
+            assert cell == (shown_time(found[0]) if found else ""), (op, provider)
+        copy = rows.get((op, shape, dtype, "copy"))
+        share = f"{rows[op, shape, dtype, 'triton'][1] / copy[1]:.0%}" if copy and shape == "flux" else ""
+        assert cells[4] == share
+
+
+def test_the_measured_operators_reach_what_the_readme_says():
+    rows = measured_operators("H100")
+
+    def times_faster(op, provider, shape="flux", dtype="bfloat16"):
+        return rows[op, shape, dtype, provider][0] / rows[op, shape, dtype, "triton"][0]
+
+    assert times_faster("forecast", "paper") >= 4
+    assert times_faster("forecast", "compile") >= 1
+    assert rows["forecast", "flux", "bfloat16", "triton"][1] >= 0.9 * rows["forecast", "flux", "bfloat16", "copy"][1]
+    assert times_faster("forecast_head", "compile") >= 1.3
+    assert times_faster("predict_loss", "eager") >= 5
+
+
 @pytest.mark.parametrize("after", ["2", "3"], ids=["the paper's two stages", "with gains"])
 def test_lesa_is_ahead_on_held_out_captions(after):
     rows = fidelity("fidelity.csv")

@@ -1,9 +1,10 @@
-"""A KAN layer for a batch of experts, forward and backward, one launch each.
+"""A KAN layer for a batch of experts, forward and backward.
 
     y_tq = sum_i base_qi silu(x_ti) + scale_qi sum_m spline_qim B_m(x_ti)
 
 A tile of rows against a tile of edges is a product over the flat index (i, m), [BT, BX MP] x [BX MP, BQ], with the
-bases from their closed form; few rows or few outputs do without the product.
+bases from their closed form; few rows or few outputs do without the product. Where that makes few tiles, a program
+sums a span of the inputs only, and the sums of the spans are added up in a second launch; the rest is one launch each.
 
 Legend: E experts, T steps, X inputs, Q outputs, M spline bases, MP bases padded to a power of two, SE, ST strides of x,
 BT, BQ, BX rows, outputs and inputs a tile, SPLIT parts of a tile's inputs that are summed apart, SPAN inputs a program.
@@ -143,7 +144,7 @@ def launch_kan_fwd(
     experts, steps, inputs = x.shape
     outputs, bases = spline.shape[1], spline.shape[3]
     cut = config or forward_config(steps, inputs, outputs, bases)
-    span = cut.span or inputs
+    span = cut.span or max(inputs, 1)
     sums = torch.empty(triton.cdiv(inputs, span), experts, steps, outputs, dtype=torch.float32, device=x.device)
     if sums.numel() == 0:
         return sums.new_zeros(sums.shape[1:])
@@ -174,7 +175,7 @@ def launch_kan_fwd(
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
-    # A counter for the last program to join the sums would need a launch to zero it, which costs as much as this one.
+    # To let the last program do this, a counter must be zeroed: a launch too. So few terms torch adds in a fixed order.
     return sums[0] if len(sums) == 1 else sums.sum(0)
 
 

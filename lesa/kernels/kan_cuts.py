@@ -56,11 +56,10 @@ def forward_config(steps: int, inputs: int, outputs: int, bases: int) -> Forward
     """The cut for x [*, steps, inputs] and `outputs` outputs."""
     if min(steps, outputs) <= _FEW:
         return ForwardConfig("rows", 1, min(2, padded(outputs)), min(256, padded(inputs)))
-    tile = max(4, 128 // padded(bases))
     # With few tiles, the way of one program through all the inputs takes longest.
     if inputs > 64 and steps * outputs <= _SMALL:
-        return ForwardConfig("dot", 16, 32, tile, split=4, span=64)
-    return ForwardConfig("dot", 16, 32, 2 * tile, split=8, warps=8)
+        return ForwardConfig("dot", 16, 32, max(4, 64 // padded(bases)), split=4, stages=3, span=64)
+    return ForwardConfig("dot", 16, 32, max(8, 256 // padded(bases)), split=8, warps=8)
 
 
 def backward_config(steps: int, inputs: int, outputs: int, bases: int) -> BackwardConfig:
@@ -68,12 +67,11 @@ def backward_config(steps: int, inputs: int, outputs: int, bases: int) -> Backwa
     wide = min(128, padded(outputs))
     if steps <= _FEW:
         return BackwardConfig("rows", 1, min(8, wide), min(32, padded(inputs)), 1, wide, min(64, 512 // wide))
-    tile = max(1, 64 // padded(bases))
     if outputs <= _FEW:
-        return BackwardConfig("rows", min(64, padded(steps)), 1, tile, 1, wide, 64 // wide)
-    if padded(bases) == 8:
-        return BackwardConfig("dot", 32, 32, 16, 32, 32, 16, "ieee", warps=8)
-    return BackwardConfig("dot", 32, 32, tile, 32, 16, tile, stages=3)
+        return BackwardConfig("rows", min(64, padded(steps)), 1, max(1, 64 // padded(bases)), 1, wide, 64 // wide)
+    # Narrower tiles where so few inputs would make few programs.
+    tile = max(1, min(16, (64 if inputs <= 64 else 128) // padded(bases)))
+    return BackwardConfig("dot", 32, 32, tile, 32, 32, tile, "ieee", warps=8)
 
 
 def padded(size: int) -> int:
