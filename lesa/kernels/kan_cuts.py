@@ -59,7 +59,7 @@ def forward_config(steps: int, inputs: int, outputs: int, bases: int) -> Forward
     # With few tiles, the way of one program through all the inputs takes longest.
     if inputs > 64 and steps * outputs <= _SMALL:
         return ForwardConfig("dot", 16, 32, max(4, 64 // padded(bases)), split=4, stages=3, span=64)
-    return ForwardConfig("dot", 16, 32, max(8, 256 // padded(bases)), split=8, warps=8)
+    return ForwardConfig("dot", 16, 16, max(4, 128 // padded(bases)), split=4)
 
 
 def backward_config(steps: int, inputs: int, outputs: int, bases: int) -> BackwardConfig:
@@ -69,9 +69,8 @@ def backward_config(steps: int, inputs: int, outputs: int, bases: int) -> Backwa
         return BackwardConfig("rows", 1, min(8, wide), min(32, padded(inputs)), 1, wide, min(64, 512 // wide))
     if outputs <= _FEW:
         return BackwardConfig("rows", min(64, padded(steps)), 1, max(1, 64 // padded(bases)), 1, wide, 64 // wide)
-    # Narrower tiles where so few inputs would make few programs.
-    tile = max(1, min(16, (64 if inputs <= 64 else 128) // padded(bases)))
-    return BackwardConfig("dot", 32, 32, tile, 32, 32, tile, "ieee", warps=8)
+    per_base = max(1, 8 // padded(bases))
+    return BackwardConfig("dot", 32, 64, 8 * per_base, 64, 32, 4 * per_base)
 
 
 def padded(size: int) -> int:
