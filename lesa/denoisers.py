@@ -26,6 +26,7 @@ class Layout:
         proj: the Linear that projects to the output's channels.
         embedders: modules whose outputs only the blocks read; the rest of the forward must work with one
             channel of their inputs in place of their outputs.
+        wide_head: whether the modulation is computed in float32 and then cast to the dtype of the image stream.
     """
 
     blocks: tuple[str, ...]
@@ -33,6 +34,7 @@ class Layout:
     norm: str
     proj: str
     embedders: tuple[str, ...]
+    wide_head: bool = False
 
 
 _TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
@@ -63,6 +65,7 @@ LAYOUTS = {
         "norm_out",
         "proj_out",
         ("patch_embedding", "rope", "condition_embedder.text_embedder", "condition_embedder.image_embedder"),
+        wide_head=True,
     ),
     "DiTTransformer2DModel": Layout(("transformer_blocks",), _IMAGE_ONLY, "norm_out", "proj_out_2", ("pos_embed",)),
 }

@@ -25,7 +25,7 @@ from .history import Ring
 
 
 class Exchange:
-    """Puts modules in the place of a denoiser's children, and the children back.
+    """Puts modules in the place of a denoiser's children, and the children back, as often as asked.
 
     Args:
         denoiser: whose forward will run.
@@ -35,6 +35,9 @@ class Exchange:
     def __init__(self, denoiser: nn.Module, places: dict[str, nn.Module]) -> None:
         self._places = [(*_place(denoiser, path), module) for path, module in places.items()]
         self._own = [parent._modules[name] for parent, name, _ in self._places]
+
+    def enter(self) -> None:
+        """Put the modules in."""
         for parent, name, module in self._places:
             parent._modules[name] = module
 
@@ -52,9 +55,12 @@ class Tap(nn.Module):
         layout: of its denoiser.
     """
 
+    block: nn.Module
+
     def __init__(self, block: nn.Module, layout: Layout) -> None:
         super().__init__()
-        self.block = block
+        # DiT looks for its timestep embedder among the first block's children, and the first may be the last.
+        self.__dict__ |= {"_modules": block._modules, "block": block}
         self.position = layout.returns.index("hidden_states") if len(layout.returns) > 1 else None
         self.feature: Tensor | None = None
 
@@ -88,17 +94,24 @@ class Pass(nn.Module):
 
 
 class Tail(Pass):
-    """In the place of the last list's blocks: hands their inputs on with the forecast as the image stream."""
+    """In the place of the last list's blocks: hands their inputs on with the forecast as the image stream.
+
+    Where the fused head makes the forecast, only the dtype of the stream matters: that of the probes' way back.
+    """
 
     def __init__(self, block: nn.Module, layout: Layout) -> None:
         super().__init__(block, layout)
         self.feature: Tensor | None = None
         self.reached = False
+        self.wide_head = layout.wide_head
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         passed = self.passed(args, kwargs)
+        stream = self.returns.index("hidden_states")
         if self.feature is not None:
-            passed[self.returns.index("hidden_states")] = self.feature
+            passed[stream] = self.feature
+        elif self.wide_head:
+            passed[stream] = passed[stream].float()
         self.reached = True
         return tuple(passed) if len(passed) > 1 else passed[0]
 
@@ -163,7 +176,7 @@ class Stands:
 
     def tap(self) -> tuple[Exchange, Tap]:
         """Exchange the last block for a computed step."""
-        name = self._layout.blocks[-1]
+        name = self._lists()[-1]
         last = len(_blocks(self._denoiser, name)) - 1
         path, block = f"{name}.{last}", _blocks(self._denoiser, name)[last]
         tap = self._keep("tap", (block,), lambda: Tap(block, self._layout))
@@ -199,6 +212,10 @@ class Stands:
         same = (proj.weight.dtype, proj.weight.device) == (ring.history.dtype, ring.history.device)
         return same and (ring.backend or ops.backend_of("forecast_head", ring.history)) == "triton"
 
+    def _lists(self) -> list[str]:
+        """The lists of blocks that hold any."""
+        return [name for name in self._layout.blocks if len(_blocks(self._denoiser, name))]
+
     def _head(self) -> tuple[Any, Any]:
         return self._denoiser.get_submodule(self._layout.norm), self._denoiser.get_submodule(self._layout.proj)
 
@@ -207,9 +224,10 @@ class Stands:
         for path in self._layout.embedders:
             if _child(self._denoiser, path) is not None:
                 places[path] = self._keep(path, (), Skip)
-        for name in self._layout.blocks:
+        names = self._lists()
+        for name in names:
             first = _blocks(self._denoiser, name)[0]
-            kind = Tail if name == self._layout.blocks[-1] else Pass
+            kind = Tail if name == names[-1] else Pass
             stand = self._keep((name, "block"), (first,), functools.partial(kind, first, self._layout))
             places[name] = self._keep(name, (stand,), functools.partial(nn.ModuleList, [stand]))
         return places, stand

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ def detach(target: Any) -> None:
     denoiser = denoiser_of(target)
     registry = getattr(denoiser, "_diffusers_hook", None)
     if registry is not None and _NAME in registry.hooks:
+        registry.hooks[_NAME].restore()
         _remove(denoiser, registry)
     _invalidate_caches(denoiser)
 
@@ -100,6 +102,8 @@ class RootHook(ModelHook):
         self._clock = clock
         self._stands = stands
         self._like: Any = None
+        self._active: Exchange | None = None
+        self._owner: dict[str, int] = {}  # setdefault is atomic, and unlike a lock it can be copied
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         """Learn where the denoiser takes its timestep and its sample."""
@@ -115,37 +119,72 @@ class RootHook(ModelHook):
     @skip
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Compute or forecast one step."""
-        turn = self._begin(args, kwargs)
-        output = self._run(turn, args, kwargs)
-        if not self._end(turn, output):
-            turn = self._compute(turn.call)
+        self._acquire()
+        try:
+            turn = self._begin(args, kwargs)
             output = self._run(turn, args, kwargs)
-            self._end(turn, output)
-        return output if turn.wrap is None else turn.wrap(output)
+            if not self._end(turn, output):
+                turn = self._compute(turn.call)
+                output = self._run(turn, args, kwargs)
+                self._end(turn, output)
+            return output if turn.wrap is None else turn.wrap(output)
+        except BaseException:
+            self._abort()
+            raise
+        finally:
+            self.restore()
 
     @skip
     def _run(self, turn: _Turn, args: tuple, kwargs: dict) -> Any:
         try:
+            self._enter(turn)
             return turn.run(*args, **kwargs)
-        except BaseException:
-            turn.failed = True
-            raise
         finally:
-            self._close(turn)
+            self._leave()
+
+    @torch.compiler.disable
+    def restore(self) -> None:
+        """Put the denoiser's children back and let other threads in; needed again only where this was interrupted."""
+        self._leave()
+        self._owner.clear()
+
+    @torch.compiler.disable
+    def _enter(self, turn: _Turn) -> None:
+        if turn.exchange is not None:
+            self._active = turn.exchange  # before anything moves, so that whoever comes next can put it back
+            turn.exchange.enter()
+
+    @torch.compiler.disable
+    def _leave(self) -> None:
+        if self._active is not None:
+            self._active.undo()
+            self._active = None
+
+    @torch.compiler.disable
+    def _acquire(self) -> None:
+        """Let one thread in at a time: the denoiser's children are exchanged meanwhile."""
+        me = threading.get_ident()
+        owner = self._owner.setdefault("thread", me)
+        if owner != me and any(thread.ident == owner for thread in threading.enumerate()):
+            raise RuntimeError(
+                "another thread is running this denoiser: give each thread a denoiser of its own, or take turns"
+            )
+        self._owner["thread"] = me
+        self._leave()
+
+    @torch.compiler.disable
+    def _abort(self) -> None:
+        self._clock.abort()
 
     @torch.compiler.disable
     def _begin(self, args: tuple, kwargs: dict) -> _Turn:
         """Place the call and ask the driver."""
-        try:
-            sample = argument(self._names, self._sample_name, args, kwargs)
-            call = self._clock.tick(self.context.name, argument(self._names, "timestep", args, kwargs), sample)
-            if call.starts:
-                self.driver.begin(call.request)
-            forecast = self.driver.forecast(call)
-            return self._compute(call) if forecast is None else self._forecast(call, forecast)
-        except BaseException:
-            self._clock.abort()
-            raise
+        sample = argument(self._names, self._sample_name, args, kwargs)
+        call = self._clock.tick(self.context.name, argument(self._names, "timestep", args, kwargs), sample)
+        if call.starts:
+            self.driver.begin(call.request)
+        forecast = self.driver.forecast(call)
+        return self._compute(call) if forecast is None else self._forecast(call, forecast)
 
     @torch.compiler.disable
     def _compute(self, call: Call) -> _Turn:
@@ -158,8 +197,7 @@ class RootHook(ModelHook):
 
     def _forecast(self, call: Call, forecast: Forecast) -> _Turn:
         """The turn that forecasts a step."""
-        stats = self.driver.stats
-        stop = stats.start("forecast", call.sample.device)
+        stop = self.driver.stats.start("forecast", call.sample.device)
         ring, stands = forecast.ring, self._stands
         name = "forecast_into_"
         if stands is None:
@@ -170,41 +208,34 @@ class RootHook(ModelHook):
         else:
             turn = _Turn(call, stop, self._original(), *stands.tail(forecast.feature()))
         if ring is not None:
-            stats.operators[f"{name}: {ring.backend or ops.backend_of(name, ring.history)}"] += 1
+            turn.operator = f"{name}: {ring.backend or ops.backend_of(name, ring.history)}"
         return turn
-
-    @torch.compiler.disable
-    def _close(self, turn: _Turn) -> None:
-        if turn.exchange is not None:
-            turn.exchange.undo()
-        if turn.failed:
-            self._clock.abort()
 
     @torch.compiler.disable
     def _end(self, turn: _Turn, output: Any) -> bool:
         """Count the turn; whether its output stands."""
-        driver, call = self.driver, turn.call
-        if isinstance(turn.stand, Tail) or turn.wrap is not None:
-            if turn.stand is not None and not turn.stand.reached:
-                driver.lose(_TAIL_LOST)
-                driver.refuse(call, _TAIL_LOST)
-                return False
+        driver, call, stand = self.driver, turn.call, turn.stand
+        if isinstance(stand, Tail) or turn.wrap is not None:
+            if isinstance(stand, Tail):
+                stand.feature = None
+                if not stand.reached:
+                    driver.lose(_TAIL_LOST)
+                    driver.refuse(call, _TAIL_LOST)
+                    return False
             turn.stop()
             driver.stats.forecast += 1
+            if turn.operator is not None:
+                driver.stats.operators[turn.operator] += 1
             return True
         turn.stop()
-        if turn.stand is None:
-            self._like = output
-        feature = _first(output) if turn.stand is None else turn.stand.feature
-        if turn.stand is not None:
-            turn.stand.feature = None
+        feature: torch.Tensor | None
+        if stand is None:
+            self._like, feature = output, _first(output)
+        else:
+            feature, stand.feature = stand.feature, None
         if feature is None:
             driver.lose(_TAIL_LOST)
-        try:
-            driver.keep(call, feature)
-        except BaseException:
-            self._clock.abort()
-            raise
+        driver.keep(call, feature)
         return True
 
     def _original(self) -> Callable[..., Any]:
@@ -222,7 +253,7 @@ class _Turn:
     exchange: Exchange | None = None
     stand: Tap | Tail | None = None
     wrap: Callable[[torch.Tensor], Any] | None = None
-    failed: bool = False
+    operator: str | None = None
 
 
 class _ContextName(StateManager):

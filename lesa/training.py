@@ -66,6 +66,8 @@ def guided(
     Returns:
         The loss of every optimiser step, by context.
     """
+    if first_step < 1:
+        raise ValueError(f"first_step={first_step}: expected at least 1, a forecast needs an earlier feature")
     phase = _Phase("guided", predictors, recording, config, checkpoint, first_step=first_step)
 
     def work(indices: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 import lesa
 from lesa import exchange
+from lesa.denoisers import layout_of
 
 FLUX = CASES_BY_NAME["flux_dev"]
 COMPILERS: dict[str, Callable[[Any], None]] = {
@@ -153,9 +154,6 @@ def test_forecast_steps_skip_the_embedders(case: Case) -> None:
     plan = plan_for(case, "linear", "hidden")
     pipe = enabled(case, plan)
     denoiser = case.denoiser(pipe)
-    layout = exchange.Layout
-    from lesa.denoisers import layout_of
-
     layout = layout_of(denoiser)
     counts: dict[str, int] = {}
     for path in layout.embedders:

@@ -65,7 +65,8 @@ def test_one_cuda_graph_serves_every_step() -> None:
 def test_two_runs_are_bit_equal() -> None:
     history, slots, weights, bias, _ = table()
     target, alpha = torch.randn(SHAPE, device=DEVICE).bfloat16(), torch.tensor(0.7, device=DEVICE)
-    runs = [torch.ops.lesa.predict_loss(history, slots[0], weights[0], bias[0], alpha, target, False, True)] * 2
+    row = (history, slots[0], weights[0], bias[0], alpha, target, False, True)
+    runs = [torch.ops.lesa.predict_loss(*row) for _ in range(2)]
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one, other)
     grad = torch.randn(SHAPE, device=DEVICE).bfloat16()

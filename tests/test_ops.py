@@ -193,8 +193,9 @@ def test_opcheck(name: str, kind: torch.dtype) -> None:
 
 
 def test_no_operator_is_left_out() -> None:
-    defined = {name.removeprefix("lesa::").partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
-    assert {n for n in defined if hasattr(torch.ops.lesa, n)} >= set(OPERATORS)
+    names = torch._C._dispatch_get_all_op_names()
+    defined = {name.removeprefix("lesa::").partition(".")[0] for name in names if name.startswith("lesa::")}
+    assert {n for n in defined if hasattr(torch.ops.lesa, n)} == set(OPERATORS)
     assert set(_library._plain) == set(OPERATORS)
 
 
@@ -259,6 +260,69 @@ def test_compiles_in_one_graph_forward_and_backward(name: str) -> None:
     for one, other in pairs:
         if one.grad is not None:
             torch.testing.assert_close(other.grad, one.grad)
+
+
+def test_second_derivatives_are_refused() -> None:
+    history, weights = torch.randn(2, 5), torch.ones(2, requires_grad=True)
+    slots, bias = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(())
+    loss = ops.forecast(history, slots, weights, bias).square().sum()
+    (first,) = torch.autograd.grad(loss, weights, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        first.sum().backward()
+
+
+def test_parameters_narrower_than_the_features() -> None:
+    """Features in float64, parameters in float32: what an uncast predictor is given."""
+    values = list(arguments("predict", torch.float64))
+    values[4] = values[4].float()
+    values[5] = [part.detach().float().requires_grad_() for part in values[5]]
+    first_output("predict", tuple(values)).sum().backward()
+    assert all(part.grad is not None and part.grad.dtype == torch.float32 for part in values[5])
+
+
+# Bad input: one error, the same whatever serves it
+
+BAD = {
+    "slot outside": ("forecast", 1, lambda slots: slots + 2),
+    "slots of int64": ("forecast", 1, lambda slots: slots.long()),
+    "too few weights": ("forecast", 2, lambda weights: weights[:2]),
+    "weights of float16": ("forecast", 2, lambda weights: weights.half()),
+    "two biases": ("forecast", 3, lambda bias: bias.repeat(2)),
+    "features of int32": ("forecast", 0, lambda history: history.int()),
+    "step before the first": ("forecast_at", 4, lambda step: step - 2),
+    "step after the last": ("forecast_into_", 5, lambda step: step + 2),
+    "grad of another shape": ("feature_sums", 0, lambda grad: grad[:1]),
+    "slot outside the size": ("spread", 3, lambda size: 2),
+    "inputs that do not fit": ("kan", 0, lambda x: x[..., :4]),
+    "reversed grid": ("kan", 4, lambda low: 4.0),
+    "scale that broadcasts": ("kan", 3, lambda scale: scale[..., :1]),
+    "no newest slot": ("predict", 1, lambda slots: slots.flip(0).roll(1)),
+    "target of another shape": ("predict_loss", 5, lambda target: target[:1]),
+    "modulation that broadcasts": ("forecast_head", 6, lambda scale: scale[:, :1]),
+    "projection of another width": ("forecast_head", 8, lambda weight: weight[:, :4]),
+}
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["this machine's backend", "plain torch"])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, loaded: bool) -> None:
+    name, position, spoil = BAD[case]
+    values = list(arguments(name, torch.float32))
+    values[position] = spoil(values[position])
+    with contextlib.ExitStack() as stack:
+        if not loaded:
+            stack.enter_context(plain_only())
+        stack.enter_context(pytest.raises(ValueError))
+        getattr(torch.ops.lesa, name)(*values)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_tensors_on_two_devices(name: str) -> None:
+    values = list(arguments(name, torch.float32))
+    position = next(i for i in range(1, len(values)) if isinstance(values[i], torch.Tensor))
+    values[position] = values[position].to("meta")
+    with pytest.raises(ValueError, match=f"{name} was given tensors on cpu, meta"):
+        getattr(torch.ops.lesa, name)(*values)
 
 
 # Backends

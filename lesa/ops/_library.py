@@ -47,13 +47,31 @@ def define(
     """
     name = schema.partition("(")[0]
     _plain[name], _triton[name] = plain, triton
+
+    def checked_fake(*args: Any) -> Any:
+        _check_devices(name, args)  # real tensors come here too, where one of them is on meta
+        return fake(*args)
+
     _library.define(schema)
     _library.impl(name, functools.partial(_run_default, name), "CompositeExplicitAutograd")
     for key in _GPU_KEYS:
         _library.impl(name, functools.partial(_run_gpu, name), key)
-    torch.library.register_fake(f"lesa::{name}", fake, lib=_library)
+    torch.library.register_fake(f"lesa::{name}", checked_fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"lesa::{name}", backward, setup_context=setup, lib=_library)
+
+
+def no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """What a formula saves that only refuses."""
+
+
+def no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    """The autograd formula of what a backward is made of.
+
+    Raises:
+        NotImplementedError: always; without it torch would take second derivatives to be 0.
+    """
+    raise NotImplementedError("lesa's operators have first derivatives only: leave create_graph=True out")
 
 
 def call(name: str, backend: str | None, *args: Any) -> Any:
@@ -132,8 +150,18 @@ def load_cpp() -> bool:
     return True
 
 
+def _check_devices(name: str, args: tuple[Any, ...]) -> None:
+    tensors = [part for arg in args for part in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    devices = {tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)}
+    if len(devices) > 1:
+        raise ValueError(
+            f"{name} was given tensors on {', '.join(sorted(map(str, devices)))}: move all of them to one device"
+        )
+
+
 def _run_default(name: str, *args: Any) -> Any:
     """Reached where no kernel of the device is registered: on the CPU before the C++ library is loaded, or without."""
+    _check_devices(name, args)
     if args[0].device.type == "cpu" and not load_cpp.cache_info().currsize and load_cpp() and name not in _NO_CPP:
         return getattr(torch.ops.lesa, name)(*args)
     with torch.no_grad():
@@ -141,6 +169,7 @@ def _run_default(name: str, *args: Any) -> Any:
 
 
 def _run_gpu(name: str, *args: Any) -> Any:
+    _check_devices(name, args)
     if _triton_missing(args[0]):
         with torch.no_grad():
             return _plain[name](*args)
@@ -163,7 +192,12 @@ def _triton_missing(tensor: torch.Tensor) -> str | None:
     if _triton_version() is None:
         return "triton is not installed: pip install triton"
     if tensor.device.type == "cpu" and not _interpreted():
-        return "these are CPU tensors; kernels run there only with TRITON_INTERPRET=1 in the environment"
+        return (
+            "these are CPU tensors: move the pipeline or tensors to a GPU, or leave backend out (kernels run on the "
+            "CPU only under TRITON_INTERPRET=1, slowly)"
+        )
+    if tensor.device.type not in ("cpu", "cuda", "xpu"):
+        return f"the kernels run on cuda and xpu devices, these tensors are on {tensor.device}"
     return None
 
 

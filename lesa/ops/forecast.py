@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import call, define
+from ._checks import check_like, check_row, check_slots, check_step
+from ._library import call, define, no_second_derivative, no_setup
 
 
 def forecast(
@@ -39,7 +40,7 @@ def forecast(
         ValueError: a sequence names a slot outside the history, or lengths differ.
     """
     if not isinstance(slots, Tensor):
-        _check_slots(slots, weights, len(history))
+        _check_sequence(slots, weights, history)
     return call("forecast", backend, history, *_row(history, slots, weights, bias))
 
 
@@ -139,32 +140,42 @@ def _row(history: Tensor, slots: Any, weights: Any, bias: Any) -> tuple[Tensor, 
     return slots, weights, bias
 
 
-def _check_slots(slots: Sequence[int], weights: Tensor | Sequence[float], size: int) -> None:
-    if len(slots) != len(weights):
-        raise ValueError(f"slots has {len(slots)} entries but weights has {len(weights)}: expected as many of each")
+def _check_sequence(slots: Sequence[int], weights: Tensor | Sequence[float], history: Tensor) -> None:
+    given = weights.numel() if isinstance(weights, Tensor) else len(weights)
+    if len(slots) != given:
+        raise ValueError(f"slots has {len(slots)} entries but weights has {given}: expected as many of each")
+    size = history.shape[0] if history.dim() else 0
     outside = [slot for slot in slots if slot >= size]
     if outside:
         raise ValueError(f"slots={list(slots)} names {outside[0]}, but history holds slots 0 to {size - 1}")
 
 
 def _plain_forecast(history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+    check_row(history, slots, weights, bias)
     return (weighted_sum(history, slots, weights) + bias.reshape(()).to(wide_dtype(history))).to(history.dtype)
 
 
 def _plain_forecast_at(history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, step: Tensor) -> Tensor:
-    i = int(step)
+    i = check_step(step, slots)
     return _plain_forecast(history, slots[i], weights[i], bias[i])
 
 
 def _plain_forecast_into(
     history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, keep: Tensor, step: Tensor
 ) -> None:
-    slot = int(keep[int(step)])
+    slot = int(keep[check_step(step, slots)])
     if slot >= 0:
         history[slot].copy_(_plain_forecast_at(history, slots, weights, bias, step))
 
 
 def _plain_feature_sums(grad: Tensor, history: Tensor, slots: Tensor) -> Tensor:
+    check_slots(history, slots)
+    check_like("grad", grad, history[0])
+    return sums_of(grad, history, slots)
+
+
+def sums_of(grad: Tensor, history: Tensor, slots: Tensor) -> Tensor:
+    """`feature_sums` in plain torch, of a gradient in any dtype."""
     wide = wide_dtype(history)
     flat = grad.to(wide).flatten()
     zero = flat.new_zeros(())
@@ -173,6 +184,8 @@ def _plain_feature_sums(grad: Tensor, history: Tensor, slots: Tensor) -> Tensor:
 
 
 def _plain_spread(grad: Tensor, coefficients: Tensor, slots: Tensor, size: int) -> Tensor:
+    if int(slots.max()) >= size:
+        raise ValueError(f"slots names {int(slots.max())}, but size={size}")
     wide = wide_dtype(grad)
     valid = slots >= 0
     share = torch.zeros(size, dtype=wide, device=grad.device)
@@ -259,10 +272,14 @@ define(
     _plain_feature_sums,
     _triton_feature_sums,
     lambda grad, history, slots: history.new_empty(slots.shape[0] + 1, dtype=wide_dtype(history)),
+    no_setup,
+    no_second_derivative,
 )
 define(
     "spread(Tensor grad, Tensor coefficients, Tensor slots, SymInt size) -> Tensor",
     _plain_spread,
     _triton_spread,
     lambda grad, coefficients, slots, size: grad.new_empty((size, *grad.shape)),
+    no_setup,
+    no_second_derivative,
 )

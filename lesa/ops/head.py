@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._checks import check_head
 from ._library import call, define
 from .forecast import _plain_forecast_at
 
@@ -66,6 +67,7 @@ def _plain(
     proj_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
+    check_head(history, scale, shift, proj_weight, proj_bias)
     feature = _plain_forecast_at(history, slots, weights, bias, step)
     slot = int(keep[int(step)])
     if slot >= 0:

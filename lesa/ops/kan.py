@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ._library import call, define
+from ._checks import check_kan
+from ._library import call, define, no_second_derivative, no_setup
 from .forecast import wide_dtype
 
 _ORDER = 3
@@ -51,7 +52,8 @@ def kan(
     if order != _ORDER:
         if backend not in (None, "torch"):
             raise ValueError(f"order={order}: backend {backend!r} has cubic splines only; leave backend out")
-        return _any_order(x, base_weight, spline_weight, spline_scale, grid_range, order)
+        parts = (part.to(wide_dtype(part)) for part in (x, base_weight, spline_weight, spline_scale))
+        return _any_order(*parts, grid_range, order)  # type: ignore[call-arg, arg-type]
     if base_weight.dim() == 2:
         single = (part.unsqueeze(0) for part in (x, base_weight, spline_weight, spline_scale))
         return call("kan", backend, *single, float(low), float(high)).squeeze(0)
@@ -68,6 +70,7 @@ def _any_order(x: Tensor, base: Tensor, spline: Tensor, scale: Tensor, grid_rang
 
 
 def _plain(x: Tensor, base: Tensor, spline: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    check_kan(x, base, spline, scale, low, high)
     x, base, spline, scale = (part.to(wide_dtype(part)) for part in (x, base, spline, scale))
     return _any_order(x, base, spline, scale, (low, high), _ORDER)
 
@@ -140,4 +143,6 @@ define(
     _plain_backward,
     _triton_backward,
     _fake_backward,
+    no_setup,
+    no_second_derivative,
 )

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import check_like, check_row
 from ._library import call, define
-from .forecast import _plain_feature_sums, weighted_sum, wide_dtype
+from .forecast import sums_of, weighted_sum, wide_dtype
 from .kan import kan
 
 LAYERS = 3
@@ -108,6 +109,7 @@ def _plain_predict(
     low: float,
     high: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_row(history, slots, weights, bias, newest=True)
     values = [dt.unsqueeze(0)]
     for i in range(0, len(params), 3):
         base, spline, scale = params[i : i + 3]
@@ -129,6 +131,8 @@ def _plain_loss(
     l2: bool,
     want_forecast: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_row(history, slots, weights, bias, newest=True)
+    check_like("target", target, history[0])
     wide = wide_dtype(history)
     sums = weighted_sum(history, slots, weights)
     forecast = history[int(slots[-1])].to(wide) + alpha.to(wide) * (sums + bias.reshape(()).to(wide))
@@ -136,7 +140,7 @@ def _plain_loss(
     count = max(error.numel(), 1)
     loss = (error.square() if l2 else error.abs()).sum() / count
     grad = (2 * error if l2 else error.sign()) / count
-    parts = _plain_feature_sums(grad, history, slots)
+    parts = sums_of(grad, history, slots)
     d_alpha = parts[:-1] @ weights.to(wide) + parts[-1] * bias.reshape(()).to(wide)
     written = forecast.to(history.dtype) if want_forecast else history.new_empty(0)
     return loss, written, torch.cat([alpha.to(wide) * parts, d_alpha.reshape(1)])
@@ -182,7 +186,7 @@ def _backward_predict(ctx: Any, grad: Tensor | None, grad_alpha: Tensor | None, 
         if ctx.needs_input_grad[0]:
             coefficients = torch.cat([alpha * weights[:-1], (1 + alpha * weights[-1]).reshape(1)])
             d_history = torch.ops.lesa.spread(grad, coefficients, slots, history.shape[0])
-    flow = d_alpha.reshape(1, 1, 1)
+    flow = d_alpha.to(alpha.dtype).reshape(1, 1, 1)
     d_params: list[Tensor] = []
     for i, x in ((6, hidden2), (3, hidden1), (0, dt)):
         layer = [part.unsqueeze(0) for part in params[i : i + 3]]
@@ -201,7 +205,7 @@ def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _backward_loss(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
     (grads,) = ctx.saved_tensors
     scaled = grad * grads
-    parts = scaled.split([len(grads) - 2, 1, 1])
+    parts = scaled.split([grads.shape[0] - 2, 1, 1])
     d_row = [part.reshape(shape).to(dtype) for part, (shape, dtype) in zip(parts, ctx.shapes, strict=True)]
     return None, None, *d_row, None, None, None
 
