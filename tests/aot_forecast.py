@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from aot import Variant
+from aot import TARGETS, Variant
 
 from lesa.kernels import forecast, head
 
@@ -55,7 +55,9 @@ def _spread(dtype: str) -> Variant:
     return Variant(forecast._spread_kernel, types, constexprs, label=dtype, divisible=("L",))
 
 
-def head_variant(dtype: str, window: int, config: head.HeadConfig, keep: bool = True) -> Variant:
+def head_variant(
+    dtype: str, window: int, config: head.HeadConfig, keep: bool = True, targets: tuple[int, ...] = TARGETS
+) -> Variant:
     """The head's first kernel at 3072 channels, 64 projected."""
     types = dict.fromkeys(("p_history", "p_scale", "p_shift", "p_proj", "p_proj_bias"), f"*{dtype}")
     types |= {"p_slots": "*i32", "p_weights": "*fp32", "p_bias": "*fp32", "p_keep": "*i32", "p_step": "*i64"}
@@ -80,6 +82,7 @@ def head_variant(dtype: str, window: int, config: head.HeadConfig, keep: bool = 
         num_stages=config.stages,
         label=f"{dtype} K={window} " + "x".join(map(str, config)),
         divisible=("S", "S_SCALE", "S_SHIFT", "N", "D", "C"),
+        targets=targets,
     )
 
 
@@ -97,7 +100,11 @@ def _head_defaults() -> list[Variant]:
         history = torch.empty(9, 1, 4096, CHANNELS, dtype=dtype, device="meta")
         for window in (2, 8, 16) if name == "bf16" else (8,):
             config = head.head_config(history, window, PROJECTED)
-            found.append(head_variant(name, window, config))
+            pipelined = config.stages > 1  # chosen where there is the shared memory for it
+            found.append(head_variant(name, window, config, targets=(90, 100) if pipelined else TARGETS))
+            if pipelined:
+                small = head.HeadConfig(tokens=32, channels=64, slices=4, warps=4, stages=1)
+                found.append(head_variant(name, window, small))
         if config.slices > 1:
             found.append(_join(name, config.slices))
     return found
