@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import interpret  # noqa: F401 - first: triton must not be imported before it
 import pytest
 import torch
 
