@@ -105,15 +105,16 @@ class Tail(Pass):
         self.reached = False
         self.wide_head = layout.wide_head
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        passed = self.passed(args, kwargs)
+    def passed(self, args: tuple, kwargs: dict) -> list[Any]:
+        """What the last block would return, the image stream replaced."""
+        passed = super().passed(args, kwargs)
         stream = self.returns.index("hidden_states")
         if self.feature is not None:
             passed[stream] = self.feature
         elif self.wide_head:
             passed[stream] = passed[stream].float()
         self.reached = True
-        return tuple(passed) if len(passed) > 1 else passed[0]
+        return passed
 
 
 class Skip(nn.Module):

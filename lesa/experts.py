@@ -226,7 +226,7 @@ class Expert(nn.Module):
         """
         history = history.to(torch.promote_types(history.dtype, self.projection.weight.dtype))
         slots = torch.arange(self.window, dtype=torch.int32, device=history.device)
-        wide = torch.promote_types(history.dtype, torch.float32)
+        wide = ops.wide_dtype(history)
         weights, bias = self.weights.to(wide), self.projection.bias.to(wide)
         net = self.net
         if isinstance(net, Kan) and net.fused:

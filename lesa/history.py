@@ -33,7 +33,7 @@ class Ring(torch.nn.Module):
         self.backend = backend
         rows = plan.rows_of(context)
         width = max((len(row.steps) for row in rows.values()), default=1)
-        wide = torch.promote_types(feature.dtype, torch.float32)
+        wide = ops.wide_dtype(feature)
         slots = torch.full((plan.num_steps, width), -1, dtype=torch.int32)
         weights, bias = torch.zeros(plan.num_steps, width, dtype=wide), torch.zeros(plan.num_steps, dtype=wide)
         for step, row in rows.items():

@@ -1,7 +1,7 @@
 """One optimiser step of a predictor: forecast, loss and gradients in one pass, then AdamW.
 
-On a CUDA device the whole step, from the KAN to the optimiser, is captured in a CUDA graph for each expert: its kernels
-take a tenth of the time that launching them one by one takes.
+On a CUDA device the whole step, from the KAN to the optimiser, is captured in a CUDA graph for each expert: its many
+small kernels take less time than launching them one by one.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Learner:
     def _update(self, expert: Expert) -> tuple[Tensor, Tensor]:
         """Forecast, loss, gradients, clipping and AdamW for the step `self._step` names."""
         assert self._ring is not None and self._target is not None
-        wide = torch.promote_types(self._ring.dtype, torch.float32)
+        wide = ops.wide_dtype(self._ring)
         slots = self._slots[expert.window].index_select(0, self._step).squeeze(0)
         with torch.enable_grad():
             alpha = expert.net(self._offsets.index_select(0, self._step)).reshape(())

@@ -4,7 +4,7 @@ A call goes to Triton kernels on a GPU, to the C++ library on the CPU, and to pl
 (float64 on a GPU, no C++ library). `backend=` asks for one of "triton", "cpp", "torch" and never falls back.
 """
 
-from ._library import BACKENDS, backend_of, describe
+from ._library import BACKENDS, backend_of, describe, wide_dtype
 from .forecast import feature_sums, forecast, forecast_at, forecast_into_, spread
 from .head import forecast_head
 from .kan import kan
@@ -24,4 +24,5 @@ __all__ = [
     "predict",
     "predict_loss",
     "spread",
+    "wide_dtype",
 ]

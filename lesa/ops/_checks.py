@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-MAX_READS = 16
+from ..plan import MAX_READS
+from ._library import wide_dtype
 
 
 def check_row(history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, newest: bool = False) -> None:
@@ -27,7 +28,7 @@ def check_row(history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, new
         raise ValueError(f"history is {_kind(history)}: expected floating features [H, ...]")
     if slots.dim() != 1 or slots.dtype != torch.int32 or slots.shape[0] > MAX_READS:
         raise ValueError(f"slots is {_kind(slots)}: expected int32 [K], K of at most {MAX_READS}")
-    wide = torch.promote_types(history.dtype, torch.float32)
+    wide = wide_dtype(history)
     if weights.shape != slots.shape or weights.dtype != wide:
         raise ValueError(f"weights is {_kind(weights)}: expected {wide} {list(slots.shape)}, one a slot")
     if bias.numel() != 1 or bias.dtype != wide:

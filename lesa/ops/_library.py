@@ -61,6 +61,11 @@ def define(
         torch.library.register_autograd(f"lesa::{name}", backward, setup_context=setup, lib=_library)
 
 
+def wide_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What features like `tensor` are accumulated in: float32 or wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """What a formula saves that only refuses."""
 
@@ -88,15 +93,10 @@ def call(name: str, backend: str | None, *args: Any) -> Any:
     if backend == "torch":
         return _plain[name](*args)
     first = args[0]
-    if backend == "cpp":
-        reason = _cpp_missing(name, first.device)
-        if reason:
-            raise RuntimeError(f"backend='cpp' cannot run {name}: {reason}")
-        return getattr(torch.ops.lesa, name)(*args)
-    reason = _triton_missing(first)
+    reason = _cpp_missing(name, first.device) if backend == "cpp" else _triton_missing(first)
     if reason:
-        raise RuntimeError(f"backend='triton' cannot run {name}: {reason}")
-    if first.device.type == "cpu":  # the interpreter
+        raise RuntimeError(f"backend={backend!r} cannot run {name}: {reason}")
+    if backend == "triton" and first.device.type == "cpu":  # the interpreter
         return _triton[name](*args)
     return getattr(torch.ops.lesa, name)(*args)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_like, check_row, check_slots, check_step
-from ._library import call, define, no_second_derivative, no_setup
+from ._library import call, define, no_second_derivative, no_setup, wide_dtype
 
 
 def forecast(
@@ -112,11 +112,6 @@ def spread(grad: Tensor, coefficients: Tensor, slots: Tensor, size: int, backend
         [H, ...] in the dtype of `grad`.
     """
     return call("spread", backend, grad, coefficients, slots, size)
-
-
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """What features like `tensor` are accumulated in."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def weighted_sum(history: Tensor, slots: Tensor, weights: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ._checks import check_kan
-from ._library import call, define, no_second_derivative, no_setup
-from .forecast import wide_dtype
+from ._library import call, define, no_second_derivative, no_setup, wide_dtype
 
 _ORDER = 3
 

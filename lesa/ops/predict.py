@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_like, check_row
-from ._library import call, define
-from .forecast import sums_of, weighted_sum, wide_dtype
+from ._library import call, define, wide_dtype
+from .forecast import sums_of, weighted_sum
 from .kan import kan
 
 LAYERS = 3
@@ -115,9 +115,7 @@ def _plain_predict(
         base, spline, scale = params[i : i + 3]
         values.append(kan(values[-1], base, spline, scale, (low, high), backend="torch"))
     alpha = values[-1].reshape(())
-    wide = wide_dtype(history)
-    z = weighted_sum(history, slots, weights) + bias.reshape(()).to(wide)
-    forecast = (history[int(slots[-1])].to(wide) + alpha.to(wide) * z).to(history.dtype)
+    forecast = _residual(history, slots, weights, bias, alpha).to(history.dtype)
     return forecast, alpha, values[1].squeeze(0), values[2].squeeze(0)
 
 
@@ -133,17 +131,27 @@ def _plain_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_row(history, slots, weights, bias, newest=True)
     check_like("target", target, history[0])
-    wide = wide_dtype(history)
-    sums = weighted_sum(history, slots, weights)
-    forecast = history[int(slots[-1])].to(wide) + alpha.to(wide) * (sums + bias.reshape(()).to(wide))
-    error = forecast - target.to(wide)
+    forecast = _residual(history, slots, weights, bias, alpha)
+    error = forecast - target.to(forecast.dtype)
     count = max(error.numel(), 1)
     loss = (error.square() if l2 else error.abs()).sum() / count
     grad = (2 * error if l2 else error.sign()) / count
-    parts = sums_of(grad, history, slots)
-    d_alpha = parts[:-1] @ weights.to(wide) + parts[-1] * bias.reshape(()).to(wide)
+    d_row, d_alpha = _row_gradients(sums_of(grad, history, slots), weights, bias, alpha)
     written = forecast.to(history.dtype) if want_forecast else history.new_empty(0)
-    return loss, written, torch.cat([alpha.to(wide) * parts, d_alpha.reshape(1)])
+    return loss, written, torch.cat([d_row, d_alpha.reshape(1)])
+
+
+def _residual(history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, alpha: Tensor) -> Tensor:
+    """F_last + alpha z, in the wide dtype."""
+    wide = wide_dtype(history)
+    z = weighted_sum(history, slots, weights) + bias.reshape(()).to(wide)
+    return history[int(slots[-1])].to(wide) + alpha.to(wide) * z
+
+
+def _row_gradients(sums: Tensor, weights: Tensor, bias: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """From S_k and S: the gradients of W and b [K + 1], and of alpha []."""
+    d_alpha = sums[:-1] @ weights.to(sums.dtype) + sums[-1] * bias.reshape(()).to(sums.dtype)
+    return alpha.to(sums.dtype) * sums, d_alpha
 
 
 def _triton_predict(
@@ -181,8 +189,9 @@ def _backward_predict(ctx: Any, grad: Tensor | None, grad_alpha: Tensor | None, 
     d_alpha = torch.zeros_like(alpha) if grad_alpha is None else grad_alpha
     if grad is not None:
         sums = torch.ops.lesa.feature_sums(grad, history, slots)
-        d_alpha = d_alpha + (sums[:-1] @ weights.to(sums.dtype) + sums[-1] * bias.reshape(()))
-        d_weights, d_bias = (alpha * sums[:-1]).to(weights.dtype), (alpha * sums[-1]).reshape(bias.shape)
+        d_row, from_forecast = _row_gradients(sums, weights, bias, alpha)
+        d_alpha = d_alpha + from_forecast
+        d_weights, d_bias = d_row[:-1].to(weights.dtype), d_row[-1].reshape(bias.shape)
         if ctx.needs_input_grad[0]:
             coefficients = torch.cat([alpha * weights[:-1], (1 + alpha * weights[-1]).reshape(1)])
             d_history = torch.ops.lesa.spread(grad, coefficients, slots, history.shape[0])
