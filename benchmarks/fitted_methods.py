@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from lesa import assets, metrics, schedule
+from lesa.files import replace_file
 from lesa.fitting import plan_of as trained_plan
 from lesa.forecasters import LEARNED
 from lesa.forecasters import plan_of as forecaster_plan
 from lesa.gathering import gather
-from lesa.plan import Plan, Row, replace_file
+from lesa.plan import Plan, Row
 from lesa.predictor import Predictor
 from lesa.recording import record, replay
 from lesa.requests import run

@@ -1,24 +1,24 @@
-"""The guard on emoji-flux: false switches and cost on captions like the fitted ones, what it keeps far from them.
+"""The guard on emoji-flux: what it costs on captions like the fitted ones, and what it keeps far from them.
 
-    python -m benchmarks.guard --plan plan-10.safetensors --work guard --commit $(git rev-parse --short HEAD)
+    python -m benchmarks.guard --plan plan-10.safetensors --results guard.csv --commit $(git rev-parse --short HEAD)
 
-Each request runs alone. On captions guard=False and the guard take turns; one that switches runs again with guard=inf,
-for its later errors. Far from the fitted "off" is guard=inf, which gives the same images, and the errors. PSNR is
-against the full request of the same altered model, of as many as --far and --seconds allow; full images stay in --work
-for the next run. Seconds are of the process on a CPU, which others may share, and of the wall clock on a GPU.
+Each request runs alone, by one enabled pipeline for each kind of request and each setting of the guard, one after the
+other as a user's would: after a request that left its plan the next is watched more closely. On captions the settings
+take turns every eight requests. PSNR, at most 100 dB, is against the full request of the same altered model, run in
+batches. A switch is false where the request would have kept the mean PSNR of all captions, less 1 dB, without it.
+Seconds are of the process on a CPU, which others may share, and of the wall clock on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import datetime
 import random
 import string
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,27 +27,30 @@ import numpy as np
 import torch
 
 import lesa
-from lesa import assets, metrics
+from lesa import assets
 from lesa.denoisers import layout_of
 from lesa.requests import run
-from lesa.stats import GuardStats
+from lesa.stats import GuardStats, Stats
+from lesa.trials import decibels
 
-from .measuring import hardware
+from . import captions
+from .measuring import append_row, hardware
 
-COLUMNS = "hardware commit date pipeline case guard requests computed_mean switches psnr psnr_sem seconds_per_request"
+_LABELS = "hardware commit date pipeline computed case guard requests"
+COLUMNS = f"{_LABELS} computed_mean switches false_switches psnr psnr_sem seconds_per_request".split()
 RANK = 4
-QUARTERS = (0.25, 0.5, 0.75, 1)
+TURN = 8
+SENTENCES = Path(__file__).parent / "sentences.txt"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One request: image, seconds, computed steps, switches, and each check's error by the one expected."""
+    """One request: image, seconds, computed steps, and whether it left its plan."""
 
     image: np.ndarray
     seconds: float
     computed: float
-    switches: int
-    ratios: Mapping[int, float]
+    switched: bool
 
 
 @dataclass
@@ -57,57 +60,52 @@ class Case:
     name: str
     prompts: Sequence[str]
     seeds: Sequence[int]
-    request: Mapping[str, Any] = field(default_factory=dict)
+    request: Mapping[str, Any]
     altered: float = 0.0
     off: list[Run] = field(default_factory=list)
     on: list[Run] = field(default_factory=list)
-    full: list[np.ndarray] = field(default_factory=list)
-    ratios: list[Mapping[int, float]] = field(default_factory=list)
 
 
 class Bench:
-    """Runs requests, near the fitted and far from them."""
+    """Runs requests by a plan, with the guard and without."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.pipe, self.plan = assets.load(options.device), lesa.Plan.load(options.plan)
-        self.work, self.guard = options.work, options.tolerance
-        self.now = time.perf_counter if options.device.startswith("cuda") else time.process_time
+        self.pipe, self.plan = captions.load(options.device), lesa.Plan.load(options.plan)
+        self._batch = options.batch
+        self._now = time.perf_counter if options.device.startswith("cuda") else time.process_time
 
-    def image(self, case: Case, i: int) -> np.ndarray:
-        """The image of a request by what is enabled now."""
-        more = {**case.request, "output_type": "np"}
-        return run(self.pipe, [case.prompts[i]], [case.seeds[i]], assets.REQUEST, **more).images[0]
-
-    def request(self, case: Case, i: int, guard: bool | float) -> Run:
-        """Run a request by the plan."""
-        lesa.enable(self.pipe, self.plan, guard=guard)
-        start = self.now()
-        image = self.image(case, i)
-        seconds, stats, ratios = self.now() - start, lesa.stats(self.pipe), {}
-        lesa.disable(self.pipe)
-        computed, saw = stats.computed + sum(stats.refused.values()), stats.guard or GuardStats()
-        for context, errors in saw.errors.items():
-            for s, error in errors.items():
-                ratios[s] = max(error / self.plan.expected_of(context)[s], ratios.get(s, 0.0))
-        return Run(image, seconds, self.plan.num_steps * computed / (computed + stats.forecast), saw.switches, ratios)
-
-    def near(self, case: Case, i: int) -> None:
-        """guard=False and the guard, the one that goes first in turns."""
-        for guard, runs in ((False, case.off), (self.guard, case.on))[:: (-1) ** i]:
-            runs.append(self.request(case, i, guard))
-        case.ratios.append((self.request(case, i, float("inf")) if case.on[i].switches else case.on[i]).ratios)
-
-    def far(self, case: Case, i: int) -> None:
-        """In full, without and with the guard; what is there already is not run again."""
+    def full(self, case: Case) -> np.ndarray:
+        """The images [P, ...] of all requests in full."""
         with altered(self.pipe.transformer, case.altered):
-            path = self.work / f"{case.name} {i}.npy".replace(" ", "-")
-            if not path.is_file():
-                np.save(path, self.image(case, i))
-            case.full.append(np.load(path))
-            if len(case.on) <= i:
-                case.off.append(self.request(case, i, float("inf")))
-                case.on.append(self.request(case, i, self.guard))
-                case.ratios.append(case.off[i].ratios)
+            parts = [self._images(case, slice(i, i + self._batch)) for i in range(0, len(case.prompts), self._batch)]
+        return np.concatenate(parts)
+
+    def run(self, case: Case, turn: int) -> None:
+        """All requests without and with the guard, `turn` of them in a row; who goes first takes turns too."""
+        ways = ((False, case.off), (True, case.on))
+        with altered(self.pipe.transformer, case.altered):
+            for start in range(0, len(case.prompts), turn):
+                for guard, runs in ways[:: (-1) ** (start // turn)]:
+                    lesa.enable(self.pipe, self.plan, guard=guard)
+                    runs += [self._run(case, i) for i in range(start, min(start + turn, len(case.prompts)))]
+                    lesa.disable(self.pipe)
+
+    def _run(self, case: Case, i: int) -> Run:
+        before, start = _counts(lesa.stats(self.pipe)), self._now()
+        image = self._images(case, slice(i, i + 1))
+        seconds = self._now() - start
+        after = _counts(lesa.stats(self.pipe))
+        computed, forecast, switches = (new - old for old, new in zip(before, after, strict=True))
+        return Run(image, seconds, self.plan.num_steps * computed / (computed + forecast), switches > 0)
+
+    def _images(self, case: Case, part: slice) -> np.ndarray:
+        more = {**case.request, "output_type": "np"}
+        return run(self.pipe, list(case.prompts[part]), list(case.seeds[part]), assets.REQUEST, **more).images
+
+
+def _counts(stats: Stats) -> tuple[int, int, int]:
+    """Computed and forecast calls, and requests that left their plan."""
+    return stats.computed + sum(stats.refused.values()), stats.forecast, (stats.guard or GuardStats()).switches
 
 
 @contextlib.contextmanager
@@ -125,72 +123,61 @@ def altered(denoiser: torch.nn.Module, norm: float) -> Iterator[None]:
         weight.copy_(before)
 
 
-def cases(near: int, far: int) -> list[Case]:
-    """The case near the fitted, then those far from it."""
-    captions, seeds = assets.held_out_prompts(), assets.held_out_seeds()
+def cases(near: int, far: int, scale: int) -> list[Case]:
+    """The case near the fitted, then those far from it; `scale` is the guidance of the fitted requests."""
+    prompts, seeds = assets.held_out_prompts(), assets.held_out_seeds()
     others = assets.fitting_prompts() * (1 + near // 100)
-    nearby = Case("captions", [*captions, *others][:near], [*seeds, *range(2000, 2000 + near)][:near])
+    fitted = captions.request(scale)
+    nearby = Case("captions", [*prompts, *others][:near], [*seeds, *range(2000, 2000 + near)][:near], fitted)
+    scales = (1.5, 3.0, 6.0) if scale == 1 else (scale / 2, 2.0 * scale)
+    guided = [Case(f"true_cfg_scale {s:g}", prompts[:far], seeds[:far], captions.request(s)) for s in scales]
+    tuned = [Case(f"weights altered by {n}", prompts[:far], seeds[:far], fitted, n) for n in (0.1, 0.3, 1.0)]
     letters = random.Random(0)
     words = ["".join(letters.choices(string.ascii_letters, k=24)) for _ in range(far)]
-    guided = Case("true_cfg_scale 3", captions, seeds, {"true_cfg_scale": 3.0, "negative_prompt": ""})
-    tuned = [Case(f"weights altered by {norm}", captions, seeds, altered=norm) for norm in (0.3, 1.0)]
-    return [nearby, guided, *tuned, Case("random letters", words, seeds)]
+    sentences = SENTENCES.read_text().splitlines()[:far]
+    foreign = [Case("sentences", sentences, seeds[:far], fitted), Case("random letters", words, seeds[:far], fitted)]
+    return [nearby, *guided, *tuned, *foreign]
 
 
-def rows(case: Case, guard: str) -> Iterable[list[Any]]:
-    """What the table says of a case, and of those of its requests that did not switch."""
-    stayed = [i for i, on in enumerate(case.on) if not on.switches]
-    for name, chosen in ((case.name, range(len(case.on))), (f"{case.name}, no switch", stayed)):
-        for label, every in (("off", case.off), (guard, case.on)) if chosen else ():
-            runs = [every[i] for i in chosen]
-            psnr = [float(metrics.psnr(every[i].image, case.full[i])[0]) for i in chosen if i < len(case.full)]
-            quality = (np.mean(psnr), np.std(psnr, ddof=1) / len(psnr) ** 0.5) if len(psnr) > 1 else ()
-            figures = [f"{figure:.3f}" for figure in quality] or ["", ""]
-            counts = len(runs), f"{np.mean([r.computed for r in runs]):.2f}", sum(r.switches for r in runs)
-            yield [name, label, *counts, *figures, f"{np.median([r.seconds for r in runs]):.4f}"]
+def rows(case: Case, full: np.ndarray, figure: float) -> Iterator[list[str]]:
+    """What the table says of a case without and with the guard; `figure` is the mean PSNR of all captions."""
+    alone = decibels(np.concatenate([run.image for run in case.off]), full)
+    for label, runs in (("off", case.off), ("on", case.on)):
+        psnr = decibels(np.concatenate([run.image for run in runs]), full)
+        false = sum(run.switched and one >= figure - 1 for run, one in zip(runs, alone, strict=True))
+        counts = [f"{np.mean([run.computed for run in runs]):.2f}", str(sum(run.switched for run in runs)), str(false)]
+        seconds = f"{np.median([run.seconds for run in runs]):.4f}"
+        yield [case.name, label, str(len(runs)), *counts, *captions.quality(psnr), seconds]
 
 
-def measure(options: argparse.Namespace) -> list[Case]:
-    """Run all cases, request by request."""
-    options.work.mkdir(parents=True, exist_ok=True)
-    bench, (near, *far) = Bench(options), cases(options.requests, options.far)
-    bench.request(near, 0, bench.guard)  # warm up
-    for i in range(options.requests):
-        bench.near(near, i)
-    for i in range(options.far):
-        for case in (near, *far) if time.process_time() < options.seconds else ():
-            bench.far(case, i)
-    return [near, *far]
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, measure, and add the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, required=True, help="a plan that knows its expected errors")
+    parser.add_argument("--guidance", type=int, default=1, help="of the requests that it was fitted to; 1: none")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--work", type=Path, default=Path("guard"), help="folder of the full images")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/guard.csv"))
-    parser.add_argument("--requests", type=int, default=200, help="on captions, at least --far")
-    parser.add_argument("--far", type=int, default=8, help="of each case far from the fitted, up to 64")
-    parser.add_argument("--tolerance", type=float, default=True, help="of the guard, if not the default")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="CPU time after which nothing far starts")
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--requests", type=int, default=200, help="on captions")
+    parser.add_argument("--far", type=int, default=32, help="of each case far from the fitted, up to 32")
+    parser.add_argument("--batch", type=int, default=32, help="of full requests")
     parser.add_argument("--commit", default="", help="of the code that runs")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", lesa.LesaWarning)  # every switch has one
-    measured = measure(options)
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore", lesa.LesaWarning)  # each setting has one
+    bench = Bench(options)
     head = [hardware(options.device), options.commit, datetime.date.today().isoformat(), "emoji-flux"]
-    label = "on" if options.tolerance is True else f"on, {options.tolerance:g}"
-    lines = [] if options.results.is_file() else [COLUMNS.split()]
-    lines += [[*head, *row] for case in measured for row in rows(case, label)]
-    with open(options.results, "a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
-    for case in measured:
-        print(f"{case.name}: largest ratios", np.sort([max(ratios.values()) for ratios in case.ratios]).round(2))
-        for step in (case.ratios or [{}])[0]:
-            print(f"  step {step}, quartiles:", np.quantile([r[step] for r in case.ratios], QUARTERS).round(2))
-        costs = [on.seconds / off.seconds for on, off in zip(case.on, case.off, strict=True) if not on.switches]
-        print(f"  time where nothing switches: x {np.median(costs or [np.nan]):.4f}, median of {len(costs)} pairs")
+    near, *far = cases(options.requests, options.far, options.guidance)
+    bench.run(Case("warm up", near.prompts[:1], near.seeds[:1], near.request), 1)
+    figure = -np.inf
+    for case in (near, *far):
+        full = bench.full(case)
+        bench.run(case, TURN if case is near else len(case.prompts))
+        if case is near:
+            figure = float(decibels(np.concatenate([run.image for run in case.off]), full).mean())
+            pairs = [on.seconds / off.seconds for on, off in zip(case.on, case.off, strict=True) if not on.switched]
+            print(f"time where nothing switches: x {np.median(pairs):.4f}, median of {len(pairs)} pairs", flush=True)
+        for cells in rows(case, full, figure):
+            append_row(options.results, COLUMNS, [*head, str(bench.plan.budget), *cells])
+            print(*cells, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,63 +1,75 @@
-"""How many prompts a fit needs: quick fits on 1, 2, 4, 8 and 32 prompts, judged on held-out captions.
+"""How many prompts a fit needs: fits on 1, 2, 4, 8 and 32 prompts, judged on held-out captions.
 
-python -m benchmarks.prompts --results FILE.csv [--captions 8] [--budget 10]
+    python -m benchmarks.prompts --results FILE.csv [--captions 8] [--budget 10] [--effort quick default]
+        [--guidance 1 3] [--seconds 300]
+
+All captions go through one pipeline call, 64 of them on a GPU. A row is written as soon as it is measured, and what is
+there of the same hardware, commit and captions is not measured again: the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 from pathlib import Path
-
-import numpy as np
 
 import lesa
 from lesa import assets, metrics
-from lesa.requests import run
 from lesa.runner import PlanRunner
 
-from .measuring import append_row, hardware
+from . import captions
 
-LABELS = ["hardware", "commit", "date", "pipeline", "captions", "effort"]
-COLUMNS = [*LABELS, "computed", "prompts", "psnr", "psnr_sem", "generations"]
+IDENTITY = ("guidance", "effort", "computed", "prompts")
+FIGURES = ("psnr", "psnr_sem", "generations")
 
 
-def main() -> None:
+def measure(options: argparse.Namespace) -> None:
     """Measure every number of prompts, a row as soon as it is there."""
+    shown = options.captions or captions.count(options.device)
+    sheet = captions.Sheet(
+        options.results,
+        IDENTITY,
+        FIGURES,
+        device=options.device,
+        commit=options.commit,
+        captions=shown,
+        seconds=options.seconds,
+    )
+    pipe = captions.load(options.device)
+    for guidance in options.guidance:
+        request = captions.request(guidance)
+        rows = [(guidance, effort, options.budget, n) for effort in options.effort for n in options.prompts]
+        if not any(sheet.wants(*row) for row in rows):
+            continue
+        full = captions.images(pipe, shown, request)
+        for row in rows:
+            if not sheet.wants(*row):
+                continue
+            plan = lesa.fit(
+                pipe,
+                assets.fitting_prompts()[: row[-1]],
+                budget=options.budget,
+                request=request,
+                effort=row[1],
+                held_out=0,
+                batch=8,
+            )
+            psnr = metrics.psnr(captions.images(pipe, shown, request, PlanRunner(plan), plan.site), full)
+            sheet.add(row, [*captions.quality(psnr), f"{plan.training['generations']:.1f}"])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--commit", default="")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--captions", type=int, default=8)
+    parser.add_argument("--captions", type=int, help="held-out ones, up to 64; default 64 on a GPU, 8 on a CPU")
     parser.add_argument("--budget", type=int, default=10)
-    parser.add_argument("--effort", default="quick")
+    parser.add_argument("--effort", nargs="+", default=["quick"])
+    parser.add_argument("--guidance", nargs="+", type=int, default=[1], help="1: none")
     parser.add_argument("--prompts", type=int, nargs="+", default=(1, 2, 4, 8, 32))
-    options = parser.parse_args()
-    pipe = assets.load(options.device)
-    captions, seeds = assets.held_out_prompts()[: options.captions], assets.held_out_seeds()[: options.captions]
-
-    def images(driver: PlanRunner | None) -> np.ndarray:
-        more = {"output_type": "np", "return_dict": False}
-        return run(pipe, captions, seeds, assets.REQUEST, driver, "output", **more)[0]
-
-    full = images(None)
-    head = [hardware(options.device), options.commit, datetime.date.today().isoformat(), "emoji-flux"]
-    head += [options.captions, options.effort]
-    for count in options.prompts:
-        plan = lesa.fit(
-            pipe,
-            assets.fitting_prompts()[:count],
-            budget=options.budget,
-            request=assets.REQUEST,
-            effort=options.effort,
-            held_out=0,
-            batch=8,
-        )
-        psnr = metrics.psnr(images(PlanRunner(plan)), full)
-        figures = [f"{psnr.mean():.3f}", f"{psnr.std(ddof=1) / len(psnr) ** 0.5:.3f}"]
-        cells = [options.budget, count, *figures, f"{plan.training['generations']:.1f}"]
-        append_row(options.results, COLUMNS, [*head, *cells])
-        print(*cells, flush=True)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing new begins")
+    measure(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Plans on the fly: one set of statistics serves every step count, spacing, shift and strength."""
+"""Plans on the fly: statistics, or a fitted plan, serve every step count, spacing, shift and strength."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,17 @@ from .plan import Plan, PlanError
 from .response import response_of
 from .runner import Driver, Forecast, PlanRunner
 from .search import search
-from .statistics import GUIDED, Statistics
+from .statistics import GUIDED, Statistics, flow_response
 from .stats import Stats
 from .surrogate import Surrogate
 from .tables import closed_form, prior_slopes, served_by
 from .tables import plan_of as table_plan
+from .transfer import adapted, computed_steps
 
 FITTED = "fitted"
 _MOST_PLANS = 16  # a few kilobytes each
 _DIGITS = 6  # of a sigma; noise levels come from float32
+_SAME = 1e-3  # of noise levels and responses
 
 
 def plan_for(
@@ -61,7 +64,7 @@ def plan_for(
         statistics = statistics.at(statistics.sigmas if sigmas is None else sigmas, response)
     total = statistics.num_steps
     gram = statistics.gram("output", GUIDED)
-    computed = search(gram, statistics.response[-1], _count(budget, total), sensitivity=sensitivity)
+    computed = search(gram, statistics.response[-1], computed_steps(budget, total), sensitivity=sensitivity)
     training = {"requests": statistics.requests, "schedule": "searched"}
     timesteps = statistics.timesteps if native else None
     forecaster = forecaster or (FITTED if site == "output" else "regression")
@@ -86,34 +89,39 @@ def plan_for(
 
 
 class Adaptive:
-    """A driver that makes a plan for each request out of statistics, and has it run.
+    """A driver that makes a plan for each request out of statistics or a fitted plan, and has it run.
+
+    A fitted plan runs requests of its own noise levels and response itself, and those of a bare denoiser, which tells
+    neither. For others `lesa.transfer.adapted` makes plans of it, with what the guard may expect of each.
 
     Args:
-        statistics: of the denoiser's requests.
-        budget: see `plan_for`; a share is taken of each request's own steps.
-        site: see `plan_for`.
+        source: statistics of the denoiser's requests, or a plan with a surrogate.
+        budget: see `plan_for`; a share is taken of each request's own steps. None, with a plan only, is the plan's own.
+        site: see `plan_for`; a plan has its own.
         runner: makes the driver of a plan.
 
     Raises:
-        ValueError: no plan can be made of these statistics.
+        PlanError: the plan has no surrogate.
+        ValueError: no plan can be made of the statistics, or `budget` is none.
     """
 
     def __init__(
         self,
-        statistics: Statistics,
-        budget: int | float,
+        source: Statistics | Plan,
+        budget: int | float | None = None,
         site: str = "output",
         runner: Callable[[Plan], Driver] = PlanRunner,
     ) -> None:
-        self.stats = Stats()
-        self.site = site
-        self._statistics, self._budget, self._make_runner = statistics, budget, runner
+        self.site = source.site if isinstance(source, Plan) else site
+        self._source, self._budget, self._make_runner = source, budget, runner
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()
-        self._install(self._made())
+        self._home = self._plan = self._made()
+        self._runner = self._runner_of(self._home)
+        self.stats: Stats = self._runner.stats
 
     @property
     def plan(self) -> Plan:
-        """The plan of the latest request; before the first, of a request like those of the statistics."""
+        """The plan of the latest request; before the first, of a request like those of the source."""
         return self._plan
 
     def begin(self, request: Request) -> None:
@@ -122,7 +130,7 @@ class Adaptive:
         Raises:
             PlanError: the request does not tell its noise levels.
         """
-        if request.sigmas is None:
+        if request.sigmas is None and not isinstance(self._source, Plan):
             raise PlanError(
                 "a plan on the fly needs the noise levels of the request, which a bare denoiser does not tell: make "
                 "the plan with lesa.adapting.plan_for(statistics, budget, sigmas) and enable that"
@@ -153,21 +161,41 @@ class Adaptive:
         self._runner.observe(call, output)
 
     def _made(self, sigmas: Sequence[float] | None = None, response: np.ndarray | None = None) -> Plan:
-        return plan_for(self._statistics, self._budget, sigmas, response, site=self.site)
+        if isinstance(self._source, Plan):
+            return adapted(self._source, self._budget, sigmas, response)
+        if self._budget is None:
+            raise ValueError("budget=None: with statistics say how many steps to compute, e.g. budget=10")
+        return plan_for(self._source, self._budget, sigmas, response, site=self.site)
+
+    def _serves(self, sigmas: Sequence[float], response: np.ndarray | None) -> bool:
+        """Whether a fitted plan, or the one made of it for its own noise levels, is the request's."""
+        if not isinstance(self._source, Plan) or len(sigmas) != len(self._source.sigmas):
+            return False
+        surrogate = self._source.surrogate
+        assert surrogate is not None
+        # Multistep schedulers run the same noise levels, but make something else of an error.
+        response = flow_response(sigmas) if response is None else response
+        apart = float(np.abs(np.subtract(sigmas, self._source.sigmas)).max())
+        return max(apart, float(np.abs(response - surrogate.response).max())) <= _SAME
 
     def _install(self, plan: Plan) -> None:
         # Plans are cached, runners are not: their histories are as large as features.
-        self._plan = plan
-        self._runner = self._make_runner(plan)
+        self._plan, self._runner = plan, self._runner_of(plan)
         self._runner.stats = self.stats
 
+    def _runner_of(self, plan: Plan) -> Driver:
+        # What a plan was fitted from is nothing that a runner, or what is compiled for it, should hold.
+        return self._make_runner(plan if plan.surrogate is None else replace(plan, surrogate=None))
+
     def _plan_of(self, request: Request) -> Plan:
-        assert request.sigmas is not None
+        if request.sigmas is None:  # of a bare denoiser; only a fitted plan gets here
+            return self._home
         key = (tuple(round(sigma, _DIGITS) for sigma in request.sigmas), _identity(request.scheduler))
         plan = self._plans.get(key)
         if plan is None:
             response = _response(request)
-            plan = self._made(request.sigmas, response)
+            own = self._serves(request.sigmas, response)
+            plan = self._home if own else self._made(request.sigmas, response)
             self._plans[key] = plan
             if len(self._plans) > _MOST_PLANS:
                 self._plans.popitem(last=False)
@@ -187,15 +215,3 @@ def _response(request: Request) -> np.ndarray | None:
 def _identity(scheduler: Any) -> tuple[str, str]:
     """What the response depends on besides the noise levels."""
     return type(scheduler).__name__, repr(sorted(dict(getattr(scheduler, "config", {})).items()))
-
-
-def _count(budget: Any, total: int) -> int:
-    """The computed steps of a budget in a request of `total` steps."""
-    if isinstance(budget, (int, np.integer)) and not isinstance(budget, bool) and budget >= 1:
-        return min(int(budget), total)
-    if isinstance(budget, (float, np.floating)) and 0.0 < budget <= 1.0:
-        return max(1, round(float(budget) * total))
-    raise ValueError(
-        f"budget={budget!r}: expected a number of computed steps of at least 1, or a share of them as a float above 0 "
-        "and up to 1"
-    )

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import files
 from .denoisers import check_fit, denoiser_of
-from .guard import guard_for
+from .guard import GuardOption, guard_for
 from .ops import BACKENDS
 from .plan import Plan, PlanError
 from .runner import PlanRunner
@@ -24,9 +25,9 @@ def enable(
     plan: Plan | Statistics | str | os.PathLike[str],
     backend: str | None = None,
     budget: int | float | None = None,
-    guard: bool | float | None = None,
+    guard: GuardOption = None,
 ) -> None:
-    """Run a pipeline's denoiser, or a bare denoiser, by a plan, or by plans made on the fly out of statistics.
+    """Run a pipeline's denoiser, or a bare denoiser, by a plan, or by plans made on the fly.
 
     Enabling again replaces the earlier plan. Nothing is changed if an error is raised.
 
@@ -36,25 +37,28 @@ def enable(
             cost of reading it back from the device. If a bare denoiser is called more than once a step, name the
             calls with `with denoiser.cache_context("cond")`. Compile it before or after, as you like.
         plan: a `Plan`, or what `Plan.from_pretrained` takes (a file, a folder, a hub repository "owner/name"), made for
-            one step count and its noise levels; or, with `budget`, `Statistics` or their path, for a pipeline's
-            requests of any step count, spacing, shift and strength.
+            one step count and its noise levels; where it was fitted by `lesa.fit`, a pipeline's requests of any other
+            step count, spacing, shift and strength have a plan made of it on the fly. Or, with `budget`, `Statistics`
+            or their path, which serve such requests too.
         backend: what forecasts: "triton", "cpp" or "torch"; None takes the best for the device. One asked for
             never falls back: where it cannot serve, the request fails.
-        budget: with statistics only: computed steps of each request, a number of at least 1 (all of a request that has
-            fewer), or as a float up to 1 a share of its steps.
+        budget: with statistics or a fitted plan: computed steps of each request, a number of at least 1 (all of a
+            request that has fewer), or as a float up to 1 a share of its steps. None is the plan's own number.
         guard: whether forecasts are watched. At computed steps the forecast that would have been made is compared with
-            the truth; where its error is beyond `guard` times the one expected from fitting (8 by default, above 1),
-            the rest of the request computes every second step. Forecasts that are not finite are replaced by computed
-            steps. Each step then waits for the device once. None: on where the plan knows its expected errors; True
-            or a number needs them; infinity only measures and replaces what is not finite; False: off.
+            the truth; where the logarithm of its error lies more than `guard` spreads above what fitting saw (4.5 by
+            default, above 0), the next step repays what went wrong and the rest of the request is computed. So is a
+            request with guidance under a plan fitted without. Forecasts that are not finite are replaced by computed
+            steps. Computed steps then wait for the device once. None: on where the plan knows its expected errors;
+            True, a number or a `lesa.guard.Guard` needs them; infinity only measures and replaces what is not finite;
+            False: off.
 
     Raises:
         PlanError: the plan cannot be read, or it or the statistics do not fit the denoiser; or they do not say which
             errors the guard that is asked for should expect.
         TypeError: `plan` is none of these.
         ValueError: `target` has no supported denoiser, or is a bare one where statistics need a pipeline; the backend
-            is unknown; there is a budget with a plan, or none with statistics; the statistics cannot be read;
-            `guard` is a number not above 1.
+            is unknown; there is a budget with a plan that was not fitted, or none with statistics; the statistics
+            cannot be read; `guard` is a number not above 0.
     """
     from . import hooks
 
@@ -63,36 +67,60 @@ def enable(
     if not isinstance(plan, (Plan, Statistics, str, os.PathLike)):
         raise TypeError(f"plan: expected a Plan, Statistics or a path, got {type(plan).__name__}")
     denoiser = denoiser_of(target)
-    if budget is not None or isinstance(plan, Statistics):
-        driver = _adaptive(target, plan, backend, budget, guard)
-        hooks.attach(target, driver, driver.site)
-        return
-    if not isinstance(plan, Plan):
-        plan = Plan.from_pretrained(plan)
+    source = plan if isinstance(plan, (Plan, Statistics)) else _read(plan, budget)
+    driver: PlanRunner | Adaptive
+    if isinstance(source, Statistics):
+        driver = _from_statistics(target, source, backend, budget, guard)
+    elif source.surrogate is not None:
+        driver = _from_fitted(denoiser, source, backend, budget, guard)
+    elif budget is not None:
+        raise ValueError(
+            f"budget={budget!r}: the plan has one, {source.budget} computed steps, and holds no statistics to make "
+            "another from; leave `budget` out, fit the plan again with this version, or give statistics in its place"
+        )
+    else:
+        check_fit(source, denoiser)
+        driver = PlanRunner(source, backend, guard_for(guard, source))
+    hooks.attach(target, driver, driver.plan.site)
+
+
+def _read(path: str | os.PathLike[str], budget: int | float | None) -> Plan | Statistics:
+    """What lies there; a budget is what statistics need, so without one only a plan will do."""
+    of_statistics = str(files.format_of(path)).startswith("lesa-statistics") if os.path.isfile(path) else False
+    return Statistics.load(path) if of_statistics and budget is not None else Plan.from_pretrained(path)
+
+
+def _from_fitted(
+    denoiser: torch.nn.Module,
+    plan: Plan,
+    backend: str | None,
+    budget: int | float | None,
+    guard: GuardOption,
+) -> Adaptive:
+    """The driver of a fitted plan."""
+    from .adapting import Adaptive
+
     check_fit(plan, denoiser)
-    hooks.attach(target, PlanRunner(plan, backend, guard_for(guard, plan)), plan.site)
+    # The same for the plans made of it: where one has nothing to check, its forecasts still have to be finite.
+    watch = guard_for(guard, plan)
+    return Adaptive(plan, budget, runner=lambda made: PlanRunner(made, backend, watch))
 
 
-def _adaptive(
-    target: Any, statistics: Any, backend: str | None, budget: int | float | None, guard: bool | float | None
+def _from_statistics(
+    target: Any,
+    statistics: Statistics,
+    backend: str | None,
+    budget: int | float | None,
+    guard: GuardOption,
 ) -> Adaptive:
     """The driver that makes plans out of statistics."""
     from .adapting import Adaptive
 
-    if isinstance(statistics, Plan):
-        raise ValueError(
-            f"budget={budget!r}: the plan has one, {statistics.budget} computed steps; leave `budget` out, or give "
-            "statistics in the plan's place"
-        )
-    if budget is None:
-        raise ValueError("budget=None: with statistics say how many steps to compute, e.g. budget=10")
     if isinstance(target, torch.nn.Module):
         raise ValueError(
             f"a bare {type(target).__name__} does not tell the noise levels of a request before it runs: enable the "
             "pipeline, or the plan that lesa.adapting.plan_for(statistics, budget, sigmas) makes"
         )
-    if not isinstance(statistics, Statistics):
-        statistics = Statistics.load(statistics)
     driver = Adaptive(statistics, budget, runner=lambda plan: PlanRunner(plan, backend, guard_for(guard, plan)))
     try:
         check_fit(driver.plan, denoiser_of(target))

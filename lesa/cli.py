@@ -65,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--frontier", action="store_true", help="fit budgets 4 to 25 or --budget; frontier.json and .png")
     fit.add_argument("--effort", choices=("quick", "default", "thorough"), default="default")
     fit.add_argument("--held-out", type=int, help="prompts, the last ones, that are only measured (default: an eighth)")
+    fit.add_argument(
+        "--candidate",
+        action="append",
+        metavar="PLAN",
+        help="plan of your own (file, folder or hub repository) that is run besides; the plan written is never worse "
+        "on the prompts fitted to; repeat for several",
+    )
     fit.add_argument("--batch", type=int, default=1, help="prompts in one request (default: %(default)s)")
     fit.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")
     fit.set_defaults(command=_fit)
@@ -165,7 +172,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    from . import frontier, tuning
+    from . import candidates, frontier, tuning
     from .requests import read_prompts
 
     # What can be wrong with the options is found before a model is loaded and recorded.
@@ -177,8 +184,9 @@ def _fit(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--held-out {options.held_out}: expected 0 to {len(prompts) - 1}, one of the prompts is fitted to"
         )
+    candidates.read(options.candidate, options.effort, goal.get("budget"))
     names = ("effort", "held_out", "batch", "seed")
-    more = {"request": request, **{name: getattr(options, name) for name in names}}
+    more = {"request": request, "candidates": options.candidate, **{name: getattr(options, name) for name in names}}
     if not options.frontier:
         made = tuning.fit(_load(options), prompts, folder=options.out, **goal, **more)
         plans = made if isinstance(made, dict) else {made.budget: made}

@@ -9,8 +9,9 @@ from typing import Any
 
 from . import assets, schedule
 from .comparison import Method, Outcome, compare
+from .files import replace_file
 from .forecasters import plan_of
-from .plan import Plan, replace_file
+from .plan import Plan
 from .report import StepPanel, method_grid, step_errors
 
 FORECASTERS = ("reuse", "taylor-1", "taylor-2")

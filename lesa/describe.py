@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sized
 from typing import Any
 
 from .plan import Plan
+from .planfile import packed
 
 _LABELS = {
     "effort": "effort",
@@ -34,9 +35,15 @@ def describe(plan: Plan) -> str:
     if plan.stages:
         stages = ", ".join(f"{s.name} (window {s.window}, sigma > {s.low:g})" for s in plan.stages)
         lines.append(f"stages       {stages}")
-    errors = [error for steps in plan.expected.values() for error in steps.values()]
+    errors = [expected.error for steps in plan.expected.values() for expected in steps.values()]
     if errors:
         lines.append(f"expected     relative error {min(errors):.3g} to {max(errors):.3g} at computed steps")
+    if plan.surrogate is not None:
+        size = sum(array.nbytes for array in packed(plan.surrogate).values()) / 1000
+        lines.append(
+            f"adapts       to other step counts, spacings and budgets, out of what it knows of "
+            f"{plan.surrogate.requests} requests, {size:.0f} KB"
+        )
     lines += [f"{name:<12} {value}" for name, value in figures(plan.training)]
     lines.append(f"written by   lesa {plan.library_version or '(not saved yet)'}")
     return "\n".join(lines)

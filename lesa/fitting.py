@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from . import schedule
 from .calibration import calibrate
-from .plan import Plan, PlanError, replace_file
+from .files import replace_file
+from .plan import Plan, PlanError
 from .predictor import Predictor
 from .recording import Recording, record, replay
 from .report import loss_curves

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from .files import replace_file
 from .grid import DPI, INK, MUTED, method_styles, tidy, write_png
-from .plan import Plan, replace_file
+from .plan import Plan
 
 BUDGETS = range(4, 26)
 _PUBLISHED = re.compile("published|paper", re.IGNORECASE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from . import hooks
 from .denoisers import LAYOUTS, config_hash, denoiser_of
 from .gatherer import Gatherer
 from .plan import SITES
-from .requests import check_prompts, run
 from .response import response_of
 from .runner import LesaWarning
 from .statistics import Statistics, StatisticsError, flow_response
+from .works import Work, works_of
 
 _SAME = 1e-4  # of sigma, between requests of one kind
 
@@ -123,19 +121,6 @@ def gather_works(
 
 
 @dataclass(frozen=True)
-class Work:
-    """One call of a pipeline or of a function of the user's.
-
-    Args:
-        labels: of its requests, for errors.
-        run: runs it under a driver at a site, and returns what it returned.
-    """
-
-    labels: tuple[str, ...]
-    run: Callable[[Any, str], Any]
-
-
-@dataclass(frozen=True)
 class _Found:
     """What requests of one kind have in common."""
 
@@ -174,70 +159,6 @@ class _Sums:
     def grams(self) -> dict[str, np.ndarray]:
         """The means over the requests."""
         return {site: total / self.requests for site, total in self._sums.items()}
-
-
-def works_of(
-    target: Any,
-    prompts: Sequence[str] | None,
-    requests: Sequence[Callable[[], Any]] | None,
-    request: Mapping[str, Any],
-    seeds: Sequence[int] | None,
-    batch: int,
-    **more: Any,
-) -> list[Work]:
-    """The calls that run these requests.
-
-    Args:
-        target, prompts, requests, request, seeds, batch: see `gather`.
-        more: further keyword arguments of the pipeline call.
-
-    Raises:
-        ValueError: an argument is out of place.
-    """
-    if (prompts is None) == (requests is None):
-        raise ValueError("give either prompts, for a pipeline, or requests, functions each of which runs one request")
-    try:
-        json.dumps(dict(request))
-    except TypeError as error:
-        raise ValueError(f"request={request!r:.200} cannot be kept as JSON ({error}): give plain values") from error
-    if requests is not None:
-        if not requests:
-            raise ValueError("requests is empty: give at least one function")
-        return [Work((f"request {i}",), _own(target, function)) for i, function in enumerate(requests)]
-    assert prompts is not None
-    if isinstance(target, torch.nn.Module):
-        raise ValueError("prompts are for a pipeline: for a bare denoiser give requests, functions that run it")
-    check_prompts(prompts)
-    seeds = tuple(seeds) if seeds is not None else tuple(range(len(prompts)))
-    if len(seeds) != len(prompts) or batch < 1:
-        raise ValueError(
-            f"{len(seeds)} seeds for {len(prompts)} prompts, batch={batch}: give one seed a prompt, batch 1 or more"
-        )
-    return [
-        Work(
-            tuple(f"prompt {i} ({prompts[i]!r})" for i in range(begin, min(begin + batch, len(prompts)))),
-            _piped(target, prompts[begin : begin + batch], seeds[begin : begin + batch], request, more),
-        )
-        for begin in range(0, len(prompts), batch)
-    ]
-
-
-def _piped(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], request: Mapping[str, Any], more: Mapping[str, Any]
-) -> Callable[[Any, str], Any]:
-    return lambda driver, site: run(pipe, prompts, seeds, request, driver, site, **more)
-
-
-def _own(target: Any, function: Callable[[], Any]) -> Callable[[Any, str], Any]:
-    def work(driver: Any, site: str) -> Any:
-        hooks.check_free(target)
-        hooks.attach(target, driver, site)
-        try:
-            return function()
-        finally:
-            hooks.detach(target)
-
-    return work
 
 
 def _sites(sites: Sequence[str] | None, denoiser: torch.nn.Module) -> tuple[str, ...]:

@@ -121,10 +121,9 @@ class History:
         self._computed: set[int] = set()
         self.ring: Ring | None = None
 
-    @property
-    def computed(self) -> set[int]:
-        """The steps whose features were computed and are here."""
-        return self._computed.intersection(self._steps)
+    def computed(self, besides: int = -1) -> set[int]:
+        """The steps whose features were computed and are here, in other slots than `besides`."""
+        return self._computed.intersection(step for slot, step in enumerate(self._steps) if slot != besides)
 
     def clear(self) -> None:
         """Forget all features and keep the memory for the next request."""

@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 from .describe import drawing, figures
-from .plan import PLAN_FILE, Plan, PlanError, replace_file
+from .files import replace_file
+from .plan import PLAN_FILE, Plan, PlanError
 
 CARD_FILE = "README.md"
 _FILENAME = re.compile(r"([\w-][\w.-]*/)*[\w-][\w.-]*\.safetensors", re.ASCII)

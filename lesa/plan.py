@@ -5,26 +5,23 @@ Everything learned or searched ends in a `Plan`. The runtime reads plans and not
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as serialize
+from typing import TYPE_CHECKING, Any
 
 from .routing import Stage
+
+if TYPE_CHECKING:
+    from .surrogate import Surrogate
 
 ANY_CONTEXT = "*"
 SITES = ("hidden", "output")
 MAX_READS = 16
 PLAN_FILE = "plan.safetensors"
-_FORMAT = "lesa-plan-1"
 
 
 class PlanError(ValueError):
@@ -47,6 +44,19 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """The relative error ||F^ - F|| / ||F|| of one check in the fitting requests.
+
+    Args:
+        error: its geometric mean, at least 0.
+        spread: the standard deviation of its natural logarithm, above 0.
+    """
+
+    error: float
+    spread: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """A schedule and the rows that forecast the steps it leaves out.
 
@@ -64,8 +74,12 @@ class Plan:
         training: figures of how the plan was made, JSON-able.
         checks: for each context the forecast that would have been made of computed steps, which the guard compares
             with the truth; "*" as in `rows`.
-        expected: for each context the relative error ||F^ - F|| / ||F|| of those forecasts, the largest that fitting
-            met; "*" as in `rows`.
+        expected: for each context how large the errors of those forecasts were in fitting; "*" as in `rows`.
+        response: [T], what one unit of each step's output does to the final sample; None takes Euler steps along a
+            flow, the differences of `sigmas`. The guard repays by it.
+        surrogate: the model of the requests that the plan was fitted to, of which plans for other noise levels and
+            budgets are made, see `lesa.transfer`; for the output site only. The runtime does not read it, and plans
+            that differ in nothing else are equal.
 
     Raises:
         PlanError: a value is out of place; the message names it.
@@ -83,13 +97,17 @@ class Plan:
     training: Mapping[str, Any] = field(default_factory=dict)
     library_version: str | None = None
     checks: Mapping[str, Mapping[int, Row]] = field(default_factory=dict)
-    expected: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    expected: Mapping[str, Mapping[int, Expected]] = field(default_factory=dict)
+    response: tuple[float, ...] | None = None
+    surrogate: Surrogate | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "computed", tuple(int(s) for s in self.computed))
         object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
+        if self.response is not None:
+            object.__setattr__(self, "response", tuple(float(r) for r in self.response))
         self._check_schedule()
         for context, rows in self.rows.items():
             self._check_rows(context, rows)
@@ -97,6 +115,8 @@ class Plan:
             self._check_checks(context, rows)
         for context, errors in self.expected.items():
             self._check_expected(context, errors)
+        if self.surrogate is not None:
+            self._check_surrogate(self.surrogate)
 
     @property
     def num_steps(self) -> int:
@@ -116,7 +136,7 @@ class Plan:
         """The checks that serve `context`: its own, else those of "*", else none."""
         return self.checks.get(context, self.checks.get(ANY_CONTEXT, {}))
 
-    def expected_of(self, context: str) -> Mapping[int, float]:
+    def expected_of(self, context: str) -> Mapping[int, Expected]:
         """The expected errors that serve `context`: its own, else those of "*", else none."""
         return self.expected.get(context, self.expected.get(ANY_CONTEXT, {}))
 
@@ -151,40 +171,9 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as safetensors with JSON metadata; `path` is replaced at once or not at all."""
-        path = Path(path)
-        contexts = sorted(self.rows)
-        arrays: dict[str, np.ndarray] = {
-            "computed": np.asarray(self.computed, np.int32),
-            "sigmas": np.asarray(self.sigmas, np.float64),
-            **_tables(self.rows, contexts, self.num_steps),
-        }
-        checked, expecting = sorted(self.checks), sorted(self.expected)
-        arrays |= {f"check_{name}": table for name, table in _tables(self.checks, checked, self.num_steps).items()}
-        arrays["expected"] = np.full((len(expecting), self.num_steps), np.nan)
-        for i, context in enumerate(expecting):
-            for step, error in self.expected[context].items():
-                arrays["expected"][i, step] = error
-        if self.timesteps is not None:
-            arrays["timesteps"] = np.asarray(self.timesteps, np.float64)
-        arrays = {name: array for name, array in arrays.items() if array.size}
-        from . import __version__
+        from . import planfile
 
-        description = {
-            "format": _FORMAT,
-            "contexts": contexts,
-            "check_contexts": checked,
-            "expected_contexts": expecting,
-            "num_steps": self.num_steps,
-            "site": self.site,
-            "forecaster": self.forecaster,
-            "denoiser": self.denoiser,
-            "config_hash": self.config_hash,
-            "stages": [asdict(stage) for stage in self.stages],
-            "training": dict(self.training),
-            "library_version": __version__,
-        }
-        replace_file(path, serialize(arrays, {"lesa": json.dumps(description)}))
-        return path
+        return planfile.save(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -193,37 +182,9 @@ class Plan:
         Raises:
             PlanError: the file is missing, damaged, or no plan; the message says which and what to do.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise PlanError(f"plan {str(path)!r} does not exist: give the path of a .safetensors plan file")
-        try:
-            with safe_open(path, framework="np") as file:
-                description = json.loads((file.metadata() or {}).get("lesa", "null"))
-                ours = isinstance(description, dict) and description.get("format") == _FORMAT
-                # Another file's tensors may be of types numpy does not know, and huge.
-                names = file.keys() if ours else []
-                arrays = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise PlanError(
-                f"plan {str(path)!r} cannot be read ({error}): the file is damaged or not a safetensors file; "
-                "make or copy it again"
-            ) from error
-        if isinstance(description, dict) and str(description.get("format")).startswith("lesa-statistics"):
-            raise PlanError(
-                f"{str(path)!r} holds statistics, of which plans are made: say how many steps to compute, e.g. "
-                "lesa.enable(pipe, path, budget=10)"
-            )
-        if not ours:
-            raise PlanError(
-                f"{str(path)!r} is a safetensors file but not a plan of this library (expected format {_FORMAT!r} "
-                "in its metadata): give a file written by Plan.save"
-            )
-        try:
-            return cls._from_parts(description, arrays)
-        except PlanError as error:
-            raise PlanError(f"plan {str(path)!r} holds a value out of place: {error}") from error
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise PlanError(f"plan {str(path)!r} is incomplete ({error!r}): make it again") from error
+        from . import planfile
+
+        return planfile.load(path)
 
     def save_pretrained(self, folder: str | os.PathLike[str], filename: str = PLAN_FILE) -> Path:
         """Write the plan and a model card into `folder`, for `from_pretrained`; see `lesa.hub.save_pretrained`."""
@@ -271,40 +232,11 @@ class Plan:
         )
 
     @classmethod
-    def _from_parts(cls, description: dict[str, Any], arrays: dict[str, np.ndarray]) -> Plan:
-        rows: dict[str, dict[int, Row]] = {}
-        computed = tuple(arrays["computed"].tolist())
-        forecast = sorted(set(range(description["num_steps"])) - set(computed))
-        for i, context in enumerate(description["contexts"]):
-            rows[context] = {step: _row(arrays, "", i, step) for step in forecast}
-        checks: dict[str, dict[int, Row]] = {}
-        expected: dict[str, dict[int, float]] = {}
-        # Plans made before there was a guard know neither.
-        for i, context in enumerate(description.get("check_contexts", [])):
-            found = {step: _row(arrays, "check_", i, step) for step in computed}
-            checks[context] = {step: row for step, row in found.items() if row.steps}
-        for i, context in enumerate(description.get("expected_contexts", [])):
-            errors = arrays["expected"][i].tolist()
-            expected[context] = {step: error for step, error in enumerate(errors) if not math.isnan(error)}
-        return cls(
-            computed=computed,
-            sigmas=tuple(arrays["sigmas"].tolist()),
-            rows=rows,
-            timesteps=tuple(arrays["timesteps"].tolist()) if "timesteps" in arrays else None,
-            stages=tuple(Stage(**stage) for stage in description["stages"]),
-            checks=checks,
-            expected=expected,
-            **{
-                name: description[name]
-                for name in ("site", "forecaster", "denoiser", "config_hash", "training", "library_version")
-            },
-        )
-
-    @classmethod
     def join(cls, plans: Mapping[str, Plan]) -> Plan:
         """One plan out of plans for single contexts, e.g. {"cond": ..., "uncond": ...}.
 
-        The figures of training are the first plan's, but for the alphas, which are kept for each context.
+        The figures of training are the first plan's, but for the alphas, which are kept for each context; the surrogate
+        too, where all plans have the same.
 
         Raises:
             PlanError: the plans differ in anything but rows and training.
@@ -313,7 +245,7 @@ class Plan:
             raise PlanError("plans is empty: give at least one plan")
         first = next(iter(plans.values()))
         for context, plan in plans.items():
-            for name in ("computed", "sigmas", "site", "timesteps", "denoiser", "config_hash", "stages"):
+            for name in ("computed", "sigmas", "site", "timesteps", "response", "denoiser", "config_hash", "stages"):
                 if getattr(plan, name) != getattr(first, name):
                     raise PlanError(
                         f"plans differ in {name} at context {context!r}: join plans of one schedule and model"
@@ -324,7 +256,8 @@ class Plan:
         training = dict(first.training)
         if all("alphas" in plan.training for plan in plans.values()):
             training["alphas"] = {c: next(iter(plan.training["alphas"].values())) for c, plan in plans.items()}
-        return replace(first, rows=rows, training=training, checks=checks, expected=expected)
+        surrogate = first.surrogate if all(plan.surrogate is first.surrogate for plan in plans.values()) else None
+        return replace(first, rows=rows, training=training, checks=checks, expected=expected, surrogate=surrogate)
 
     def _check_schedule(self) -> None:
         total = self.num_steps
@@ -336,8 +269,10 @@ class Plan:
             raise PlanError(f"computed step {self.computed[-1]} is outside a request of {total} steps")
         if self.site not in SITES:
             raise PlanError(f"site={self.site!r}: expected one of {SITES}")
-        if self.timesteps is not None and len(self.timesteps) != total:
-            raise PlanError(f"timesteps has {len(self.timesteps)} entries: expected {total}, one a step")
+        for name in ("timesteps", "response"):
+            values = getattr(self, name)
+            if values is not None and len(values) != total:
+                raise PlanError(f"{name} has {len(values)} entries: expected {total}, one a step")
         if len(self.computed) < total and not self.rows:
             raise PlanError("rows is empty: every step that is not computed needs a row")
 
@@ -358,13 +293,22 @@ class Plan:
                 raise PlanError(f"{where}: the step is not computed; checks are for computed steps {self.computed}")
             _check_row(where, step, row)
 
-    def _check_expected(self, context: str, errors: Mapping[int, float]) -> None:
+    def _check_expected(self, context: str, errors: Mapping[int, Expected]) -> None:
         for step, error in errors.items():
             where = f"expected error of context {context!r}, step {step}"
             if step not in self.checks_of(context):
                 raise PlanError(f"{where}: the step has no check; give `checks` a row for it, or leave it out")
-            if not (math.isfinite(error) and error >= 0):
-                raise PlanError(f"{where} is {error}: expected a finite number of at least 0")
+            if not (0 <= error.error < math.inf and 0 < error.spread < math.inf):
+                raise PlanError(f"{where} is {error}: expected a finite error of at least 0 and a spread above 0")
+
+    def _check_surrogate(self, surrogate: Surrogate) -> None:
+        if self.site != "output":
+            raise PlanError(f"surrogate with site={self.site!r}: plans made of it are of the output site; leave it out")
+        if surrogate.num_steps != self.num_steps or not surrogate.contexts or not surrogate.is_finite():
+            raise PlanError(
+                f"surrogate of {surrogate.num_steps} steps and contexts {surrogate.contexts}: expected the "
+                f"{self.num_steps} steps of the plan, named contexts and finite numbers"
+            )
 
 
 def _check_row(where: str, step: int, row: Row) -> None:
@@ -377,37 +321,3 @@ def _check_row(where: str, step: int, row: Row) -> None:
         raise PlanError(f"{where}: reads steps {row.steps}; only earlier steps of the request can be read")
     if not all(math.isfinite(value) for value in (*row.weights, row.bias)):
         raise PlanError(f"{where}: weights {row.weights} and bias {row.bias} must be finite")
-
-
-def _tables(rows: Mapping[str, Mapping[int, Row]], contexts: Sequence[str], total: int) -> dict[str, np.ndarray]:
-    """Rows as arrays [C, T, K], [C, T, K] and [C, T]; unused entries read step -1."""
-    width = max((len(row.steps) for by_step in rows.values() for row in by_step.values()), default=1)
-    steps = np.full((len(contexts), total, width), -1, np.int32)
-    weights = np.zeros((len(contexts), total, width), np.float64)
-    bias = np.zeros((len(contexts), total), np.float64)
-    for i, context in enumerate(contexts):
-        for step, row in rows.get(context, {}).items():
-            steps[i, step, : len(row.steps)] = row.steps
-            weights[i, step, : len(row.steps)] = row.weights
-            bias[i, step] = row.bias
-    return {"steps": steps, "weights": weights, "bias": bias}
-
-
-def _row(arrays: Mapping[str, np.ndarray], prefix: str, i: int, step: int) -> Row:
-    """One row out of the arrays of `_tables`."""
-    steps, weights = arrays[f"{prefix}steps"][i, step], arrays[f"{prefix}weights"][i, step]
-    used = steps >= 0
-    bias = float(arrays[f"{prefix}bias"][i, step])
-    return Row(tuple(steps[used].tolist()), tuple(weights[used].tolist()), bias)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path` through a temporary file beside it, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

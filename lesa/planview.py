@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from .describe import figures
 from .grid import DPI, FAINT, INK, MUTED, write_png
-from .plan import ANY_CONTEXT, Plan, Row
+from .plan import ANY_CONTEXT, Expected, Plan, Row
 
 _SHADE, _UNREAD = "#F1F1F1", "#E2E2E2"
 _COLORS, _LINEAR = "RdBu_r", 0.05
@@ -166,9 +166,12 @@ def _weights(rows: Mapping[int, Row], total: int) -> np.ndarray:
     return table
 
 
-def _draw_errors(axes: Axes, plan: Plan, errors: Mapping[int, float], *, first: bool) -> None:
-    steps = [step for step, error in errors.items() if np.isfinite(error) and error > 0]
-    axes.plot(steps, [errors[step] for step in steps], "o-", color=INK, markersize=4, linewidth=0.8)
+def _draw_errors(axes: Axes, plan: Plan, errors: Mapping[int, Expected], *, first: bool) -> None:
+    steps = [step for step, expected in errors.items() if expected.error > 0]
+    middle = np.array([errors[step].error for step in steps])
+    times = np.exp([errors[step].spread for step in steps])
+    axes.fill_between(steps, middle / times, middle * times, color=FAINT)
+    axes.plot(steps, middle, "o-", color=INK, markersize=4, linewidth=0.8)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{error:g}"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from . import ops
+from . import files, ops
 from .experts import Expert, Kan, Mlp
-from .plan import ANY_CONTEXT, Plan, Row, replace_file
+from .plan import ANY_CONTEXT, Plan, Row
 from .routing import PAPER_STAGES, Stage, check_stages, stage_of
 from .schedule import check
 
 __all__ = ["Expert", "Kan", "Mlp", "Predictor"]
 
-_FORMAT = "lesa-predictor-1"
+_KIND = files.Kind("a predictor", "lesa-predictor-1", ValueError, "make or copy it again", "Predictor.save")
 
 
 class Predictor(nn.Module):
@@ -234,8 +232,8 @@ class Predictor(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write parameters and config to a safetensors file; replaces `path` at once or not at all."""
         state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        description = json.dumps({"format": _FORMAT, "config": self.config})
-        replace_file(Path(path), serialize(state, {"lesa": description}))
+        description = {"format": _KIND.format, "config": self.config}
+        files.replace_file(Path(path), serialize(state, files.metadata(description)))
         return Path(path)
 
     @classmethod
@@ -245,25 +243,12 @@ class Predictor(nn.Module):
         Raises:
             ValueError: the file is missing, damaged, or no predictor; the message says which and what to do.
         """
-        where = f"predictor {str(path)!r}"
-        if not Path(path).is_file():
-            raise ValueError(f"{where} does not exist: give the path of a file written by Predictor.save")
-        try:
-            with safe_open(path, framework="pt") as file:
-                description = json.loads((file.metadata() or {}).get("lesa", "null"))
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{where} cannot be read ({error}): it is damaged or no safetensors file") from error
-        if not isinstance(description, dict) or description.get("format") != _FORMAT:
-            raise ValueError(
-                f"{where} is a safetensors file but not a predictor (expected format {_FORMAT!r} in its "
-                "metadata): give a file written by Predictor.save"
-            )
-        try:
-            predictor = cls.from_config(description.get("config") or {})
-            predictor.to(next(iter(state.values())).dtype).load_state_dict(state)
-        except (RuntimeError, ValueError, StopIteration) as error:
-            raise ValueError(f"{where} is incomplete ({error}): make it again") from error
+        return files.load(path, _KIND, cls._from_parts, "pt")
+
+    @classmethod
+    def _from_parts(cls, description: dict[str, Any], state: dict[str, Tensor]) -> Predictor:
+        predictor = cls.from_config(description.get("config") or {})
+        predictor.to(next(iter(state.values())).dtype).load_state_dict(state)
         return predictor
 
     def _levels(self, step: int, sigmas: Iterable[float]) -> list[float]:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .clock import Call, Request
 from .denoisers import config_hash, denoiser_of
-from .plan import replace_file
+from .files import replace_file
 from .requests import check_prompts, run
 from .runner import Driver, Forecast, LesaWarning
 from .stats import Stats

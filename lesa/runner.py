@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 
 from .clock import Call, Request
-from .guard import DENSER_READS, Guard, denser, relative_error
+from .guard import Guard, deviation, foreign, leaving, relative_error
 from .history import History, Ring
-from .plan import Plan, PlanError
+from .plan import MAX_READS, Plan, PlanError, Row
 from .stats import GuardStats, Stats
 
 # Beyond this the weights were made for a visibly different schedule of noise levels.
@@ -67,14 +67,14 @@ class Driver(Protocol):
 class PlanRunner:
     """Runs one plan: a history for every context, a row for every forecast step.
 
-    With a guard each call waits for the device once: at a computed step whose feature is read or checked, for its size
-    and the error of the forecast that would have been made; at a forecast step, for whether its output is finite.
-    Without, nothing waits, and the plan's checks take no memory.
+    With a guard, a computed step whose feature is read or checked waits for the device once, for its size and the error
+    of the forecast that would have been made. From these sizes it follows that forecasts are finite; one that might
+    overflow its dtype is looked at, and waits too. Without a guard nothing waits, and checks take no memory.
 
     Args:
         plan: the plan to run.
         backend: of the operators, see `lesa.ops.forecast`.
-        guard: when a request goes over to a denser plan; None runs the plan as it is.
+        guard: when a request leaves its plan; None runs the plan as it is.
     """
 
     def __init__(self, plan: Plan, backend: str | None = None, guard: Guard | None = None) -> None:
@@ -89,6 +89,9 @@ class PlanRunner:
         self._inputs: dict[str, tuple] = {}
         self._warned: set[str] = set()
         self._lost: str | None = None
+        # No element of a step's feature is larger than this, by context and step.
+        self._bounds: dict[tuple[str, int], float] = {}
+        self._alert = self._left = False
 
     def begin(self, request: Request) -> None:
         """Start a request with empty histories.
@@ -112,7 +115,9 @@ class PlanRunner:
                 history.follow(self._sparse, self.plan.num_steps)
         self._use(self._sparse)
         self._inputs.clear()
+        self._bounds.clear()
         self._lost = None
+        self._alert, self._left = self._left, False
 
     def lose(self, reason: str) -> None:
         """Compute the rest of this request in full."""
@@ -133,6 +138,11 @@ class PlanRunner:
             self._history(call.context).clear()
         if call.step in self._computed:
             return None
+        if self._lost is None and self._watches and foreign(self.plan, self._inputs):
+            self.lose(
+                f"the request runs {len(self._inputs)} contexts, the plan was fitted to fewer (guidance was off then); "
+                "fit it with the same guidance, or pass guard=False"
+            )
         if self._lost:
             self.refuse(call, self._lost)
             return None
@@ -148,7 +158,8 @@ class PlanRunner:
             self.refuse(call, "a step that the forecast reads is not held (not run in this request, or not finite)")
             return None
         ring, slot = history.select(call.step), self._active.slots[call.step]
-        accept = None if self._guard is None else functools.partial(self._is_finite, call)
+        safe = self._guard is None or self._bound(call, row) < torch.finfo(call.sample.dtype).max
+        accept = None if safe else functools.partial(self._is_finite, call)
         return Forecast(lambda: ring.fill(slot), ring, accept)
 
     def keep(self, call: Call, feature: torch.Tensor | None) -> None:
@@ -180,6 +191,18 @@ class PlanRunner:
             self.stats.guard = GuardStats()
         return self.stats.guard
 
+    @property
+    def _watches(self) -> bool:
+        """Whether a request may leave its plan."""
+        return self._guard is not None and not self._guard.measures
+
+    def _bound(self, call: Call, row: Row) -> float:
+        """No element of the forecast of a row is larger; infinity where that is not known."""
+        reads = (self._bounds.get((call.context, step), math.inf) for step in row.steps)
+        bound = abs(row.bias) + sum(abs(w) * size for w, size in zip(row.weights, reads, strict=True))
+        self._bounds[call.context, call.step] = bound
+        return bound
+
     def _is_finite(self, call: Call, output: torch.Tensor) -> bool:
         """Whether what came of a forecast is finite; waits for the device."""
         if bool(output.isfinite().all()):
@@ -202,25 +225,27 @@ class PlanRunner:
         if not math.isfinite(size):
             self._saw().dropped += 1
             return False
+        self._bounds[call.context, step] = math.sqrt(size)
         if checked:
             error = relative_error(squares, size)
             self._saw().note(call.context, step, error)
-            # An error as small as the rounding of features says nothing.
-            ratio = error / max(expected or 0.0, torch.finfo(feature.dtype).eps)
-            if not guard.measures and not ratio <= guard.tolerance:
-                self._switch(guard, step, ratio)
+            if expected is not None and not guard.measures:
+                # An error as small as the rounding of features says nothing.
+                off = deviation(error, expected, torch.finfo(feature.dtype).eps)
+                if off > (guard.alert if self._alert else guard.tolerance):
+                    self._leave(step, error / expected.error if expected.error else math.inf)
         return True
 
-    def _switch(self, guard: Guard, step: int, ratio: float) -> None:
-        """Run the rest of this request, in all contexts, by a denser plan."""
-        self._warn("forecasts are worse than in fitting, so the guard goes over to a denser plan")
+    def _leave(self, step: int, ratio: float) -> None:
+        """Run the rest of this request, in all contexts, by what the guard makes of its plan."""
+        self._warn("forecasts are worse than in fitting, so the guard has the rest of the request computed")
         saw = self._saw()
-        saw.switches, saw.last = saw.switches + 1, (step, ratio)
-        # Contexts that have not run this step yet will hold it too.
-        held = set.intersection(*(self._history(context).computed for context in self._inputs))
-        if self._active.slots[step] >= 0:
+        saw.switches, saw.last, self._left = saw.switches + 1, (step, ratio), True
+        slot = self._active.slots[step]
+        held = set.intersection(*(self._history(context).computed(slot) for context in self._inputs))
+        if slot >= 0:  # contexts that have not run this step yet will hold it too
             held.add(step)
-        plan = denser(self._active, step, held, guard.interval)
+        plan = leaving(self._sparse, step, held)
         for history in self._histories.values():
             history.follow(plan, step)
         self._use(plan)
@@ -232,7 +257,8 @@ class PlanRunner:
 
     def _history(self, context: str) -> History:
         if context not in self._histories:
-            least = 1 if self._guard is None else DENSER_READS
+            # What repays reads whatever is held.
+            least = min(self._sparse.capacity, MAX_READS) if self._watches else 1
             self._histories[context] = history = History(self._sparse, context, self._backend, least)
             if self._active is not self._sparse:
                 history.follow(self._active, self.plan.num_steps)

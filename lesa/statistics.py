@@ -6,7 +6,6 @@ features, so a matrix of T x T numbers for each site and pair of contexts replac
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
+from . import files
 from .interpolation import SAME, interpolation
-from .plan import SITES, replace_file
+from .plan import SITES
 
 GUIDED = "guided"
-_FORMAT = "lesa-statistics-1"
 
 
 class StatisticsError(ValueError):
     """Statistics are malformed, unreadable, or do not fit each other."""
+
+
+_KIND = files.Kind("statistics", "lesa-statistics-1", StatisticsError, "gather or copy them again", "Statistics.save")
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,10 @@ class Statistics:
         arrays |= {name: np.asarray(getattr(self, name), np.float64) for name in ("sigmas", "timesteps", "guidance")}
         arrays["response"] = np.ascontiguousarray(self.response)
         names = ("requests", "scheduler", "denoiser", "config_hash")
-        description = {"format": _FORMAT, "contexts": list(self.contexts), "request": dict(self.request)}
+        description = {"format": _KIND.format, "contexts": list(self.contexts), "request": dict(self.request)}
         description |= {name: getattr(self, name) for name in names}
         path = Path(path)
-        replace_file(path, serialize(arrays, {"lesa": json.dumps(description)}))
+        files.replace_file(path, serialize(arrays, files.metadata(description)))
         return path
 
     @classmethod
@@ -178,31 +179,14 @@ class Statistics:
         Raises:
             StatisticsError: the file is missing, damaged, or holds something else; the message says which.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise StatisticsError(f"statistics {str(path)!r} do not exist: give the path of a file of Statistics.save")
-        try:
-            with safe_open(path, framework="np") as file:
-                description = json.loads((file.metadata() or {}).get("lesa", "null"))
-                ours = isinstance(description, dict) and description.pop("format", None) == _FORMAT
-                arrays = {name: file.get_tensor(name) for name in (file.keys() if ours else [])}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise StatisticsError(
-                f"statistics {str(path)!r} cannot be read ({error}): the file is damaged; gather or copy it again"
-            ) from error
-        if not ours:
-            raise StatisticsError(
-                f"{str(path)!r} holds no statistics of this library (expected format {_FORMAT!r} in its metadata): "
-                "give a file written by Statistics.save"
-            )
-        try:
-            size = len(description["contexts"]) * len(arrays["timesteps"])
-            grams = {
-                name.removeprefix("gram."): _unpack(arrays.pop(name), size) for name in sorted(arrays) if "." in name
-            }
-            return cls(grams=grams, **arrays, **description)
-        except (KeyError, TypeError, ValueError) as error:
-            raise StatisticsError(f"statistics {str(path)!r} are incomplete ({error}): gather them again") from error
+        return files.load(path, _KIND, cls._from_parts)
+
+    @classmethod
+    def _from_parts(cls, description: dict[str, Any], arrays: dict[str, Any]) -> Statistics:
+        del description["format"]
+        size = len(description["contexts"]) * len(arrays["timesteps"])
+        grams = {name.removeprefix("gram."): _unpack(arrays.pop(name), size) for name in sorted(arrays) if "." in name}
+        return cls(grams=grams, **arrays, **description)
 
     def _check(self) -> None:
         steps, contexts = len(self.timesteps), len(self.contexts)

@@ -20,11 +20,11 @@ class GuardStats:
 
     Args:
         checks: forecasts compared with the truth.
-        switches: requests that went over to a denser plan.
+        switches: requests that left their plan; the rest of them was computed.
         last: of the last of them, the step and how many times its expected error the forecast had.
         replaced: forecasts that were not finite; a computed step took their place.
         dropped: computed features that were not finite; no forecast reads them.
-        errors: the largest finite relative error of each check, for each context; what `Plan.expected` wants.
+        errors: the largest finite relative error of each check, for each context.
     """
 
     checks: int = 0

@@ -18,11 +18,13 @@ and the final one), M = C N basis vectors v^_(c, j).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .interpolation import interpolation
 from .plan import MAX_READS
 
 # Weight of the mean squared error at the computed steps beside that of the final sample: slopes are only nearly right.
@@ -65,12 +67,65 @@ class Surrogate:
         response: [T + 1, T] of the scheduler.
         guidance: [C], the weight of each context in what the scheduler is given.
         slopes: [C, T, P].
+        contexts: the names of the C contexts, where anybody asks for them.
+
+    Raises:
+        ValueError: the shapes are not those of one C, T and P.
     """
 
     grams: np.ndarray
     response: np.ndarray
     guidance: np.ndarray
     slopes: np.ndarray
+    contexts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        shapes = self.grams.shape, self.response.shape, self.guidance.shape, len(self.contexts or self.guidance)
+        C, T, P = self.slopes.shape
+        expected = (P, C * T, C * T), (T + 1, T), (C,), C
+        if shapes != expected:
+            raise ValueError(
+                f"grams, response, guidance and contexts of a surrogate have shapes {shapes}: expected {expected}, as "
+                f"its slopes [C, T, P] = {list(self.slopes.shape)} have it"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of steps of a request."""
+        return len(self.response) - 1
+
+    @property
+    def requests(self) -> int:
+        """P, how many requests."""
+        return len(self.grams)
+
+    def is_finite(self) -> bool:
+        """Whether all its numbers are."""
+        return all(np.isfinite(part).all() for part in (self.grams, self.response, self.guidance, self.slopes))
+
+    def at(self, sigmas: Sequence[float], others: Sequence[float], response: np.ndarray) -> Surrogate:
+        """The model of the same requests at other noise levels, interpolated in sigma as in `Statistics.at`.
+
+        Args:
+            sigmas: the T + 1 noise levels of this model, the final 0 included.
+            others: the T' + 1 wanted ones.
+            response: [T' + 1, T'] of the scheduler there.
+
+        Raises:
+            ValueError: lengths differ.
+        """
+        if len(sigmas) != self.num_steps + 1:
+            raise ValueError(f"{len(sigmas)} sigmas for a surrogate of {self.num_steps} steps: expected one more")
+        weights = interpolation(sigmas[:-1], others[:-1])
+        every = np.kron(np.eye(len(self.guidance)), weights)
+        return replace(self, grams=every @ self.grams @ every.T, response=response, slopes=weights @ self.slopes)
+
+    def thinned(self, most: int = 8) -> Surrogate:
+        """At most so many of the requests, evenly spaced: as many as a plan of few kilobytes can hold."""
+        if self.requests <= most:
+            return self
+        kept = np.linspace(0, self.requests - 1, most).round().astype(int)
+        return replace(self, grams=self.grams[kept], slopes=self.slopes[:, :, kept])
 
     def outcome(self, computed: Sequence[int], weights: np.ndarray) -> Outcome:
         """The predicted outcome of rows `weights` [C, T, T] on a schedule."""
@@ -80,25 +135,25 @@ class Surrogate:
         steps = np.zeros((T, P, C * T))  # v^_t - v_t
         targets = []
         for k, (step, end) in enumerate(zip(computed, (*computed[1:], T), strict=True)):
-            off = np.tensordot(self.response[step, :step], steps[:step], 1)
+            off = _weighed(self.response[step, :step], steps[:step])
             if k:
                 targets.append(off)
             answer = self.slopes[:, step, :, None] * off
             basis[:, k] = answer + eye[:, step, None]
-            steps[step] = np.tensordot(self.guidance, answer, 1)
+            steps[step] = _weighed(self.guidance, answer)
             if end > step + 1:
                 reads = self.guidance[:, None, None] * weights[:, step + 1 : end][:, :, list(computed[: k + 1])]
-                forecast = np.tensordot(reads.transpose(1, 0, 2), basis[:, : k + 1], 2)
-                truth = np.tensordot(self.guidance, eye[:, step + 1 : end], 1)
+                forecast = _weighed(reads.transpose(1, 0, 2), basis[:, : k + 1])
+                truth = _weighed(self.guidance, eye[:, step + 1 : end])
                 steps[step + 1 : end] = forecast - truth[:, None]
-        targets.append(np.tensordot(self.response[T], steps, 1))
+        targets.append(_weighed(self.response[T], steps))
         flat = basis.reshape(-1, P, C * T).transpose(1, 0, 2)
         carried = flat @ self.grams
-        errors = np.stack(targets)
+        errors = np.stack(targets, 1)  # [P, Q, C T]
         return Outcome(
             carried @ flat.transpose(0, 2, 1),
-            np.einsum("pmf,qpf->qpm", carried, errors),
-            np.einsum("qpf,pfg,qpg->qp", errors, self.grams, errors),
+            (errors @ carried.transpose(0, 2, 1)).transpose(1, 0, 2),
+            (errors @ self.grams * errors).sum(2).T,
         )
 
     def carry(self, computed: Sequence[int], weights: np.ndarray) -> np.ndarray:
@@ -109,16 +164,16 @@ class Surrogate:
         answers = np.zeros((C, N, P, N))
         targets = []
         for k, (step, end) in enumerate(zip(computed, (*computed[1:], T), strict=True)):
-            off = np.tensordot(self.response[step, :step], steps[:step], 1)
+            off = _weighed(self.response[step, :step], steps[:step])
             if k:
                 targets.append(off)
             answers[:, k] = self.slopes[:, step, :, None] * off
-            steps[step] = np.tensordot(self.guidance, answers[:, k], 1)
+            steps[step] = _weighed(self.guidance, answers[:, k])
             if end > step + 1:
                 reads = self.guidance[:, None, None] * weights[:, step + 1 : end][:, :, list(computed[: k + 1])]
-                steps[step + 1 : end] = np.tensordot(reads.transpose(1, 0, 2), answers[:, : k + 1], 2)
+                steps[step + 1 : end] = _weighed(reads.transpose(1, 0, 2), answers[:, : k + 1])
                 steps[step + 1 : end, :, k] += 1.0
-        targets.append(np.tensordot(self.response[T], steps, 1))
+        targets.append(_weighed(self.response[T], steps))
         return np.stack(targets)
 
     def step(self, computed: Sequence[int], weights: np.ndarray, outcome: Outcome, damping: float) -> np.ndarray:
@@ -181,6 +236,14 @@ class Surrogate:
             else:
                 damping *= 10
         return weights, outcome.objective
+
+
+def _weighed(weights: np.ndarray, terms: np.ndarray) -> np.ndarray:
+    """Sums of terms [..., P, L] over their leading axes, by weights whose last axes those are."""
+    summed, kept = terms.shape[:-2], weights.shape[: weights.ndim - terms.ndim + 2]
+    number = math.prod(summed)
+    sums = weights.reshape(math.prod(kept), number) @ terms.reshape(number, math.prod(terms.shape[-2:]))
+    return sums.reshape(*kept, *terms.shape[-2:])
 
 
 def spread_slopes(measured: np.ndarray, computed: Sequence[int], num_steps: int) -> np.ndarray:

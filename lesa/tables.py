@@ -11,7 +11,6 @@ from .forecasters import check_rows, rows_of
 from .plan import ANY_CONTEXT, MAX_READS, Plan, Row
 from .statistics import Statistics
 
-_UNCHECKED = 2  # the guard leaves out the first computed steps, where nothing can be expected yet
 _STEEPEST, _TINY = 2.0, 1e-6
 
 
@@ -35,8 +34,7 @@ def plan_of(statistics: Statistics, computed: tuple[int, ...], weights: np.ndarr
     rows, checks = {}, {}
     for c, context in enumerate(contexts):
         rows[context] = _rows(weights[c], computed)
-        all_checks = check_rows("regression", computed, T, statistics.gram("output", context))
-        checks[context] = {step: row for step, row in all_checks.items() if step in computed[_UNCHECKED:]}
+        checks[context] = check_rows("regression", computed, T, statistics.gram("output", context))
     served = served_by(statistics)
     return Plan(
         computed,
@@ -47,6 +45,7 @@ def plan_of(statistics: Statistics, computed: tuple[int, ...], weights: np.ndarr
         denoiser=statistics.denoiser,
         config_hash=statistics.config_hash,
         checks={name: checks[context] for name, context in served.items()},
+        response=tuple(statistics.response[-1]),
         **provenance,
     )
 

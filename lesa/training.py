@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import files
 from .clock import Call, Request
 from .learning import Learner, TrainingConfig
-from .plan import replace_file
 from .predictor import Predictor
 from .runner import Forecast
 from .stats import Stats
 
+_KIND = files.Kind("a checkpoint", None, ValueError, "delete it to start again", "an earlier run")
 _FORMAT = "lesa-training-2"
 Losses = dict[str, list[float]]
 
@@ -244,20 +244,15 @@ class _Phase:
             "steps": steps,
         }
         tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        replace_file(self._checkpoint, serialize(tensors, {"lesa": json.dumps(description)}))
+        files.replace_file(self._checkpoint, serialize(tensors, files.metadata(description)))
 
     def _restore(self) -> int:
         """Load the checkpoint if there is one; returns how many batches are done."""
         path = self._checkpoint
         if path is None or not path.is_file():
             return 0
-        try:
-            with safe_open(path, framework="pt") as file:
-                description = json.loads((file.metadata() or {}).get("lesa", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"checkpoint {str(path)!r} cannot be read ({error}): delete it to start again") from error
-        if not isinstance(description, dict) or description.get("identity") != self._identity:
+        description, tensors = files.read(path, _KIND, "pt")
+        if description.get("identity") != self._identity:
             raise ValueError(
                 f"checkpoint {str(path)!r} belongs to another training (other phase, prompts, predictors or "
                 "settings): delete it or give another path"

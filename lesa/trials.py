@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .clock import Call, Request
+from . import metrics
 from .gatherer import Gatherer
-from .gathering import Work
-from .guard import Guard
 from .plan import Plan
-from .runner import Forecast, PlanRunner
 from .statistics import Statistics
-from .stats import Stats
 from .surrogate import Outcome
+from .watch import Watch
+from .works import Work
 
 _MOST_DB = 100.0  # what equal pictures count as
+_LEAST_SIDE = 7  # pixels of the smallest pictures that SSIM takes
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Reference:
     final: np.ndarray | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
     """A plan, run.
 
@@ -45,15 +47,17 @@ class Measured:
         psnr: [P] in dB, of the pictures; of the final samples where there are none.
         outcome: inner products of its errors.
         slopes: [C, N, P] of the denoiser's answers at the computed steps.
-        final: the pictures [P, ...], or None.
-        checks: expected errors, see `Plan.expected`.
+        refused: why forecasts could not be used; then more was computed than the plan says.
+        final: the pictures [P, ...]; None where there are none, or they were not kept.
+        ssim: [P] of the pictures, where it was asked for.
     """
 
     psnr: np.ndarray
     outcome: Outcome
     slopes: np.ndarray
-    final: np.ndarray | None
-    checks: Mapping[str, Mapping[int, float]]
+    refused: tuple[str, ...] = ()
+    final: np.ndarray | None = None
+    ssim: np.ndarray | None = None
 
     @property
     def score(self) -> float:
@@ -97,6 +101,31 @@ class Trials:
                 grams.append((flat @ flat.T / flat.shape[1]).cpu().numpy())
         return np.stack(grams)
 
+    @cached_property
+    def identity(self) -> str:
+        """A hash of what the full runs were asked for and gave."""
+        statistics = self.statistics
+        told = [[work.labels for work in self.works], statistics.sigmas, statistics.guidance, statistics.config_hash]
+        found = hashlib.sha256(json.dumps(told).encode())
+        finals = [reference.final for reference in self.references if reference.final is not None]
+        for array in (statistics.response, self.grams, *finals):
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
+
+    @property
+    def compares_pictures(self) -> bool:
+        """Whether there are pictures, large enough for SSIM, and scikit-image, an extra, to take it with."""
+        finals = [reference.final for reference in self.references]
+        shapes = [None if final is None else final.shape for final in finals]
+        pictures = all(s is not None and len(s) == 4 and s[3] == 3 and min(s[1:3]) >= _LEAST_SIDE for s in shapes)
+        return pictures and find_spec("skimage") is not None
+
+    def judge(self, measured: Measured) -> None:
+        """Take the SSIM of pictures at hand; for the best only, since of large ones it takes long."""
+        if measured.ssim is None and measured.final is not None and self.compares_pictures:
+            references = [reference.final for reference in self.references if reference.final is not None]
+            measured.ssim = metrics.ssim(measured.final, np.concatenate(references))
+
     def run(self, plan: Plan) -> Measured:
         """Run all requests by `plan`."""
         parts = [self._run(plan, work, reference) for work, reference in zip(self.works, self.references, strict=True)]
@@ -109,8 +138,8 @@ class Trials:
                 np.concatenate([part.outcome.error for part in parts], 1),
             ),
             np.concatenate([part.slopes for part in parts], 2),
+            tuple(sorted({reason for part in parts for reason in part.refused})),
             np.concatenate(finals) if len(finals) == len(parts) else None,
-            largest([part.checks for part in parts]),
         )
 
     def _run(self, plan: Plan, work: Work, reference: Reference) -> Measured:
@@ -121,90 +150,7 @@ class Trials:
             psnr = decibels(final, reference.final)
         else:
             psnr = -10 * np.log10(np.maximum(outcome.error[-1], 10 ** (-_MOST_DB / 10)))
-        guard = watch.stats.guard
-        return Measured(psnr, outcome, slopes, final, {} if guard is None else guard.errors)
-
-
-class Watch:
-    """A driver that runs a plan and compares what it does with the full request.
-
-    Args:
-        plan: at the output site.
-        statistics: contexts, guidance and response.
-        outputs: [C, T, B, L] of the full requests.
-    """
-
-    def __init__(self, plan: Plan, statistics: Statistics, outputs: Tensor) -> None:
-        self._runner = PlanRunner(plan, guard=Guard(float("inf")))
-        self.stats: Stats = self._runner.stats
-        self._plan, self._statistics, self._outputs = plan, statistics, outputs
-        self._wide = torch.float64 if outputs.dtype == torch.float64 else torch.float32
-        C, _, B, L = outputs.shape
-        self._computed = {step: k for k, step in enumerate(plan.computed)}
-        # The samples at the computed steps but the first, and the final one.
-        targets = torch.tensor(statistics.response[[*plan.computed[1:], plan.num_steps]])
-        self._targets = targets.to(outputs.device, self._wide)
-        self._errors = torch.zeros(len(targets), B, L, dtype=self._wide, device=outputs.device)
-        self._answers = torch.zeros(C, plan.budget, B, L, dtype=self._wide, device=outputs.device)
-        self._slopes = torch.zeros(C, plan.budget, B, dtype=self._wide, device=outputs.device)
-
-    def begin(self, request: Request) -> None:
-        """Handed to the plan's runner."""
-        self._runner.begin(request)
-
-    def forecast(self, call: Call) -> Forecast | None:
-        """What the plan's runner says."""
-        return self._runner.forecast(call)
-
-    def keep(self, call: Call, feature: Tensor | None) -> None:
-        """Handed to the plan's runner."""
-        self._runner.keep(call, feature)
-
-    def refuse(self, call: Call, reason: str) -> None:
-        """Handed to the plan's runner."""
-        self._runner.refuse(call, reason)
-
-    def lose(self, reason: str) -> None:
-        """Handed to the plan's runner."""
-        self._runner.lose(reason)
-
-    def observe(self, call: Call, output: Tensor) -> None:
-        """Add the difference from the full request to the errors of all later targets."""
-        self._runner.observe(call, output)
-        c = self._statistics.contexts.index(call.context)
-        truth = self._outputs[c, call.step].to(self._wide)
-        own = by_request(output, call, truth.shape[0]).to(truth)
-        k = self._computed.get(call.step)
-        if k is not None:
-            self._answers[c, k] = own
-            if k:
-                off = self._errors[k - 1]
-                self._slopes[c, k] = ((own - truth) * off).sum(1) / off.square().sum(1)
-        weights = self._targets[:, call.step] * self._statistics.guidance[c]
-        for target in weights.nonzero().flatten().tolist():
-            self._errors[target].add_(own - truth, alpha=float(weights[target]))
-
-    def measured(self) -> tuple[Outcome, np.ndarray]:
-        """Inner products of the errors, and the slopes."""
-        basis = self._answers.flatten(0, 1).transpose(0, 1).double()  # [B, M, L]
-        errors, length = self._errors.double(), self._errors.shape[2]
-        outcome = Outcome(
-            (basis @ basis.transpose(1, 2) / length).cpu().numpy(),
-            (torch.einsum("bml,qbl->qbm", basis, errors) / length).cpu().numpy(),
-            (errors.square().sum(2) / length).cpu().numpy(),
-        )
-        return outcome, self._slopes.double().cpu().numpy()
-
-
-def largest(errors: Iterable[Mapping[str, Mapping[int, float]]]) -> dict[str, dict[int, float]]:
-    """The largest of several errors of each context and step."""
-    found: dict[str, dict[int, float]] = {}
-    for one in errors:
-        for context, by_step in one.items():
-            own = found.setdefault(context, {})
-            for step, error in by_step.items():
-                own[step] = max(own.get(step, 0.0), error)
-    return found
+        return Measured(psnr, outcome, slopes, tuple(watch.stats.refused), final)
 
 
 def decibels(final: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -213,13 +159,6 @@ def decibels(final: np.ndarray, reference: np.ndarray) -> np.ndarray:
     peak = 1.0 if low >= 0 and high <= 1 else max(high - low, 1e-12)
     squared = np.square(final.astype(np.float64) - reference).reshape(len(final), -1).mean(1)
     return np.minimum(10 * np.log10(peak**2 / np.maximum(squared, 1e-30)), _MOST_DB)
-
-
-def by_request(output: Tensor, call: Call, count: int) -> Tensor:
-    """An output [m B, ...] as [B, L], without the variance that some denoisers append to their channels."""
-    if call.sample.dim() > 3 and output.shape[1] == 2 * call.sample.shape[1]:
-        output = output[:, : call.sample.shape[1]]
-    return output.detach().unflatten(0, (-1, count)).transpose(0, 1).flatten(1)
 
 
 def reference_of(gatherer: Gatherer, result: Any) -> Reference:

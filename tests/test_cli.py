@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import lesa
-from lesa import cli, tuning
+from lesa import assets, cli, tuning
 from lesa.describe import describe
 from lesa.forecasters import plan_of
 from lesa.plan import Plan
@@ -29,6 +29,7 @@ from lesa.recording import Recording
 STEPS = 8
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "apple", "snow", "blue", "bird")
 SIGMAS = tuple(1 - t / STEPS for t in range(STEPS)) + (0.0,)
+N5 = assets.HERE / "emoji-flux-lesa-n5.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +227,7 @@ def test_fit(fit: Any, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     request = {"height": 32, "width": 32, "max_sequence_length": 12, "num_inference_steps": STEPS}
     common = {"request": request, "folder": out, "effort": "default", "held_out": None, "batch": 1, "seed": 0}
+    common["candidates"] = None
     assert fit("--budget", 6, 3, 6) == (0, {**common, "budget": [3, 6]})
     assert rows(capsys.readouterr().out) == [
         ["3", "38%", "-", "23.00", "22.00", "0.3000", str(out / "plan-3.safetensors")],
@@ -236,6 +238,9 @@ def test_fit(fit: Any, tmp_path: Path, capsys: Any) -> None:
     assert fit("--speedup", 1.6, *given) == (0, {**common, **more, "speedup": 1.6})
     assert [row[0] for row in rows(capsys.readouterr().out)] == ["5"]
     assert fit("--target-psnr", 24) == (0, {**common, "target_psnr": 24.0})
+    paths = [str(plan_of("reuse", range(n), SIGMAS).save(tmp_path / f"{n}.safetensors")) for n in (3, 4)]
+    several = ["--candidate", paths[0], "--candidate", paths[1]]
+    assert fit("--budget", 3, 4, *several) == (0, {**common, "budget": [3, 4], "candidates": paths})
     assert not out.exists(), "what is in the folder is lesa.fit's"
 
 
@@ -283,6 +288,12 @@ def test_fit_frontier_that_reaches_too_little(fit: Any, tmp_path: Path, capsys: 
         (["--budget", 3, "--batch", 0], "--batch 0: expected at least 1"),
         (["--budget", 3, "--steps", 0], "--steps 0: expected at least 1"),
         (["--budget", 3, "--prompts", "missing.txt"], "prompt file 'missing.txt' does not exist"),
+        (["--budget", 3, "--candidate", "missing.safetensors"], "plan 'missing.safetensors' does not exist"),
+        (["--budget", 3, "--candidate", N5], "computes 13 steps, which is none of the budgets asked for (3)"),
+        (
+            ["--budget", 13, "--candidate", N5, "--effort", "quick"],
+            "candidates with effort='quick', which runs nothing",
+        ),
     ],
 )
 def test_fit_with_bad_options(

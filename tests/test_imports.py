@@ -17,7 +17,7 @@ MODULES = {
 }
 MATHEMATICS = {
     *("plan", "schedule", "routing", "forecasters", "experts", "predictor", "learning", "training", "reference"),
-    *("search", "statistics", "interpolation", "surrogate", "tables"),
+    *("search", "statistics", "interpolation", "surrogate", "tables", "transfer", "files", "planfile"),
 }
 RUNTIME = {"clock", "runner", "guard", "stats", "adapting", "response"}
 MAY_IMPORT_DIFFUSERS = {"hooks", "denoisers", "recording", "cli", "demo", "assets"}
@@ -125,6 +125,7 @@ def test_statistics_need_no_torch(module):
     assert {".".join(name.split(".")[:2]) for name in names if name.startswith("lesa.")} <= {
         "lesa.plan",
         "lesa.interpolation",
+        "lesa.files",
     }
 
 

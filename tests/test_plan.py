@@ -21,7 +21,8 @@ from lesa import hooks
 from lesa import plan as plan_module
 from lesa.clock import Call, Request
 from lesa.denoisers import check_fit, config_hash
-from lesa.plan import ANY_CONTEXT, MAX_READS, Plan, PlanError, Row, replace_file
+from lesa.files import replace_file
+from lesa.plan import ANY_CONTEXT, MAX_READS, Plan, PlanError, Row
 from lesa.routing import PAPER_STAGES
 from lesa.runner import PlanRunner
 

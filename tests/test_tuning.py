@@ -6,7 +6,7 @@ import torch
 from pipelines import flux_dev
 
 import lesa
-from lesa import metrics, refining, tuning
+from lesa import metrics, refining, session
 from lesa.forecasters import plan_of
 from lesa.plan import Plan
 from lesa.requests import run
@@ -73,7 +73,7 @@ def test_folder_keeps_plan_and_statistics(pipe, plan, monkeypatch):
     plan, folder = plan
     assert lesa.Statistics.load(folder / "statistics.safetensors").requests == 4
     assert Plan.load(folder / "plan-5.safetensors").computed == plan.computed
-    monkeypatch.setattr(tuning, "Refiner", None)  # nothing may be fitted again
+    monkeypatch.setattr(session, "Refiner", None)  # nothing may be fitted again
     again = lesa.fit(pipe, PROMPTS, budget=[5], request=REQUEST, folder=folder)
     assert again[5].computed == plan.computed
 

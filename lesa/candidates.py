@@ -1,0 +1,144 @@
+"""Plans of one's own that a fit measures beside those it searches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .denoisers import check_fit
+from .plan import MAX_READS, Plan, PlanError
+from .statistics import Statistics
+
+_SAME = 1e-4  # of sigma, as between requests of one kind
+
+
+@dataclass(frozen=True)
+class Given:
+    """A plan of the user's, and how it is called in errors and figures."""
+
+    name: str
+    plan: Plan
+
+
+def read(
+    candidates: Sequence[Plan | str | os.PathLike[str]] | None,
+    effort: str = "default",
+    budgets: Collection[int] | None = None,
+) -> list[Given]:
+    """The plans that `lesa.fit(candidates=...)` names.
+
+    Args:
+        candidates: plans, or what `Plan.from_pretrained` takes.
+        effort: of the fit.
+        budgets: those asked for, where they are known.
+
+    Raises:
+        PlanError: one of them cannot be read.
+        ValueError: it is no list of plans and paths, one has none of the budgets, or the effort runs nothing.
+    """
+    if isinstance(candidates, (Plan, str, os.PathLike)):
+        raise ValueError(f"candidates is one {type(candidates).__name__}: give a list, e.g. candidates=[plan]")
+    given = []
+    for i, one in enumerate(candidates or ()):
+        if not isinstance(one, (Plan, str, os.PathLike)):
+            raise ValueError(f"candidates[{i}] is a {type(one).__name__}: expected a Plan or the path of one")
+        if isinstance(one, Plan):
+            given.append(Given(f"candidate {i} ({one.forecaster}, {one.site} site)", one))
+        else:
+            given.append(Given(f"candidate {i} ({Path(one).name})", Plan.from_pretrained(one)))
+    if given and effort == "quick":
+        raise ValueError("candidates with effort='quick', which runs nothing: take another effort, or leave them out")
+    if budgets is not None:
+        check_budgets(given, budgets)
+    return given
+
+
+def check_denoiser(given: Sequence[Given], denoiser: torch.nn.Module) -> None:
+    """Check that each was made for this denoiser.
+
+    Raises:
+        ValueError: one was not.
+    """
+    for one in given:
+        try:
+            check_fit(one.plan, denoiser)
+        except PlanError as error:
+            raise ValueError(f"{one.name} cannot be run: {error}, or leave it out") from error
+
+
+def check_budgets(given: Sequence[Given], budgets: Collection[int]) -> None:
+    """Check that each has one of the budgets asked for.
+
+    Raises:
+        ValueError: one has not.
+    """
+    for one in given:
+        if one.plan.budget not in budgets:
+            raise ValueError(
+                f"{one.name} computes {one.plan.budget} steps, which is none of the budgets asked for "
+                f"({', '.join(map(str, sorted(budgets)))}): add budget {one.plan.budget}, or leave it out"
+            )
+
+
+def check_requests(given: Sequence[Given], statistics: Statistics) -> None:
+    """Check that each was made for requests like the recorded ones.
+
+    Raises:
+        ValueError: one was not.
+    """
+    for one in given:
+        reason = misfit(one.plan, statistics)
+        if reason is not None:
+            raise ValueError(f"{one.name} does not fit the requests: {reason}; make it for these, or leave it out")
+
+
+def misfit(plan: Plan, statistics: Statistics) -> str | None:
+    """Why a plan does not serve requests of this kind; None where it does."""
+    if plan.num_steps != statistics.num_steps:
+        return f"it was made for {plan.num_steps} steps, they have {statistics.num_steps}"
+    gap = float(np.abs(np.subtract(plan.sigmas, statistics.sigmas)).max())
+    if gap > _SAME:
+        return f"its sigmas differ from theirs by up to {gap:.3g}"
+    if None not in (plan.config_hash, statistics.config_hash) and plan.config_hash != statistics.config_hash:
+        return f"its denoiser has configuration {plan.config_hash}, theirs {statistics.config_hash}"
+    missing = [context for context in statistics.contexts if not plan.rows_of(context)]
+    if missing and plan.budget < plan.num_steps:
+        return f"it has no rows for context {missing[0]!r}"
+    return None
+
+
+def table_of(plan: Plan, contexts: Sequence[str]) -> np.ndarray | None:
+    """The rows [C, T, T] of a plan over computed steps, with forecasts that rows read written out in these.
+
+    Returns:
+        None where such rows cannot say what the plan does: they are of another site, have a bias, or would read more
+        computed steps than a row can.
+    """
+    if plan.site != "output":
+        return None
+    T = plan.num_steps
+    table = np.zeros((len(contexts), T, T))
+    for c, context in enumerate(contexts):
+        rows = plan.rows_of(context)
+        every = np.eye(T)  # each step's feature, as weights over computed steps
+        for step in sorted(set(range(T)) - set(plan.computed)):
+            row = rows[step]
+            if row.bias != 0.0:
+                return None
+            every[step] = np.asarray(row.weights) @ every[list(row.steps)]
+            table[c, step] = every[step]
+    return table if expressible(table, plan.computed) else None
+
+
+def expressible(weights: np.ndarray, computed: Sequence[int]) -> bool:
+    """Whether each row [C, T, T] reads only the newest computed steps before its own, as many as a row can."""
+    T = weights.shape[-1]
+    read = np.zeros((T, T), bool)
+    for step in set(range(T)) - set(computed):
+        read[step, [j for j in computed if j < step][-MAX_READS:]] = True
+    return not weights[:, ~read].any() and bool(np.isfinite(weights).all())

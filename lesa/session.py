@@ -1,0 +1,257 @@
+"""A session of `lesa.fit`: one recording, and the plans fitted to it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import candidates
+from .candidates import Given
+from .climbing import Climber
+from .expectations import expectations
+from .gatherer import Gatherer
+from .gathering import gather_works
+from .kept import Kept, digest
+from .plan import Plan, PlanError
+from .refining import RULES, Candidate, Refiner
+from .surrogate import Surrogate, spread_slopes
+from .tables import prior_slopes, served_by
+from .transfer import expected_by
+from .trials import Measured, Reference, Trials, reference_of
+from .works import Work
+
+_NOT_ALWAYS = ("fitting_ssim", "held_out_ssim", "skipped")  # figures that a given plan may have of an earlier fit
+_LEAST = 2  # runs besides those of given plans: what is published, and what was searched
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a fit may cost.
+
+    Args:
+        generations: in time of full requests, recording included.
+        share: of what is left after recording that running candidates may take; the search takes the rest.
+        prices: schedules looked at on the surrogate, before the first run and again after it.
+        rules: forecasters to be run as they are published.
+    """
+
+    generations: int
+    share: float
+    prices: int
+    rules: tuple[str, ...] = ()
+
+
+EFFORTS = {
+    "quick": Effort(10, 0.0, 60),
+    "default": Effort(40, 0.65, 100),
+    "thorough": Effort(300, 0.75, 500, RULES),
+}
+
+
+class Session:
+    """One recording, and the plans fitted to it.
+
+    Args:
+        target, request, sigmas, guidance, effort, seed, folder: see `fit`.
+        fitting: the calls to fit to.
+        held: the calls that are only measured.
+        seeds: of the noise of all of them.
+        given: plans to run besides those searched.
+
+    Raises:
+        ValueError: a given plan is not for these requests.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        fitting: Sequence[Work],
+        held: Sequence[Work],
+        request: Mapping[str, Any],
+        *,
+        sigmas: Sequence[float] | None,
+        guidance: Sequence[float] | None,
+        effort: str,
+        seed: int,
+        folder: Path | None,
+        seeds: Sequence[int] = (),
+        given: Sequence[Given] = (),
+    ) -> None:
+        self._effort, self._seed, self._folder, self._seeds, self._given = effort, seed, folder, list(seeds), given
+
+        def record(part: Sequence[Work]) -> Trials:
+            references: list[Reference] = []
+
+            def visit(gatherer: Gatherer, result: Any) -> None:
+                references.append(reference_of(gatherer, result))
+
+            begin = time.perf_counter()
+            statistics = gather_works(target, part, request, sigmas=sigmas, guidance=guidance, visit=visit)
+            return Trials(part, statistics, references, time.perf_counter() - begin)
+
+        self.trials = record(fitting)
+        candidates.check_requests(given, self.trials.statistics)
+        self.held = record(held) if held else None
+        if folder is not None:
+            self.trials.statistics.save(folder / "statistics.safetensors")
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of steps of a request."""
+        return self.trials.statistics.num_steps
+
+    def plan(self, budget: int) -> Plan:
+        """The plan for one budget; what lies in the folder is not made again.
+
+        Raises:
+            ValueError: the budget is no number of computed steps.
+        """
+        if not 1 <= budget <= self.num_steps:
+            raise ValueError(f"budget={budget}: expected 1 to {self.num_steps} computed steps")
+        path = None if self._folder is None else self._folder / f"plan-{budget}.safetensors"
+        made = None if path is None else self._made(path, budget)
+        if made is not None:
+            return made
+        plan = self._fit(budget)
+        if path is not None:
+            plan.save(path)
+        return plan
+
+    def reach(self, psnr: float) -> Plan:
+        """The plan with the smallest budget that reaches `psnr` on the fitting requests, found by halving.
+
+        Raises:
+            ValueError: none does.
+        """
+        low, high = 1, self.num_steps
+        best: Plan | None = None
+        reached = -math.inf
+        while low < high:
+            middle = (low + high) // 2 if best is not None or low > 1 else min(10, high - 1)
+            plan = self.plan(middle)
+            reached = max(reached, plan.training["fitting_psnr"])
+            if plan.training["fitting_psnr"] >= psnr:
+                best, high = plan, middle
+            else:
+                low = middle + 1
+        if best is None or best.budget != low:
+            if low == self.num_steps:
+                raise ValueError(f"target_psnr={psnr}: no budget below all steps reaches it (best {reached:.2f} dB)")
+            best = self.plan(low)
+        return best
+
+    def identity(self, budget: int) -> dict[str, Any]:
+        """What a plan in the folder must agree with to be taken as made."""
+        return {
+            "effort": self._effort,
+            "prompts": [label for work in self.trials.works for label in work.labels],
+            "seeds": self._seeds,
+            "held_out": 0 if self.held is None else self.held.count,
+            "seed": self._seed,
+            "request": dict(self.trials.statistics.request),
+            "guidance": list(self.trials.statistics.guidance),
+            "given": [[one.name, digest(one.plan)[:16]] for one in self._at(budget)],
+        }
+
+    def _at(self, budget: int) -> list[Given]:
+        return [one for one in self._given if one.plan.budget == budget]
+
+    def _fit(self, budget: int) -> Plan:
+        effort, given = EFFORTS[self._effort], self._at(budget)
+        recorded = self.trials.count + (0 if self.held is None else self.held.count)
+        left = max(effort.generations - recorded, 0) * effort.share
+        runs = int(left / (self.trials.count * budget / self.num_steps))
+        if effort.share:  # what is promised is measured, whatever it takes
+            runs = max(runs, _LEAST + len(given))
+        begin = time.perf_counter()
+        kept = Kept(self.trials, None if self._folder is None else self._folder / f"trials-{budget}")
+        climber = Climber(self.trials, budget, effort.prices, self._seed)
+        refiner = Refiner(self.trials, kept, climber, budget, runs, given, effort.rules)
+        try:
+            best = refiner.run()
+        finally:  # also of a fit that is interrupted here, and goes on another time
+            if refiner.best is not None and refiner.best.measured is not None:
+                kept.judge(refiner.best.plan, refiner.best.measured, again=False)
+        if best.measured is not None:
+            kept.judge(best.plan, best.measured)
+        spent = [kept.seconds, self.trials.seconds, 0.0 if self.held is None else self.held.seconds]
+        seconds = time.perf_counter() - begin + sum(spent)
+        figures = {
+            **self.identity(budget),
+            "evaluations": len(refiner.seen),
+            "found": kept.found,
+            "generations": seconds / self.trials.seconds_a_request,
+            "seconds": seconds,
+            "schedule": best.name,
+            "candidates": [[name, score] for name, score in refiner.seen],
+        }
+        if refiner.skipped:
+            figures["skipped"] = [[name, reason] for name, reason in refiner.skipped]
+        return self._finished(best, figures)
+
+    def _finished(self, best: Candidate, figures: Mapping[str, Any]) -> Plan:
+        """The plan of the best candidate, with what its guard may expect and all figures."""
+        held = None if self.held is None else self.held.run(best.plan)
+        if self.held is not None and held is not None:
+            self.held.judge(held)
+        plan = best.plan
+        told = {
+            **{name: figure for name, figure in plan.training.items() if name not in _NOT_ALWAYS},
+            **figures,
+            "fitting_psnr": None if best.measured is None else best.score,
+            "held_out_psnr": None if held is None else held.score,
+            **_ssim("fitting_ssim", best.measured),
+            **_ssim("held_out_ssim", held),
+        }
+        plan = replace(plan, training=told, surrogate=self._surrogate(best))
+        return replace(plan, expected=self._expected(plan, best.measured, held))
+
+    def _surrogate(self, best: Candidate) -> Surrogate | None:
+        """What plans for other requests are made of; of the output site, as they are."""
+        if best.plan.site != "output":
+            return None
+        known, slopes = self.trials.statistics, prior_slopes(self.trials.statistics, self.trials.count)
+        if best.measured is not None:
+            slopes = spread_slopes(best.measured.slopes, best.computed, self.num_steps)
+        return Surrogate(
+            self.trials.grams, known.response, np.asarray(known.guidance), slopes, known.contexts
+        ).thinned()
+
+    def _expected(self, plan: Plan, measured: Measured | None, held: Measured | None) -> Mapping[str, Any]:
+        """What the guard may expect of a plan's checks; those of a given plan that are of other features it knows."""
+        reads = {read for own in plan.checks.values() for row in own.values() for read in row.steps}
+        if plan.surrogate is None or not reads <= set(plan.computed):
+            return plan.expected
+        if measured is None:
+            return expected_by(plan.surrogate, plan)
+        # Inner products at the computed steps, which is all that checks read.
+        run = np.concatenate([part.outcome.basis for part in (measured, held) if part is not None])
+        contexts, N = self.trials.statistics.contexts, plan.budget
+        grams = {}
+        for name, context in served_by(self.trials.statistics).items():
+            own = slice(contexts.index(context) * N, (contexts.index(context) + 1) * N)
+            grams[name] = np.zeros((len(run), self.num_steps, self.num_steps))
+            grams[name][:, np.array(plan.computed)[:, None], plan.computed] = run[:, own, own]
+        return expectations(plan.checks, grams, measured=True)
+
+    def _made(self, path: Path, budget: int) -> Plan | None:
+        try:
+            plan = Plan.load(path)
+        except PlanError:  # none, or damaged
+            return None
+        wanted = json.loads(json.dumps(self.identity(budget)))  # as the file has it, where tuples are lists
+        found = {name: plan.training.get(name) for name in wanted}
+        fits = candidates.misfit(plan, self.trials.statistics) is None
+        return plan if fits and plan.budget == budget and found == wanted else None
+
+
+def _ssim(name: str, measured: Measured | None) -> dict[str, float]:
+    """SSIM where there are pictures."""
+    return {} if measured is None or measured.ssim is None else {name: float(measured.ssim.mean())}

@@ -1,0 +1,173 @@
+"""Refining with all effort: what is published is run too, and whatever is best is bettered."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from pipelines import flux_dev
+
+import lesa
+from lesa import refining
+from lesa.climbing import Climber, published, spaced
+from lesa.forecasters import FORECASTERS, plan_of
+from lesa.kept import Kept
+from lesa.plan import Plan
+from lesa.refining import RULES, Candidate, Refiner
+from lesa.session import EFFORTS
+from lesa.trials import Measured, Trials
+from lesa.tuning import Session
+from lesa.works import works_of
+
+REQUEST = {"num_inference_steps": 8, "height": 32, "width": 32, "max_sequence_length": 8}
+PROMPTS = ["a red apple", "snow"]
+
+
+@pytest.fixture(scope="module")
+def trials() -> Trials:
+    pipe = flux_dev()
+    works = works_of(pipe, PROMPTS, None, REQUEST, None, 1, output_type="np")
+    options: dict[str, Any] = {"sigmas": None, "guidance": None, "effort": "quick", "seed": 0, "folder": None}
+    return Session(pipe, works, [], REQUEST, **options).trials
+
+
+class Runs(Kept):
+    """Counts runs, and remembers the plans; flatters those of one name."""
+
+    def __init__(self, trials: Trials) -> None:
+        super().__init__(trials, None)
+        self.plans: list[Plan] = []
+        self.better: dict[int, float] = {}
+
+    def measure(self, plan: Plan) -> Measured:
+        self.plans.append(plan)
+        measured = super().measure(plan)
+        return replace(measured, psnr=measured.psnr + self.better.get(len(self.plans) - 1, 0.0))
+
+
+def refine(
+    trials: Trials, runs: int, seed: int = 0, kept: Runs | None = None, **more: Any
+) -> tuple[Refiner, Candidate]:
+    refiner = Refiner(trials, kept or Runs(trials), Climber(trials, 3, 60, seed), 3, runs, rules=RULES, **more)
+    return refiner, refiner.run()
+
+
+@pytest.fixture(scope="module")
+def surveyed(trials: Trials) -> tuple[Refiner, Candidate, Runs]:
+    kept = Runs(trials)
+    return *refine(trials, 44, kept=kept), kept
+
+
+def test_a_rule_of_each_kind_is_run() -> None:
+    kinds = {re.sub(r"-<.*", "", name) for name in FORECASTERS}
+    assert {re.sub(r"-\d+$", "", rule) for rule in RULES} == kinds
+    assert EFFORTS["thorough"].rules == RULES and not EFFORTS["default"].rules
+
+
+def test_what_is_published_is_run(trials: Trials, surveyed: tuple[Refiner, Candidate, Runs]) -> None:
+    refiner, best, kept = surveyed
+    names, skipped = [name for name, _ in refiner.seen], dict(refiner.skipped)
+    wanted = {f"{schedule} schedule, {rule}" for schedule in ("published", "searched") for rule in RULES}
+    plain = {"even schedule", "front-loaded schedule"}
+    assert wanted | plain <= set(names) | set(skipped)
+    assert len(names) == len(kept.plans) == 44, "each costs one run"
+    assert set(skipped.values()) <= {"it is the same as one that was run"}
+    floor, sigmas = published(8, 3)[0], trials.statistics.sigmas
+    expected = {"even schedule": spaced(8, 3, 1.0), "front-loaded schedule": spaced(8, 3, 1.5)}
+    by_name = dict(zip(names, kept.plans, strict=True))
+    for name in wanted - set(skipped):
+        schedule, rule = name.split(" schedule, ")
+        computed = floor if schedule == "published" else by_name[name].computed
+        gram = trials.statistics.gram("output", "cond")
+        assert by_name[name].rows == padded(plan_of(rule, computed, sigmas, "output", gram)), name
+        assert by_name[name].computed == computed
+    for name in plain - set(skipped):
+        assert by_name[name].computed == expected[name]
+    searched = {by_name[name].computed for name in wanted - set(skipped) if name.startswith("searched")}
+    assert len(searched) == 1 and searched <= {by_name["searched"].computed, by_name["searched again"].computed}
+    assert best.score == max(score for _, score in refiner.seen)
+
+
+def padded(plan: Plan) -> dict[str, dict[int, Any]]:
+    """The plan's rows over all computed steps before, as fitted plans have them."""
+    rows = {}
+    for step, row in plan.rows["*"].items():
+        weights = dict(zip(row.steps, row.weights, strict=True))
+        reads = tuple(s for s in plan.computed if s < step)
+        rows[step] = replace(row, steps=reads, weights=tuple(weights.get(s, 0.0) for s in reads))
+    return {"*": rows}
+
+
+def test_same_seed_same_search(trials: Trials, surveyed: tuple[Refiner, Candidate, Runs]) -> None:
+    refiner, best = refine(trials, 44)
+    assert (refiner.seen, refiner.skipped) == (surveyed[0].seen, surveyed[0].skipped)
+    assert best.plan == surveyed[1].plan
+
+
+def test_half_of_the_runs_are_left_for_bettering(trials: Trials) -> None:
+    refiner, _ = refine(trials, 11)
+    names, skipped = [name for name, _ in refiner.seen], dict(refiner.skipped)
+    survey = [name for name in names if " schedule" in name][1:]
+    assert len(names) == 11 and len(survey) == 4  # of the 8 after the floor and both searches
+    assert list(skipped.values()).count("no runs are left for it") >= 10
+    assert any(name.endswith("+") for name in names[7:])
+
+
+def test_the_best_of_them_is_bettered(trials: Trials, surveyed: tuple[Refiner, Candidate, Runs]) -> None:
+    """As if the published schedule with reuse were far better than all others."""
+    kept, name = Runs(trials), "published schedule, reuse"
+    kept.better = {[name for name, _ in surveyed[0].seen].index(name): 40.0}
+    refiner, best = refine(trials, 44, kept=kept)
+    names = [name for name, _ in refiner.seen]
+    assert best.name == name and f"{name} +" in names
+    assert best.plan == kept.plans[names.index(name)]
+
+
+def test_why_a_rule_is_left_out(trials: Trials, monkeypatch: Any) -> None:
+    """Rows beyond what a plan's row can read, not finite, or that cannot be made."""
+    closed_form = refining.closed_form
+
+    def rows(statistics: Any, computed: Any, rule: str = "regression") -> Any:
+        weights = closed_form(statistics, computed, rule)
+        if rule == "reuse":
+            weights[0, 7, 6] = 1.0  # a step that is not computed, or not before the last
+        if rule == "hermite-2":
+            weights[0, 7, 0] = float("nan")
+        if rule == "l2p":
+            raise ValueError("no such rows")
+        return weights
+
+    monkeypatch.setattr(refining, "closed_form", rows)
+    refiner, _ = refine(trials, 44)
+    skipped = dict(refiner.skipped)
+    beyond = "its rows read more computed steps than a row of a plan can, or are not finite"
+    assert skipped["published schedule, reuse"] == skipped["searched schedule, hermite-2"] == beyond
+    assert skipped["published schedule, l2p"] == "no such rows"
+
+
+def test_one_that_computes_more_than_it_should_is_not_the_best(trials: Trials) -> None:
+    class Refused(Runs):
+        def measure(self, plan: Plan) -> Measured:
+            measured = super().measure(plan)
+            return replace(measured, refused=("why",), psnr=measured.psnr + 9) if len(self.plans) == 3 else measured
+
+    refiner, best = refine(trials, 5, kept=Refused(trials))
+    assert max(refiner.seen, key=lambda pair: pair[1])[0] == refiner.seen[2][0] != best.name
+
+
+def test_a_thorough_fit(monkeypatch: Any) -> None:
+    monkeypatch.setitem(EFFORTS, "thorough", replace(EFFORTS["thorough"], generations=14, prices=60))
+    plan = lesa.fit(flux_dev(), PROMPTS, budget=3, request=REQUEST, effort="thorough", held_out=0)
+    names = [name for name, _ in plan.training["candidates"]]
+    assert len(names) == plan.training["evaluations"] == int(12 * 0.75 / (2 * 3 / 8))
+    assert "even schedule" in names and plan.training["skipped"]
+    assert plan.training["fitting_psnr"] == max(score for _, score in plan.training["candidates"])
+
+
+def test_what_is_promised_is_run_however_many_prompts(monkeypatch: Any) -> None:
+    """Recording alone takes more than the effort here."""
+    monkeypatch.setitem(EFFORTS, "default", replace(EFFORTS["default"], generations=1))
+    plan = lesa.fit(flux_dev(), PROMPTS, budget=3, request=REQUEST, held_out=0)
+    assert [name for name, _ in plan.training["candidates"]] == ["published schedule, taylor-1", "searched"]
