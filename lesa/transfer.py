@@ -16,6 +16,9 @@ from .surrogate import Surrogate
 from .tables import closed_form, plan_of
 
 _GLANCE = 4  # steps of Gauss-Newton that tell two schedules apart
+# For moves a hasty look must do, of so many requests and steps, at so many schedules: a plan is made while one waits.
+# The larger they are the longer each look takes.
+_HASTY_REQUESTS, _HASTY, _LOOKS, _WORK = 3, 2, 12, 3600
 
 
 def adapted(
@@ -26,8 +29,9 @@ def adapted(
 ) -> Plan:
     """The plan of another request, as near to a fit of its own as the fitted one's surrogate tells.
 
-    Its schedule is the searched one on the guided mean inner products, or the fitted plan's own at the nearest noise
-    levels, whichever the surrogate says does less harm; its rows are the surrogate's best.
+    Its schedule is the searched one on the guided mean inner products, the fitted plan's own at the nearest noise
+    levels, or the better of them with some steps moved by one, whichever the surrogate says does least harm; its rows
+    are the surrogate's best.
 
     What the guard may expect are the errors that its checks would have made in the fitting requests.
 
@@ -64,6 +68,7 @@ def adapted(
         nearest(plan, there.sigmas, number): "nearest",
         search(there.gram("output", GUIDED), there.response[-1], number): "searched",
     }
+    schedules.setdefault(_moved(model, there, list(schedules)), "searched, moved")
     rows = {computed: model.optimise(computed, closed_form(there, computed), _GLANCE) for computed in schedules}
     best = min(rows, key=lambda computed: rows[computed][1])
     weights, _ = model.optimise(best, rows[best][0])
@@ -119,6 +124,28 @@ def nearest(plan: Plan, sigmas: Sequence[float], budget: int) -> tuple[int, ...]
         first, last = (steps[-1] + 1 if steps else 0), len(levels) - budget + i
         steps.append(0 if i == 0 else first + int(np.abs(levels[first : last + 1] - level).argmin()))
     return tuple(steps)
+
+
+def _moved(model: Surrogate, there: Statistics, schedules: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The better of some schedules, its steps moved by one where that promises more; late ones, which cost, first."""
+    few = model.thinned(_HASTY_REQUESTS)
+    prices: dict[tuple[int, ...], float] = {}
+
+    def price(computed: tuple[int, ...]) -> float:
+        if computed not in prices:
+            prices[computed] = few.optimise(computed, closed_form(there, computed, "taylor-1"), _HASTY)[1]
+        return prices[computed]
+
+    best = min(schedules, key=price)
+    looks = min(_LOOKS, _WORK // (there.num_steps * len(best)))
+    for i in range(len(best) - 1, 0, -1):
+        for by in (1, -1):
+            moved = (*best[:i], best[i] + by, *best[i + 1 :])
+            fits = moved[i] < there.num_steps and len(set(moved)) == len(moved) and len(prices) < looks
+            if fits and price(moved) < price(best):
+                best = moved
+                break
+    return best
 
 
 def expected_by(surrogate: Surrogate, plan: Plan) -> dict[str, dict[int, Expected]]:

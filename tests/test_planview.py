@@ -19,7 +19,7 @@ from PIL import Image
 import lesa
 from lesa import assets
 from lesa.describe import describe, drawing, figures
-from lesa.plan import Plan, Row
+from lesa.plan import Expected, Plan, Row
 from lesa.planview import plan_figure, plan_picture
 from lesa.routing import PAPER_STAGES
 
@@ -33,7 +33,7 @@ GUIDED = replace(
     PLAN,
     rows={"cond": ROWS, "uncond": {2: Row((1,), (1.0,)), 4: Row((3,), (4.0,))}},
     checks={"*": {3: Row((1,), (1.0,))}},
-    expected={"*": {3: 0.125}},
+    expected={"*": {3: Expected(0.125, 0.5)}},
 )
 
 
@@ -109,7 +109,7 @@ def test_panels_are_the_contexts_that_differ(rows: Any, expected: Any, titles: l
         PLAN,
         rows=dict.fromkeys(rows, ROWS),
         checks={"*": {3: Row((1,), (1.0,))}},
-        expected=dict.fromkeys(expected, {3: 0.1}),
+        expected=dict.fromkeys(expected, {3: Expected(0.1, 0.5)}),
     )
     assert [axes.get_title() for axes in heat_maps(plan_figure(plan))] == titles
 
