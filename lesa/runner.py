@@ -216,7 +216,8 @@ class PlanRunner:
         plan, step = self._active, call.step
         history = self._history(call.context)
         row, expected = plan.checks_of(call.context).get(step), plan.expected_of(call.context).get(step)
-        wanted = row is not None and (guard.measures or expected is not None)
+        # A request that is computed anyway has no plan to leave.
+        wanted = row is not None and (guard.measures or expected is not None) and self._lost is None
         if not wanted and plan.slots[step] < 0:
             return True
         ring = history.prepare(feature)
