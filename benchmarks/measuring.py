@@ -229,8 +229,17 @@ def _percentile(values: Sequence[float], share: float) -> float:
 
 
 def append_row(path: Path, columns: Sequence[str], cells: Sequence[Any]) -> None:
-    """Append a row to a CSV file, which starts with its columns."""
+    """Append a row to a CSV file, which starts with its columns.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
     head = [] if path.is_file() else [columns]
+    if not head:
+        with path.open(newline="") as file:
+            found = next(csv.reader(file), [])
+        if found != list(columns):
+            raise ValueError(f"{path} has the columns {found}, expected {list(columns)}: give another file")
     with path.open("a", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([*head, cells])
 

@@ -46,11 +46,11 @@ def enable(
             request that has fewer), or as a float up to 1 a share of its steps. None is the plan's own number.
         guard: whether forecasts are watched. At computed steps the forecast that would have been made is compared with
             the truth; where the logarithm of its error lies more than `guard` spreads above what fitting saw (4.5 by
-            default, above 0), the next step repays what went wrong and the rest of the request is computed. So is a
-            request with guidance under a plan fitted without. Forecasts that are not finite are replaced by computed
-            steps. Computed steps then wait for the device once. None: on where the plan knows its expected errors;
-            True, a number or a `lesa.guard.Guard` needs them; infinity only measures and replaces what is not finite;
-            False: off.
+            default, above 0), the rest of the request is computed, at the output site after one step that repays what
+            went wrong. So is a request with guidance under a plan fitted without. Forecasts that are not finite are
+            replaced by computed steps. Computed steps then wait for the device once. None: on where the plan knows its
+            expected errors; True, a number or a `lesa.guard.Guard` needs them; infinity only measures and replaces what
+            is not finite; False: off.
 
     Raises:
         PlanError: the plan cannot be read, or it or the statistics do not fit the denoiser; or they do not say which

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import torch
 from .denoisers import check_fit
 from .plan import MAX_READS, Plan, PlanError
 from .statistics import Statistics
+from .tables import served_by
 
 _SAME = 1e-4  # of sigma, as between requests of one kind
 
@@ -110,6 +112,17 @@ def misfit(plan: Plan, statistics: Statistics) -> str | None:
     if missing and plan.budget < plan.num_steps:
         return f"it has no rows for context {missing[0]!r}"
     return None
+
+
+def served(plan: Plan, statistics: Statistics) -> Plan:
+    """The plan with rows, checks and what is expected of these under the names that such requests use for contexts."""
+    names = served_by(statistics)
+    tables = {"rows": plan.rows_of, "checks": plan.checks_of, "expected": plan.expected_of}
+    found: dict[str, Any] = {
+        table: {name: own for name, context in names.items() if (own := own_of(context))}
+        for table, own_of in tables.items()
+    }
+    return replace(plan, **found)
 
 
 def table_of(plan: Plan, contexts: Sequence[str]) -> np.ndarray | None:

@@ -18,8 +18,8 @@ from .plan import ANY_CONTEXT, MAX_READS, Expected, Plan, PlanError, Row
 # Standard deviations of the logarithm of an error. On emoji-flux 200 captions like the fitted ones reach up to 4.2.
 TOLERANCE = 4.5
 # After a request that left its plan the next ones are watched more closely: what alters one alters those after it.
-ALERT = 1.0
-# The past is interpolated by polynomials through so many computed steps, two on each side.
+ALERT = 2.0
+# The past is interpolated by polynomials through so many computed steps, the nearest.
 _POINTS = 4
 _TINY = 1e-12
 
@@ -31,7 +31,7 @@ class Guard:
     Args:
         tolerance: by how many times its spread the logarithm of an error may exceed the one expected, above 0. With
             infinity every check is made and measured, and no request leaves its plan.
-        alert: the tolerance after a request that left its plan, until one stays within it; above 0.
+        alert: the tolerance after a request that left its plan, if it is smaller, until one stays within it; above 0.
 
     Raises:
         ValueError: a number is not above 0.

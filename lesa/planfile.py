@@ -78,7 +78,7 @@ def load(path: str | os.PathLike[str]) -> Plan:
 
 
 def packed(surrogate: Surrogate) -> dict[str, np.ndarray]:
-    """A surrogate as arrays of a few kilobytes.
+    """A surrogate as arrays of some tens of kilobytes (7 requests of 50 steps: 42, with guidance 150).
 
     What counts in the inner products are those of differences between features of neighbouring steps, many times
     smaller than the features: in float32 they keep their relative precision, and half of each matrix is enough.

@@ -91,7 +91,7 @@ class PlanRunner:
         self._lost: str | None = None
         # No element of a step's feature is larger than this, by context and step.
         self._bounds: dict[tuple[str, int], float] = {}
-        self._alert = self._left = False
+        self._checked = self._left = False  # in the request that runs
 
     def begin(self, request: Request) -> None:
         """Start a request with empty histories.
@@ -117,7 +117,9 @@ class PlanRunner:
         self._inputs.clear()
         self._bounds.clear()
         self._lost = None
-        self._alert, self._left = self._left, False
+        if self._guard is not None and self._checked and not self._left:
+            self._saw().alert = False
+        self._checked = self._left = False
 
     def lose(self, reason: str) -> None:
         """Compute the rest of this request in full."""
@@ -158,7 +160,7 @@ class PlanRunner:
             self.refuse(call, "a step that the forecast reads is not held (not run in this request, or not finite)")
             return None
         ring, slot = history.select(call.step), self._active.slots[call.step]
-        safe = self._guard is None or self._bound(call, row) < torch.finfo(call.sample.dtype).max
+        safe = self._guard is None or self._bound(call, row) < torch.finfo(ring.history.dtype).max
         accept = None if safe else functools.partial(self._is_finite, call)
         return Forecast(lambda: ring.fill(slot), ring, accept)
 
@@ -166,7 +168,7 @@ class PlanRunner:
         """Store the feature of a computed step for later forecasts."""
         if call.step in self._computed:
             self.stats.computed += 1
-        if feature is None:
+        if feature is None or self._lost:  # nothing reads it
             return
         finite = self._guard is None or self._watch(self._guard, call, feature)
         history = self._history(call.context)
@@ -216,8 +218,7 @@ class PlanRunner:
         plan, step = self._active, call.step
         history = self._history(call.context)
         row, expected = plan.checks_of(call.context).get(step), plan.expected_of(call.context).get(step)
-        # A request that is computed anyway has no plan to leave.
-        wanted = row is not None and (guard.measures or expected is not None) and self._lost is None
+        wanted = row is not None and (guard.measures or expected is not None)
         if not wanted and plan.slots[step] < 0:
             return True
         ring = history.prepare(feature)
@@ -225,6 +226,7 @@ class PlanRunner:
         squares, size = ring.errors(step, feature.detach())
         if not math.isfinite(size):
             self._saw().dropped += 1
+            self._bounds[call.context, step] = math.inf
             return False
         self._bounds[call.context, step] = math.sqrt(size)
         if checked:
@@ -233,7 +235,8 @@ class PlanRunner:
             if expected is not None and not guard.measures:
                 # An error as small as the rounding of features says nothing.
                 off = deviation(error, expected, torch.finfo(feature.dtype).eps)
-                if off > (guard.alert if self._alert else guard.tolerance):
+                self._checked = True
+                if off > (min(guard.alert, guard.tolerance) if self._saw().alert else guard.tolerance):
                     self._leave(step, error / expected.error if expected.error else math.inf)
         return True
 
@@ -241,10 +244,11 @@ class PlanRunner:
         """Run the rest of this request, in all contexts, by what the guard makes of its plan."""
         self._warn("forecasts are worse than in fitting, so the guard has the rest of the request computed")
         saw = self._saw()
-        saw.switches, saw.last, self._left = saw.switches + 1, (step, ratio), True
+        saw.switches, saw.last, saw.alert, self._left = saw.switches + 1, (step, ratio), True, True
         slot = self._active.slots[step]
         held = set.intersection(*(self._history(context).computed(slot) for context in self._inputs))
-        if slot >= 0:  # contexts that have not run this step yet will hold it too
+        # Contexts that have not run this step yet will hold it too.
+        if slot >= 0 and all(self._bounds.get((context, step), 0.0) < math.inf for context in self._inputs):
             held.add(step)
         plan = leaving(self._sparse, step, held)
         for history in self._histories.values():

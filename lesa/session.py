@@ -28,6 +28,7 @@ from .trials import Measured, Reference, Trials, reference_of
 from .works import Work
 
 _NOT_ALWAYS = ("fitting_ssim", "held_out_ssim", "skipped")  # figures that a given plan may have of an earlier fit
+_SAME = 1e-3  # of inner products recorded twice, where no bits are the same
 _LEAST = 2  # runs besides those of given plans: what is published, and what was searched
 
 
@@ -201,7 +202,7 @@ class Session:
         held = None if self.held is None else self.held.run(best.plan)
         if self.held is not None and held is not None:
             self.held.judge(held)
-        plan = best.plan
+        plan = candidates.served(best.plan, self.trials.statistics)
         told = {
             **{name: figure for name, figure in plan.training.items() if name not in _NOT_ALWAYS},
             **figures,
@@ -217,12 +218,14 @@ class Session:
         """What plans for other requests are made of; of the output site, as they are."""
         if best.plan.site != "output":
             return None
-        known, slopes = self.trials.statistics, prior_slopes(self.trials.statistics, self.trials.count)
-        if best.measured is not None:
-            slopes = spread_slopes(best.measured.slopes, best.computed, self.num_steps)
-        return Surrogate(
-            self.trials.grams, known.response, np.asarray(known.guidance), slopes, known.contexts
-        ).thinned()
+        if best.measured is None:
+            return self._model(prior_slopes(self.trials.statistics, self.trials.count))
+        return self._model(spread_slopes(best.measured.slopes, best.computed, self.num_steps))
+
+    def _model(self, slopes: np.ndarray) -> Surrogate:
+        known = self.trials.statistics
+        guidance = np.asarray(known.guidance)
+        return Surrogate(self.trials.grams, known.response, guidance, slopes, known.contexts).thinned()
 
     def _expected(self, plan: Plan, measured: Measured | None, held: Measured | None) -> Mapping[str, Any]:
         """What the guard may expect of a plan's checks; those of a given plan that are of other features it knows."""
@@ -248,8 +251,16 @@ class Session:
             return None
         wanted = json.loads(json.dumps(self.identity(budget)))  # as the file has it, where tuples are lists
         found = {name: plan.training.get(name) for name in wanted}
-        fits = candidates.misfit(plan, self.trials.statistics) is None
+        fits = candidates.misfit(plan, self.trials.statistics) is None and self._is_of(plan)
         return plan if fits and plan.budget == budget and found == wanted else None
+
+    def _is_of(self, plan: Plan) -> bool:
+        """Whether a plan was fitted to what was recorded; weights may have changed since."""
+        if plan.surrogate is None:
+            return True
+        grams = plan.surrogate.grams
+        known = self._model(prior_slopes(self.trials.statistics, self.trials.count)).grams
+        return grams.shape == known.shape and bool(np.abs(grams - known).max() <= _SAME * np.abs(known).max())
 
 
 def _ssim(name: str, measured: Measured | None) -> dict[str, float]:

@@ -22,6 +22,7 @@ class GuardStats:
         checks: forecasts compared with the truth.
         switches: requests that left their plan; the rest of them was computed.
         last: of the last of them, the step and how many times its expected error the forecast had.
+        alert: whether the next request is watched more closely, because one left its plan.
         replaced: forecasts that were not finite; a computed step took their place.
         dropped: computed features that were not finite; no forecast reads them.
         errors: the largest finite relative error of each check, for each context.
@@ -30,6 +31,7 @@ class GuardStats:
     checks: int = 0
     switches: int = 0
     last: tuple[int, float] | None = None
+    alert: bool = False
     replaced: int = 0
     dropped: int = 0
     errors: dict[str, dict[int, float]] = field(default_factory=dict)

@@ -121,7 +121,7 @@ class Surrogate:
         return replace(self, grams=every @ self.grams @ every.T, response=response, slopes=weights @ self.slopes)
 
     def thinned(self, most: int = 8) -> Surrogate:
-        """At most so many of the requests, evenly spaced: as many as a plan of few kilobytes can hold."""
+        """At most so many of the requests, evenly spaced: a plan that carries them stays small."""
         if self.requests <= most:
             return self
         kept = np.linspace(0, self.requests - 1, most).round().astype(int)

@@ -68,7 +68,7 @@ def adapted(
         nearest(plan, there.sigmas, number): "nearest",
         search(there.gram("output", GUIDED), there.response[-1], number): "searched",
     }
-    schedules.setdefault(_moved(model, there, list(schedules)), "searched, moved")
+    schedules.setdefault(_moved(model, there, list(schedules)), "moved")
     rows = {computed: model.optimise(computed, closed_form(there, computed), _GLANCE) for computed in schedules}
     best = min(rows, key=lambda computed: rows[computed][1])
     weights, _ = model.optimise(best, rows[best][0])

@@ -52,7 +52,8 @@ def fit(
     In memory are the outputs of all fitting requests (FLUX at 1024x1024, 50 steps, bfloat16: 26 MB each) and the
     features of one of them.
 
-    The plan tells the guard which errors to expect where at least four requests were run by it, so not with "quick".
+    The plan tells the guard which errors to expect where there are at least four requests; more vaguely with "quick",
+    which runs none by the plan.
 
     Args:
         target: a diffusers pipeline, or a bare denoiser in a loop of your own.
@@ -72,9 +73,10 @@ def fit(
         held_out: how many of the requests, the last ones, are kept out of fitting and only measured; by default an
             eighth of them, at least one where there are two.
         candidates: plans of your own, or what `Plan.from_pretrained` takes, of any site and forecaster, for requests of
-            this kind: each is run at its budget beside the searched ones. Those at the output site whose rows can be
-            written over computed steps are bettered like these. One that wins is returned as it is, with the figures
-            of this fit in its `training`. Each costs one run of the fitting requests by it.
+            this kind: each is run at its budget beside the searched ones; not with `target_psnr`. Those at the output
+            site whose rows can be written over computed steps are bettered like these. One that wins is returned as it
+            is, with the figures of this fit in its `training` and its rows under the names of these requests' contexts.
+            Each costs one run of the fitting requests by it.
         batch: prompts run in one pipeline call.
         seed: of the order in which moves are tried.
         folder: keeps the statistics, each budget's plan and, in trials-<budget>, what was measured of each plan that
@@ -97,6 +99,8 @@ def fit(
         raise ValueError("give one of budget, target_psnr and speedup")
     if target_psnr is not None and effort == "quick":
         raise ValueError("target_psnr with effort='quick', which runs nothing that could reach it: take another effort")
+    if target_psnr is not None and candidates:
+        raise ValueError("candidates with target_psnr: it is not known which budgets are tried; give a budget")
     if speedup is not None and not speedup >= 1:
         raise ValueError(f"speedup={speedup}: expected at least 1")
     count = len(prompts) if prompts is not None and not isinstance(prompts, str) else len(requests or ())

@@ -424,9 +424,31 @@ def test_alert_after_one_that_left_until_one_stays() -> None:
     plan = replace(plan, checks={"*": {2: Row((0,), (1.0,))}}, expected={"*": {2: Expected(0.01, 1.0)}})
     runner = PlanRunner(plan, guard=Guard())
     calm, above, far = (0.01 * math.exp(x) for x in (0.9 * ALERT, 1.1 * ALERT, 1.1 * TOLERANCE))
+    assert not runner.stats.guard.alert
     for error, left in ((above, False), (far, True), (above, True), (calm, False), (above, False)):
         assert (run_of_errors(runner, plan, error) > 2) is left
     assert runner.stats.guard.switches == 2
+    # A stricter tolerance is not loosened by the alert; and a driver that changes plans hands it on with its stats.
+    strict = PlanRunner(plan, guard=Guard(0.5))
+    for error in (0.01 * math.exp(0.6), 0.01 * math.exp(0.6)):
+        assert run_of_errors(strict, plan, error) > 2
+    later = PlanRunner(plan, guard=Guard())
+    later.stats = strict.stats
+    assert run_of_errors(later, plan, above) > 2
+
+
+@pytest.mark.filterwarnings("ignore::lesa.LesaWarning")
+def test_overflow_of_a_narrower_feature_than_its_sample() -> None:
+    plan = small((0, 1), 4, rows={"*": {2: Row((0, 1), (-3.0, 3.0)), 3: Row((1,), (1.0,))}})
+    runner, request = PlanRunner(plan, guard=Guard(math.inf)), Request(4, plan.sigmas)
+    runner.begin(request)
+    for step, value in ((0, -2e4), (1, 2e4), (2, 0.0)):
+        call = Call("cond", step, None, torch.zeros(3, dtype=torch.float32), request, False)
+        coming = runner.forecast(call)
+        if step < 2:
+            runner.keep(call, torch.full((3,), value, dtype=torch.float16))
+    assert coming is not None and coming.accept is not None
+    assert not coming.accept(coming.feature()) and runner.stats.guard.replaced == 1
 
 
 # Guidance under a plan that knows none

@@ -18,6 +18,7 @@ MODULES = {
 MATHEMATICS = {
     *("plan", "schedule", "routing", "forecasters", "experts", "predictor", "learning", "training", "reference"),
     *("search", "statistics", "interpolation", "surrogate", "tables", "transfer", "files", "planfile"),
+    "expectations",
 }
 RUNTIME = {"clock", "runner", "guard", "stats", "adapting", "response"}
 MAY_IMPORT_DIFFUSERS = {"hooks", "denoisers", "recording", "cli", "demo", "assets"}
@@ -96,6 +97,7 @@ def test_mathematics_knows_no_integration(module):
     integration = (
         *("hooks", "denoisers", "recording", "gathering", "gatherer", "requests", "api", "cli", "demo"),
         *("report", "planview", "trials", "refining", "tuning", "frontier"),
+        *("session", "kept", "candidates", "climbing", "watch", "works"),
     )
     rooms = {f"lesa.{room}" for room in integration}
     assert not offending(imported_by(module), rooms)

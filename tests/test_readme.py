@@ -143,20 +143,38 @@ def test_fits_are_ahead_by_what_was_asked_and_of_every_other_row():
         assert len(others) > 25 and ours > max(others)
 
 
-def test_the_figures_at_other_step_counts_are_the_measured_ones():
-    rows = {(row["statistics"], row["steps"]): float(row["psnr"]) for row in fidelity("transfer.csv")}
-    moved, native = ([rows[name, steps] for steps in ("20", "28", "35", "100")] for name in ("of 50 steps", "native"))
-    for verb, figures in (("steps come to", moved), ("gathered there come to", native)):
-        first, second, third, fourth = (f"{figure:.1f}" for figure in figures)
-        assert f"{verb} {first}, {second}, {third} and {fourth} dB" in " ".join(README.split())
-    assert all(ours >= theirs - 1 for ours, theirs in zip(moved, native, strict=True))
+REQUESTS = {
+    "20 steps": ("euler", "20"),
+    "28 steps": ("euler", "28"),
+    "35 steps": ("euler", "35"),
+    "100 steps": ("euler", "100"),
+    "28 steps, `true_cfg_scale=3`": ("cfg3", "28"),
+    "28 steps of Heun": ("heun", "28"),
+    "28 steps of DPM-Solver++": ("dpm++", "28"),
+    "28 steps of UniPC": ("unipc", "28"),
+    "image to image, strength 0.6": ("img2img0.6", "50"),
+    "the same, from another caption's picture": ("img2img0.6-other", "50"),
+}
+
+
+def test_table_of_other_requests_is_the_measured_one():
+    rows = {(r["case"], r["steps"], r["plan"]): float(r["psnr"]) for r in fidelity("transfer.csv")}
+    shown = table_after("A fitted plan carries what it was fitted from")
+    assert [cells[0] for cells in shown] == list(REQUESTS)
+    for name, *cells in shown:
+        plans = ("plan of 50 steps", "statistics of 50 steps", "native quick", "native default")
+        figures = [rows[(*REQUESTS[name], plan)] for plan in plans]
+        assert cells == [f"{figure:.2f}" for figure in figures]
+        if "another" not in name:
+            assert figures[0] >= figures[2] - 1
 
 
 def test_the_figures_by_number_of_prompts_are_the_measured_ones():
-    rows = fidelity("prompts.csv")
+    rows = [row for row in fidelity("prompts.csv") if (row["guidance"], row["effort"]) == ("1", "quick")]
     assert [row["prompts"] for row in rows] == ["1", "2", "4", "8", "32"]
     *figures, last = (f"{float(row['psnr']):.1f}" for row in rows)
     assert f"32 prompts come to {', '.join(figures)} and {last} dB" in " ".join(README.split())
+    assert all(1.0 <= float(f"{float(row['psnr_sem']):.1f}") <= 1.6 for row in rows)
 
 
 def test_the_figures_of_the_guard_are_the_measured_ones():
