@@ -140,7 +140,7 @@ def fitted(pipe: Any) -> Plan:
 @pytest.fixture
 def short(monkeypatch: Any) -> None:
     """No more runs than are promised."""
-    monkeypatch.setitem(EFFORTS, "default", dataclasses.replace(EFFORTS["default"], generations=3))
+    monkeypatch.setitem(EFFORTS, "default", dataclasses.replace(EFFORTS["default"], generations=3, share=0.65))
 
 
 def fit(pipe: Any, given: Any = None, **more: Any) -> Plan:
@@ -172,7 +172,7 @@ def test_one_that_leads_is_bettered(pipe: Any, fitted: Plan, monkeypatch: Any) -
     step = max(copied)
     copied[step] = Row((*copied[step].steps, min(copied)), (*copied[step].weights, 1e-3))
     mine = replace(fitted, rows={"*": copied})
-    monkeypatch.setitem(EFFORTS, "default", dataclasses.replace(EFFORTS["default"], generations=14))
+    monkeypatch.setitem(EFFORTS, "default", dataclasses.replace(EFFORTS["default"], generations=14, share=0.65))
     best = fit(pipe, [mine])
     found = scores(best)
     assert best.training["fitting_psnr"] == max(found.values()) >= found["candidate 0 (fitted, output site)"]
@@ -189,9 +189,9 @@ def test_the_hidden_site_can_win(pipe: Any, fitted: Plan, monkeypatch: Any, requ
         return replace(measured, psnr=measured.psnr + 50) if plan.site == "hidden" else measured
 
     monkeypatch.setattr(Kept, "measure", flattering)
-    monkeypatch.setitem(EFFORTS, "default", dataclasses.replace(EFFORTS["default"], generations=14))
+    monkeypatch.setitem(EFFORTS, "default", dataclasses.replace(EFFORTS["default"], generations=14, share=0.65))
     best = fit(pipe, [hidden], request=request_)
-    assert (best.site, best.rows, best.forecaster) == ("hidden", hidden.rows, "taylor-1")
+    assert (best.site, best.rows["*"], best.forecaster) == ("hidden", hidden.rows["*"], "taylor-1")
     names = [name for name, _ in best.training["candidates"]]
     assert best.training["evaluations"] == len(names) == 7, "all runs are taken"
     assert "searched again +" in names, "the search goes on with the others"
