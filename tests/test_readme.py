@@ -132,6 +132,18 @@ def test_table_of_fits_is_the_measured_one():
     assert f"{ours:.1f} against {more:.1f} dB, and {same:.1f} dB is what" in " ".join(README.split())
 
 
+def test_what_fits_cost_and_what_more_effort_gains_is_as_measured():
+    fits = [row for row in fidelity("fitted.csv") if row["method"] == "lesa.fit"]
+    costs = [float(row["generations"]) for row in fits if row["effort"] == "default"]
+    alone = [float(row["generations"]) for row in fits if (row["effort"], row["commit"]) == ("quick", "f23c54d")]
+    text = " ".join(README.split())
+    assert f"the time of {min(costs):.0f} to {max(costs):.0f} full requests" in text and max(costs) <= 40
+    assert f"a quick one of {min(alone):.0f} to {max(alone):.0f}." in text and max(alone) <= 10
+    found = {row["computed"]: float(row["psnr"]) for row in fits if row["effort"] == "thorough"}
+    *some, last = (f"{found[computed]:.2f}" for computed in ("13", "10", "8", "6"))
+    assert f"more here, {', '.join(some)} and {last} dB" in text
+
+
 def test_fits_are_ahead_by_what_was_asked_and_of_every_other_row():
     rows = measured_fits()
     asked = {("1", "13"): 9, ("1", "10"): 9, ("1", "8"): 7, ("1", "6"): 0}
@@ -177,19 +189,28 @@ def test_the_figures_by_number_of_prompts_are_the_measured_ones():
     assert all(1.0 <= float(f"{float(row['psnr_sem']):.1f}") <= 1.6 for row in rows)
 
 
-def test_the_figures_of_the_guard_are_the_measured_ones():
-    rows = {(row["case"], row["guard"]): row for row in fidelity("guard.csv")}
-    text = " ".join(README.split())
-    cfg, altered = (
-        [f"{float(rows[case, guard]['psnr']):.1f}" for guard in ("off", "on")]
-        for case in ("true_cfg_scale 3", "weights altered by 1.0")
-    )
-    assert f"{cfg[0]} dB become {cfg[1]} at 24 computed steps" in text
-    assert f"own norm {altered[0]} become {altered[1]}" in text
-    assert (
-        f"{rows['captions', 'on']['switches']} false switches in {rows['captions', 'on']['requests']} unseen captions"
-        in text
-    )
+GUARDED = {
+    "captions like the fitted ones": ("captions", "200"),
+    "eight of them, as below": ("captions", "8"),
+    "`true_cfg_scale=1.5`, fitted without": ("true_cfg_scale 1.5", "32"),
+    "`true_cfg_scale=3`, fitted without": ("true_cfg_scale 3", "8"),
+    "weights altered by a tenth of their norm": ("weights altered by 0.1", "8"),
+    "by three tenths": ("weights altered by 0.3", "8"),
+    "by as much as their norm": ("weights altered by 1.0", "8"),
+    "sentences as prompts": ("sentences", "8"),
+    "random letters as prompts": ("random letters", "8"),
+}
+
+
+def test_table_of_the_guard_is_the_measured_one():
+    rows = {(row["case"], row["requests"], row["guard"]): row for row in fidelity("guard.csv")}
+    shown = table_after("## Guard")
+    assert [cells[0] for cells in shown] == list(GUARDED)
+    for name, *cells in shown:
+        alone, guarded = (rows[(*GUARDED[name], way)] for way in ("off", "on"))
+        figures = [guarded["computed_mean"], alone["psnr"], guarded["psnr"]]
+        assert cells == [guarded["requests"], *(f"{float(figure):.1f}" for figure in figures)]
+    assert rows["captions", "200", "on"]["switches"] == "0" and "None of the 200 captions left its plan" in README
 
 
 def test_ablation_table_is_the_measured_one():
