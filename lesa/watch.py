@@ -21,7 +21,7 @@ class Watch:
     """A driver that runs a plan and compares what it does with the full request.
 
     Args:
-        plan: at the output site.
+        plan: of either site; its outputs are what is compared.
         statistics: contexts, guidance and response.
         outputs: [C, T, B, L] of the full requests.
     """
