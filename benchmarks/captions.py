@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import time
@@ -123,3 +124,27 @@ class Sheet:
             whole = [row for row in lines if None not in row.values() and None not in row]
         same = {name: cell for name, cell in zip(_LABELS, self._head, strict=True) if name != "date"}
         return [row for row in whole if same.items() <= row.items()]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark that fills a sheet; it adds options of its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--captions", type=int, help="held-out ones, up to 64; default 64 on a GPU, 8 on a CPU")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing new begins")
+    return parser
+
+
+def sheet(options: argparse.Namespace, identity: Sequence[str], figures: Sequence[str]) -> Sheet:
+    """The sheet that such a command line asks for."""
+    return Sheet(
+        options.results,
+        identity,
+        figures,
+        device=options.device,
+        commit=options.commit,
+        captions=options.captions or count(options.device),
+        seconds=options.seconds,
+    )

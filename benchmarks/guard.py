@@ -142,9 +142,8 @@ def cases(near: int, far: int, scale: int) -> list[Case]:
 
 def rows(case: Case, full: np.ndarray) -> Iterator[list[str]]:
     """What the table says of a case without and with the guard."""
-    alone = decibels(np.concatenate([run.image for run in case.off]), full)
-    for label, runs in (("off", case.off), ("on", case.on)):
-        psnr = decibels(np.concatenate([run.image for run in runs]), full)
+    alone, guarded = (decibels(np.concatenate([run.image for run in runs]), full) for runs in (case.off, case.on))
+    for label, runs, psnr in (("off", case.off, alone), ("on", case.on, guarded)):
         false = sum(run.switched and one >= alone.mean() - 1 for run, one in zip(runs, alone, strict=True))
         told = str(false) if case.name == NEAR else ""
         counts = [f"{np.mean([run.computed for run in runs]):.2f}", str(sum(run.switched for run in runs)), told]

@@ -10,7 +10,6 @@ there of the same hardware, commit and captions is not measured again: the same 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import lesa
 from lesa import assets, metrics
@@ -25,15 +24,7 @@ FIGURES = ("psnr", "psnr_sem", "generations")
 def measure(options: argparse.Namespace) -> None:
     """Measure every number of prompts, a row as soon as it is there."""
     shown = options.captions or captions.count(options.device)
-    sheet = captions.Sheet(
-        options.results,
-        IDENTITY,
-        FIGURES,
-        device=options.device,
-        commit=options.commit,
-        captions=shown,
-        seconds=options.seconds,
-    )
+    sheet = captions.sheet(options, IDENTITY, FIGURES)
     pipe = captions.load(options.device)
     for guidance in options.guidance:
         request = captions.request(guidance)
@@ -59,16 +50,11 @@ def measure(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--commit", default="")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--captions", type=int, help="held-out ones, up to 64; default 64 on a GPU, 8 on a CPU")
+    parser = captions.parser(__doc__)
     parser.add_argument("--budget", type=int, default=10)
     parser.add_argument("--effort", nargs="+", default=["quick"])
     parser.add_argument("--guidance", nargs="+", type=int, default=[1], help="1: none")
     parser.add_argument("--prompts", type=int, nargs="+", default=(1, 2, 4, 8, 32))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing new begins")
     measure(parser.parse_args(arguments))
 
 

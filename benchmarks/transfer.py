@@ -28,7 +28,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -209,26 +208,13 @@ def table(rows: Sequence[Mapping[str, str]], found: Mapping[tuple, np.ndarray]) 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, measure, and print the differences."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--commit", default="")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--captions", type=int, help="held-out ones, up to 64; default 64 on a GPU, 8 on a CPU")
+    parser = captions.parser(__doc__)
     parser.add_argument("--fitting", type=int, default=8, help="prompts gathered and fitted, in one pipeline call")
     parser.add_argument("--budgets", type=int, nargs="+", default=[8])
     parser.add_argument("--cases", nargs="+", help="some of the names, with or without steps: euler, euler-20, ...")
     parser.add_argument("--plans", nargs="+", choices=PLANS, default=PLANS)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing new begins")
     options = parser.parse_args(arguments)
-    sheet = captions.Sheet(
-        options.results,
-        IDENTITY,
-        FIGURES,
-        device=options.device,
-        commit=options.commit,
-        captions=options.captions or captions.count(options.device),
-        seconds=options.seconds,
-    )
+    sheet = captions.sheet(options, IDENTITY, FIGURES)
     found, failed = measure(options, sheet)
     print(table(sheet.rows, found))
     if failed:

@@ -8,16 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from .clock import Call, Request
+from .clock import Request
 from .forecasters import plan_of
 from .plan import Plan, PlanError
 from .response import response_of
-from .runner import Driver, Forecast, PlanRunner
+from .runner import Driver, PlanRunner, Relay
 from .search import search
 from .statistics import GUIDED, Statistics, flow_response
-from .stats import Stats
 from .surrogate import Surrogate
 from .tables import closed_form, prior_slopes, served_by
 from .tables import plan_of as table_plan
@@ -88,7 +86,7 @@ def plan_for(
     )
 
 
-class Adaptive:
+class Adaptive(Relay):
     """A driver that makes a plan for each request out of statistics or a fitted plan, and has it run.
 
     A fitted plan runs requests of its own noise levels and response itself, and those of a bare denoiser, which tells
@@ -116,8 +114,7 @@ class Adaptive:
         self._source, self._budget, self._make_runner = source, budget, runner
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()
         self._home = self._plan = self._made()
-        self._runner = self._runner_of(self._home)
-        self.stats: Stats = self._runner.stats
+        super().__init__(self._runner_of(self._home))
 
     @property
     def plan(self) -> Plan:
@@ -138,27 +135,7 @@ class Adaptive:
         plan = self._plan_of(request)
         if plan is not self._plan:
             self._install(plan)
-        self._runner.begin(request)
-
-    def forecast(self, call: Call) -> Forecast | None:
-        """What the plan's runner says."""
-        return self._runner.forecast(call)
-
-    def keep(self, call: Call, feature: torch.Tensor | None) -> None:
-        """Handed to the plan's runner."""
-        self._runner.keep(call, feature)
-
-    def refuse(self, call: Call, reason: str) -> None:
-        """Handed to the plan's runner."""
-        self._runner.refuse(call, reason)
-
-    def lose(self, reason: str) -> None:
-        """Handed to the plan's runner."""
-        self._runner.lose(reason)
-
-    def observe(self, call: Call, output: torch.Tensor) -> None:
-        """Handed to the plan's runner."""
-        self._runner.observe(call, output)
+        super().begin(request)
 
     def _made(self, sigmas: Sequence[float] | None = None, response: np.ndarray | None = None) -> Plan:
         if isinstance(self._source, Plan):

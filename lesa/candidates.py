@@ -14,7 +14,7 @@ import torch
 from .denoisers import check_fit
 from .plan import MAX_READS, Plan, PlanError
 from .statistics import Statistics
-from .tables import served_by
+from .tables import served_by, written_out
 
 _SAME = 1e-4  # of sigma, as between requests of one kind
 
@@ -134,17 +134,10 @@ def table_of(plan: Plan, contexts: Sequence[str]) -> np.ndarray | None:
     """
     if plan.site != "output":
         return None
-    T = plan.num_steps
-    table = np.zeros((len(contexts), T, T))
-    for c, context in enumerate(contexts):
-        rows = plan.rows_of(context)
-        every = np.eye(T)  # each step's feature, as weights over computed steps
-        for step in sorted(set(range(T)) - set(plan.computed)):
-            row = rows[step]
-            if row.bias != 0.0:
-                return None
-            every[step] = np.asarray(row.weights) @ every[list(row.steps)]
-            table[c, step] = every[step]
+    if any(row.bias for context in contexts for row in plan.rows_of(context).values()):
+        return None
+    table = np.stack([written_out(plan, context) for context in contexts])
+    table[:, list(plan.computed)] = 0.0
     return table if expressible(table, plan.computed) else None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from . import schedule
 from .search import search
 from .statistics import GUIDED
-from .surrogate import Outcome, Surrogate
+from .surrogate import Outcome
 from .tables import closed_form, prior_slopes
 from .trials import Trials
 
@@ -42,12 +42,12 @@ class Climber:
 
     def rows(self, computed: tuple[int, ...]) -> np.ndarray:
         """The surrogate's best rows [C, T, T]."""
-        return self._surrogate(self._slopes).optimise(computed, closed_form(self._statistics, computed), 15)[0]
+        return self._trials.surrogate(self._slopes).optimise(computed, closed_form(self._statistics, computed), 15)[0]
 
     def price(self, computed: tuple[int, ...]) -> float:
         """The objective that the surrogate promises."""
         if computed not in self._prices:
-            surrogate = self._surrogate(self._slopes)
+            surrogate = self._trials.surrogate(self._slopes)
             self._prices[computed] = surrogate.optimise(computed, closed_form(self._statistics, computed), 5)[1]
         return self._prices[computed]
 
@@ -78,7 +78,7 @@ class Climber:
         self, computed: tuple[int, ...], weights: np.ndarray, outcome: Outcome, slopes: np.ndarray, damping: float
     ) -> np.ndarray:
         """The rows after a step of Gauss-Newton from a measured outcome, see `Surrogate.step`."""
-        return self._surrogate(slopes).step(computed, weights, outcome, damping)
+        return self._trials.surrogate(slopes).step(computed, weights, outcome, damping)
 
     def _descend(self, computed: tuple[int, ...], until: int) -> tuple[int, ...]:
         improved = True
@@ -91,10 +91,6 @@ class Climber:
                 if len(self._prices) >= until:
                     break
         return computed
-
-    def _surrogate(self, slopes: np.ndarray) -> Surrogate:
-        statistics = self._statistics
-        return Surrogate(self._trials.grams, statistics.response, np.asarray(statistics.guidance), slopes)
 
 
 def published(num_steps: int, budget: int) -> list[tuple[int, ...]]:

@@ -25,17 +25,20 @@ def expectations(
 
     Args:
         checks: as in `Plan.checks`.
-        grams: for each of their contexts the inner products [P, T, T] of P requests' features at the T steps; those
-            of steps that no check reads or is of do not count.
+        grams: for each context of the requests the inner products [P, T, T] of P requests' features at the T steps, the
+            first also for names that are not among them, such as "*"; those of steps that no check reads or is of do
+            not count.
         measured: whether these requests were run by the plan; else its later checks will see somewhat larger errors.
 
     Returns:
         As in `Plan.expected`; nothing with fewer than `ENOUGH` requests.
     """
     expected: dict[str, dict[int, Expected]] = {}
+    first = next(iter(grams.values()))
     for context, own in checks.items():
-        if len(grams[context]) >= ENOUGH:
-            errors = {step: relative_errors(grams[context], step, row) for step, row in own.items()}
+        gram = grams.get(context, first)
+        if len(gram) >= ENOUGH:
+            errors = {step: relative_errors(gram, step, row) for step, row in own.items()}
             expected[context] = {step: _expected(found, measured) for step, found in errors.items()}
     return expected
 

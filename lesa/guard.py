@@ -8,12 +8,13 @@ the next step repays what the forecasts so far did wrong, all others are compute
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .plan import ANY_CONTEXT, MAX_READS, Expected, Plan, PlanError, Row
+from .tables import written_out
 
 # Standard deviations of the logarithm of an error. On emoji-flux 200 captions like the fitted ones reach up to 4.2.
 TOLERANCE = 4.5
@@ -136,7 +137,7 @@ def leaving(plan: Plan, step: int, held: Collection[int]) -> Plan:
     target = step + 1
     repaid: dict[str, Row] = {}
     if plan.site == "output" and step in held and target < plan.num_steps:
-        found = {context: _repayment(plan, rows, step, held) for context, rows in plan.rows.items()}
+        found = {context: _repayment(plan, context, step, held) for context in plan.rows}
         repaid = {context: row for context, row in found.items() if row is not None}
     repays = len(repaid) == len(plan.rows) > 0
     return replace(
@@ -152,14 +153,14 @@ def leaving(plan: Plan, step: int, held: Collection[int]) -> Plan:
     )
 
 
-def _repayment(plan: Plan, rows: Mapping[int, Row], step: int, held: Collection[int]) -> Row | None:
+def _repayment(plan: Plan, context: str, step: int, held: Collection[int]) -> Row | None:
     """The row of the step after `step`; None where what it needs is not held."""
     known = sorted(s for s in held if s in plan.computed and s <= step)
     response = np.diff(plan.sigmas) if plan.response is None else plan.response
     target = step + 1
-    if response[target] == 0 or any(row.bias for row in rows.values()):
+    if response[target] == 0 or any(row.bias for row in plan.rows_of(context).values()):
         return None
-    given = _given(plan, rows, step)
+    given = written_out(plan, context)
     weights = _interpolated(known, target, plan.num_steps)
     for i in sorted(set(range(step)) - set(plan.computed)):
         owed = _interpolated(known, i, plan.num_steps) - given[i]
@@ -168,17 +169,6 @@ def _repayment(plan: Plan, rows: Mapping[int, Row], step: int, held: Collection[
     if not set(reads) <= set(known) or not 1 <= len(reads) <= MAX_READS:
         return None
     return Row(tuple(reads), tuple(weights[reads].tolist()))
-
-
-def _given(plan: Plan, rows: Mapping[int, Row], step: int) -> np.ndarray:
-    """[T, T]: what each step up to `step` was given, in terms of the computed features."""
-    given = np.zeros((plan.num_steps, plan.num_steps))
-    for s in range(step + 1):
-        if s in plan.computed:
-            given[s, s] = 1.0
-        elif s in rows:
-            given[s] = np.asarray(rows[s].weights) @ given[list(rows[s].steps)]
-    return given
 
 
 def _interpolated(known: list[int], target: int, num_steps: int) -> np.ndarray:

@@ -64,6 +64,42 @@ class Driver(Protocol):
         """A step ended: what the denoiser returned for it, computed or forecast; copy it to keep it."""
 
 
+class Relay:
+    """A driver that has another one run the requests; subclasses change what they must.
+
+    Args:
+        runner: the other one; its stats are the relay's.
+    """
+
+    def __init__(self, runner: Driver) -> None:
+        self._runner = runner
+        self.stats = runner.stats
+
+    def begin(self, request: Request) -> None:
+        """Handed to the runner."""
+        self._runner.begin(request)
+
+    def forecast(self, call: Call) -> Forecast | None:
+        """What the runner says."""
+        return self._runner.forecast(call)
+
+    def keep(self, call: Call, feature: torch.Tensor | None) -> None:
+        """Handed to the runner."""
+        self._runner.keep(call, feature)
+
+    def refuse(self, call: Call, reason: str) -> None:
+        """Handed to the runner."""
+        self._runner.refuse(call, reason)
+
+    def lose(self, reason: str) -> None:
+        """Handed to the runner."""
+        self._runner.lose(reason)
+
+    def observe(self, call: Call, output: torch.Tensor) -> None:
+        """Handed to the runner."""
+        self._runner.observe(call, output)
+
+
 class PlanRunner:
     """Runs one plan: a history for every context, a row for every forecast step.
 

@@ -22,7 +22,7 @@ from .kept import Kept, digest
 from .plan import Plan, PlanError
 from .refining import RULES, Candidate, Refiner
 from .surrogate import Surrogate, spread_slopes
-from .tables import prior_slopes, served_by
+from .tables import prior_slopes
 from .transfer import expected_by
 from .trials import Measured, Reference, Trials, reference_of
 from .works import Work
@@ -219,13 +219,10 @@ class Session:
         if best.plan.site != "output":
             return None
         if best.measured is None:
-            return self._model(prior_slopes(self.trials.statistics, self.trials.count))
-        return self._model(spread_slopes(best.measured.slopes, best.computed, self.num_steps))
-
-    def _model(self, slopes: np.ndarray) -> Surrogate:
-        known = self.trials.statistics
-        guidance = np.asarray(known.guidance)
-        return Surrogate(self.trials.grams, known.response, guidance, slopes, known.contexts).thinned()
+            slopes = prior_slopes(self.trials.statistics, self.trials.count)
+        else:
+            slopes = spread_slopes(best.measured.slopes, best.computed, self.num_steps)
+        return self.trials.surrogate(slopes).thinned()
 
     def _expected(self, plan: Plan, measured: Measured | None, held: Measured | None) -> Mapping[str, Any]:
         """What the guard may expect of a plan's checks; those of a given plan that are of other features it knows."""
@@ -236,12 +233,11 @@ class Session:
             return expected_by(plan.surrogate, plan)
         # Inner products at the computed steps, which is all that checks read.
         run = np.concatenate([part.outcome.basis for part in (measured, held) if part is not None])
-        contexts, N = self.trials.statistics.contexts, plan.budget
-        grams = {}
-        for name, context in served_by(self.trials.statistics).items():
-            own = slice(contexts.index(context) * N, (contexts.index(context) + 1) * N)
-            grams[name] = np.zeros((len(run), self.num_steps, self.num_steps))
-            grams[name][:, np.array(plan.computed)[:, None], plan.computed] = run[:, own, own]
+        N, grams = plan.budget, {}
+        for c, context in enumerate(self.trials.statistics.contexts):
+            grams[context] = np.zeros((len(run), self.num_steps, self.num_steps))
+            own = slice(c * N, (c + 1) * N)
+            grams[context][:, np.array(plan.computed)[:, None], plan.computed] = run[:, own, own]
         return expectations(plan.checks, grams, measured=True)
 
     def _made(self, path: Path, budget: int) -> Plan | None:
@@ -259,7 +255,8 @@ class Session:
         if plan.surrogate is None:
             return True
         grams = plan.surrogate.grams
-        known = self._model(prior_slopes(self.trials.statistics, self.trials.count)).grams
+        slopes = prior_slopes(self.trials.statistics, self.trials.count)
+        known = self.trials.surrogate(slopes).thinned().grams
         return grams.shape == known.shape and bool(np.abs(grams - known).max() <= _SAME * np.abs(known).max())
 
 

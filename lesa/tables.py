@@ -50,6 +50,14 @@ def plan_of(statistics: Statistics, computed: tuple[int, ...], weights: np.ndarr
     )
 
 
+def written_out(plan: Plan, context: str) -> np.ndarray:
+    """[T, T]: each step's feature as weights over computed ones, forecasts that rows read written out; without bias."""
+    rows, every = plan.rows_of(context), np.eye(plan.num_steps)
+    for step in sorted(set(range(plan.num_steps)) - set(plan.computed)):
+        every[step] = np.asarray(rows[step].weights) @ every[list(rows[step].steps)]
+    return every
+
+
 def served_by(statistics: Statistics) -> dict[str, str]:
     """Which context's rows serve each context that a plan names."""
     # A request may name its contexts otherwise, or not at all: image-to-image pipelines do not.

@@ -152,6 +152,6 @@ def expected_by(surrogate: Surrogate, plan: Plan) -> dict[str, dict[int, Expecte
     """What the guard may expect of a plan of the output site that was not run: the errors in the full requests."""
     T = surrogate.num_steps
     own = {name: slice(c * T, (c + 1) * T) for c, name in enumerate(surrogate.contexts)}
-    grams = {name: surrogate.grams[:, part, part] for name, part in own.items()}
-    first = grams[surrogate.contexts[0]]
-    return expectations(plan.checks, {name: grams.get(name, first) for name in plan.checks}, measured=False)
+    return expectations(
+        plan.checks, {name: surrogate.grams[:, part, part] for name, part in own.items()}, measured=False
+    )

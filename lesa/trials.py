@@ -18,7 +18,7 @@ from . import metrics
 from .gatherer import Gatherer
 from .plan import Plan
 from .statistics import Statistics
-from .surrogate import Outcome
+from .surrogate import Outcome, Surrogate
 from .watch import Watch
 from .works import Work
 
@@ -100,6 +100,11 @@ class Trials:
                 flat = outputs.flatten(0, 1).double()
                 grams.append((flat @ flat.T / flat.shape[1]).cpu().numpy())
         return np.stack(grams)
+
+    def surrogate(self, slopes: np.ndarray) -> Surrogate:
+        """The model of these requests with slopes [C, T, P]."""
+        known = self.statistics
+        return Surrogate(self.grams, known.response, np.asarray(known.guidance), slopes, known.contexts)
 
     @cached_property
     def identity(self) -> str:

@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .clock import Call, Request
+from .clock import Call
 from .guard import Guard
 from .plan import Plan
-from .runner import Forecast, PlanRunner
+from .runner import PlanRunner, Relay
 from .statistics import Statistics
-from .stats import Stats
 from .surrogate import Outcome
 
 
-class Watch:
+class Watch(Relay):
     """A driver that runs a plan and compares what it does with the full request.
 
     Args:
@@ -28,9 +27,8 @@ class Watch:
 
     def __init__(self, plan: Plan, statistics: Statistics, outputs: Tensor) -> None:
         # Of the guard only what replaces forecasts that are not finite, and says so.
-        self._runner = PlanRunner(replace(plan, checks={}, expected={}), guard=Guard(float("inf")))
-        self.stats: Stats = self._runner.stats
-        self._plan, self._statistics, self._outputs = plan, statistics, outputs
+        super().__init__(PlanRunner(replace(plan, checks={}, expected={}), guard=Guard(float("inf"))))
+        self._statistics, self._outputs = statistics, outputs
         self._wide = torch.float64 if outputs.dtype == torch.float64 else torch.float32
         C, _, B, L = outputs.shape
         self._computed = {step: k for k, step in enumerate(plan.computed)}
@@ -41,29 +39,9 @@ class Watch:
         self._answers = torch.zeros(C, plan.budget, B, L, dtype=self._wide, device=outputs.device)
         self._slopes = torch.zeros(C, plan.budget, B, dtype=self._wide, device=outputs.device)
 
-    def begin(self, request: Request) -> None:
-        """Handed to the plan's runner."""
-        self._runner.begin(request)
-
-    def forecast(self, call: Call) -> Forecast | None:
-        """What the plan's runner says."""
-        return self._runner.forecast(call)
-
-    def keep(self, call: Call, feature: Tensor | None) -> None:
-        """Handed to the plan's runner."""
-        self._runner.keep(call, feature)
-
-    def refuse(self, call: Call, reason: str) -> None:
-        """Handed to the plan's runner."""
-        self._runner.refuse(call, reason)
-
-    def lose(self, reason: str) -> None:
-        """Handed to the plan's runner."""
-        self._runner.lose(reason)
-
     def observe(self, call: Call, output: Tensor) -> None:
         """Add the difference from the full request to the errors of all later targets."""
-        self._runner.observe(call, output)
+        super().observe(call, output)
         c = self._statistics.contexts.index(call.context)
         truth = self._outputs[c, call.step].to(self._wide)
         own = by_request(output, call, truth.shape[0]).to(truth)
