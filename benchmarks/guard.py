@@ -5,8 +5,9 @@
 Each request runs alone, by one enabled pipeline for each kind of request and each setting of the guard, one after the
 other as a user's would: after a request that left its plan the next is watched more closely. On captions the settings
 take turns every eight requests. PSNR, at most 100 dB, is against the full request of the same altered model, run in
-batches. A switch is false where the request would have kept the mean PSNR of all captions, less 1 dB, without it.
-Seconds are of the process on a CPU, which others may share, and of the wall clock on a GPU.
+batches; computed are also the steps that a retrace runs over again. A switch is false where the request would have kept
+the mean PSNR of all captions, less 1 dB, without it. What the guard costs is told on captions: the median of guarded
+requests' time by that of the others, of the process on a CPU, which others may share, of the wall clock on a GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import math
 import random
 import string
 import time
@@ -36,8 +38,8 @@ from lesa.trials import decibels
 from . import captions
 from .measuring import append_row, hardware
 
-_LABELS = "hardware commit date pipeline computed case guard requests"
-COLUMNS = f"{_LABELS} computed_mean switches false_switches psnr psnr_sem seconds_per_request".split()
+_LABELS = "hardware commit date pipeline fitted_guidance computed case guard requests"
+COLUMNS = f"{_LABELS} computed_mean switches false_switches psnr psnr_sem psnr_lowest time_ratio".split()
 RANK = 4
 TURN = 8
 NEAR = "captions"
@@ -96,17 +98,19 @@ class Bench:
         image = self._images(case, slice(i, i + 1))
         seconds = self._now() - start
         after = _counts(lesa.stats(self.pipe))
-        computed, forecast, switches = (new - old for old, new in zip(before, after, strict=True))
-        return Run(image, seconds, self.plan.num_steps * computed / (computed + forecast), switches > 0)
+        computed, forecast, switches, again = (new - old for old, new in zip(before, after, strict=True))
+        steps = self.plan.num_steps * (computed + again) / (computed + forecast)
+        return Run(image, seconds, steps, switches > 0)
 
     def _images(self, case: Case, part: slice) -> np.ndarray:
         more = {**case.request, "output_type": "np"}
         return run(self.pipe, list(case.prompts[part]), list(case.seeds[part]), assets.REQUEST, **more).images
 
 
-def _counts(stats: Stats) -> tuple[int, int, int]:
-    """Computed and forecast calls, and requests that left their plan."""
-    return stats.computed + sum(stats.refused.values()), stats.forecast, (stats.guard or GuardStats()).switches
+def _counts(stats: Stats) -> tuple[int, int, int, int]:
+    """Computed and forecast calls, requests that left their plan, and calls computed over again."""
+    saw = stats.guard or GuardStats()
+    return stats.computed + sum(stats.refused.values()), stats.forecast, saw.switches, saw.retraced
 
 
 @contextlib.contextmanager
@@ -145,10 +149,17 @@ def rows(case: Case, full: np.ndarray) -> Iterator[list[str]]:
     alone, guarded = (decibels(np.concatenate([run.image for run in runs]), full) for runs in (case.off, case.on))
     for label, runs, psnr in (("off", case.off, alone), ("on", case.on, guarded)):
         false = sum(run.switched and one >= alone.mean() - 1 for run, one in zip(runs, alone, strict=True))
-        told = str(false) if case.name == NEAR else ""
-        counts = [f"{np.mean([run.computed for run in runs]):.2f}", str(sum(run.switched for run in runs)), told]
-        seconds = f"{np.median([run.seconds for run in runs]):.4f}"
-        yield [case.name, label, str(len(runs)), *counts, *captions.quality(psnr), seconds]
+        near = case.name == NEAR
+        counts = [f"{np.mean([run.computed for run in runs]):.2f}", str(sum(run.switched for run in runs))]
+        quality = [*captions.quality(psnr), f"{psnr.min():.3f}"]
+        cost = f"{time_ratio(case):.4f}" if near and label == "on" else ""
+        yield [case.name, label, str(len(runs)), *counts, str(false) if near else "", *quality, cost]
+
+
+def time_ratio(case: Case) -> float:
+    """What a request that stays on its plan takes with the guard, by what it takes without."""
+    pairs = [on.seconds / off.seconds for on, off in zip(case.on, case.off, strict=True) if not on.switched]
+    return float(np.median(pairs)) if pairs else math.nan
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -167,6 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.simplefilter("ignore", lesa.LesaWarning)  # each setting has one
     bench = Bench(options)
     head = [hardware(options.device), options.commit, datetime.date.today().isoformat(), "emoji-flux"]
+    head += [str(options.guidance), str(bench.plan.budget)]
     near, *far = cases(options.requests, options.far, options.guidance)
     bench.run(Case("warm up", near.prompts[:1], near.seeds[:1], near.request), 1)
     for case in (near, *far):
@@ -174,11 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         full = bench.full(case)
         bench.run(case, TURN if case is near else len(case.prompts))
-        if case is near:
-            pairs = [on.seconds / off.seconds for on, off in zip(case.on, case.off, strict=True) if not on.switched]
-            print(f"time where nothing switches: x {np.median(pairs):.4f}, median of {len(pairs)} pairs", flush=True)
         for cells in rows(case, full):
-            append_row(options.results, COLUMNS, [*head, str(bench.plan.budget), *cells])
+            append_row(options.results, COLUMNS, [*head, *cells])
             print(*cells, flush=True)
 
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.roofline [--results FILE.csv] [--out FILE.png] [--hardware NAME]
 
-Of every hardware the rows of its newest commit count, and of rows on the same thing the last. The picture shows one
-hardware, the one measured last on a GPU if there is any, and of every operator and shape the widest window.
+Of every operator on a hardware the rows of its newest commit count, and of rows on the same thing the last. The
+picture shows one hardware, the one measured last on a GPU if there is any, and of every operator and shape the widest
+window.
 """
 
 from __future__ import annotations
@@ -36,7 +37,14 @@ NAMES = {
     "eager": "best eager torch",
     "paper": "released code's formula",
 }
-PANELS = (("forecast",), ("forecast_head",), ("predict",), ("predict_loss",), ("kan", "kan_fwd_bwd"))
+PANELS = (
+    ("forecast",),
+    ("forecast_head",),
+    ("forecast_errors",),
+    ("predict",),
+    ("predict_loss",),
+    ("kan", "kan_fwd_bwd"),
+)
 SHAPES = ("flux", "qwen", "hunyuan", "wan", "emoji")
 
 
@@ -62,7 +70,7 @@ class Row:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, list[Row]]:
-    """The newest commit's rows by hardware, the hardware measured last at the end.
+    """The rows of every operator's newest commit, by hardware, the hardware measured last at the end.
 
     Args:
         path: a CSV that bench_ops.py has written.
@@ -74,14 +82,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, list[Row]]:
         rows = [_row(cells) for cells in csv.DictReader(file)]
     if not rows:
         raise ValueError(f"{os.fspath(path)!r} has no rows: run pytest benchmarks/bench_ops.py --results {path}")
-    # The last row of a hardware comes last in the order, and rows are only ever appended.
-    newest: dict[str, str] = {}
-    for row in rows:
-        newest.pop(row.hardware, None)
-        newest[row.hardware] = row.commit
+    # Rows are only ever appended: the last row of an operator names its newest commit.
+    newest = {(row.hardware, row.op): row.commit for row in rows}
     kept: dict[str, list[Row]] = {}
-    for hardware, commit in newest.items():
-        mine = (row for row in rows if (row.hardware, row.commit) == (hardware, commit))
+    for hardware in reversed(dict.fromkeys(row.hardware for row in reversed(rows))):
+        mine = (row for row in rows if row.hardware == hardware and row.commit == newest[hardware, row.op])
         kept[hardware] = list({(*row.subject, row.provider): row for row in mine}.values())
     return kept
 
@@ -243,7 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--hardware {shown!r}: the rows have {list(found)}")
     draw(options.out, found[shown])
     for hardware, rows in found.items():
-        print(f"### {hardware}, {rows[-1].commit}, {rows[-1].date}\n\n{markdown(rows)}\n")
+        runs = "; ".join(dict.fromkeys(f"{row.commit}, {row.date}" for row in rows))
+        print(f"### {hardware}, {runs}\n\n{markdown(rows)}\n")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ class Adaptive(Relay):
 
     def _made(self, sigmas: Sequence[float] | None = None, response: np.ndarray | None = None) -> Plan:
         if isinstance(self._source, Plan):
-            return adapted(self._source, self._budget, sigmas, response)
+            made = adapted(self._source, self._budget, sigmas, response)
+            return replace(made, likeness=self._source.likeness)
         if self._budget is None:
             raise ValueError("budget=None: with statistics say how many steps to compute, e.g. budget=10")
         return plan_for(self._source, self._budget, sigmas, response, site=self.site)

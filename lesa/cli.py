@@ -69,8 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         "--candidate",
         action="append",
         metavar="PLAN",
-        help="plan of your own (file, folder or hub repository) that is run besides; the plan written is never worse "
-        "on the prompts fitted to; repeat for several",
+        help="plan of your own (file, folder or hub repository), or a forecaster's name such as taylor-2 or lesa, the "
+        "paper's, which is trained; it is run besides; the plan written is never worse on the prompts fitted to; "
+        "repeat for several",
     )
     fit.add_argument("--batch", type=int, default=1, help="prompts in one request (default: %(default)s)")
     fit.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")
@@ -131,9 +132,18 @@ def _load(options: argparse.Namespace) -> Any:
 
     device = _device(options.device)
     path = assets.PIPELINE if options.pipeline == _BUNDLED else options.pipeline
-    pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=getattr(torch, options.dtype)).to(device)
+    pipe = DiffusionPipeline.from_pretrained(path, **{_dtype_name(): getattr(torch, options.dtype)}).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _dtype_name() -> str:
+    """What `DiffusionPipeline.from_pretrained` calls the dtype, which its signature does not tell."""
+    import diffusers
+
+    major, minor = (int(number) for number in diffusers.__version__.split(".")[:2])
+    # 0.40 renamed it and warns of the old name; earlier versions pass over the new one
+    return "dtype" if (major, minor) >= (0, 40) else "torch_dtype"
 
 
 def _device(name: str | None) -> str:

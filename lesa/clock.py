@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .inputs import Inputs
 from .plan import PlanError
 
 UNNAMED = "default"
@@ -29,11 +30,13 @@ class Request:
         num_steps: denoiser calls to come in each context; None for a bare denoiser.
         sigmas: the noise levels with the final 0, `num_steps` + 1 of them; None for a bare denoiser.
         scheduler: the pipeline's, its timesteps set and no update made yet; None for a bare denoiser.
+        denoiser: that runs it, where known.
     """
 
     num_steps: int | None = None
     sigmas: tuple[float, ...] | None = None
     scheduler: Any = field(default=None, repr=False, compare=False)
+    denoiser: torch.nn.Module | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Call:
         sample: the denoiser's first tensor argument, the noisy sample.
         request: the request it belongs to.
         starts: whether it is the first call of that request.
+        inputs: all that the denoiser is given, where known.
     """
 
     context: str
@@ -55,6 +59,7 @@ class Call:
     sample: torch.Tensor
     request: Request
     starts: bool
+    inputs: Inputs | None = field(default=None, repr=False, compare=False)
 
 
 class Clock:
@@ -77,7 +82,7 @@ class Clock:
         self._counts: dict[str, int] = defaultdict(int)
         self._last: dict[str, float] = {}
 
-    def tick(self, context: str | None, timestep: Any, sample: torch.Tensor) -> Call:
+    def tick(self, context: str | None, timestep: Any, sample: torch.Tensor, inputs: Inputs | None = None) -> Call:
         """Place one denoiser call.
 
         Raises:
@@ -89,7 +94,7 @@ class Clock:
         else:
             name, step, starts = self._tick_scheduler(context or UNNAMED, scheduler, timestep)
         assert self._request is not None
-        return Call(name, step, timestep, sample, self._request, starts)
+        return Call(name, step, timestep, sample, self._request, starts, inputs)
 
     def _tick_bare(self, context: str, timestep: Any) -> tuple[str, int, bool]:
         now = float(torch.as_tensor(timestep).max())

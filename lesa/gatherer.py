@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .clock import Call, Request
+from .likeness import embedding_of
 from .statistics import StatisticsError
 from .stats import Stats
 
@@ -32,6 +33,7 @@ class Gatherer:
         self.timesteps: list[float] = []
         self.device: torch.device | None = None
         self._offload = offload
+        self.embeddings: dict[str, Tensor] = {}
         self._features: dict[str, dict[str, list[Tensor]]] = {site: {} for site in sites}
 
     @property
@@ -52,8 +54,10 @@ class Gatherer:
         self.request = request
 
     def forecast(self, call: Call) -> None:
-        """Nothing is forecast; the timesteps are kept."""
+        """Nothing is forecast; the timesteps are kept, and what the first calls are told of the prompts."""
         self.device = call.sample.device
+        if call.step == 0 and (embedding := embedding_of(call.inputs)) is not None:
+            self.embeddings[call.context] = embedding.cpu()
         if call.step == len(self.timesteps):
             self.timesteps.append(float(torch.as_tensor(call.timestep).max()))
 

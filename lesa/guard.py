@@ -2,7 +2,8 @@
 
 At a computed step the forecast that would have been made costs one pass over the features. A plan says how large its
 errors were in fitting; a request in which one is far larger is not one that the plan was made for. It leaves the plan:
-the next step repays what the forecasts so far did wrong, all others are computed.
+what the forecasts so far did wrong is made up for at the next step, by computing it (see `retrace`) or, where that
+cannot be done, by an estimate; all others are computed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .tables import written_out
 
 # Standard deviations of the logarithm of an error. On emoji-flux 200 captions like the fitted ones reach up to 4.2.
 TOLERANCE = 4.5
-# After a request that left its plan the next ones are watched more closely: what alters one alters those after it.
+# Requests are watched more closely where it is likely that they are none that the plan was made for.
 ALERT = 2.0
 # The past is interpolated by polynomials through so many computed steps, the nearest.
 _POINTS = 4
@@ -32,7 +33,11 @@ class Guard:
     Args:
         tolerance: by how many times its spread the logarithm of an error may exceed the one expected, above 0. With
             infinity every check is made and measured, and no request leaves its plan.
-        alert: the tolerance after a request that left its plan, if it is smaller, until one stays within it; above 0.
+        alert: the tolerance, if it is smaller, of a request whose prompt or whose denoiser's weights are unlike those
+            that the plan was fitted to (see `likeness`), and after a request that left its plan, until one stays within
+            it; above 0.
+        retrace: whether a request that leaves computes over again what was forecast, in one go: about as many denoiser
+            calls as it ran steps. Else the next step adds an estimate of what is owed.
 
     Raises:
         ValueError: a number is not above 0.
@@ -40,6 +45,7 @@ class Guard:
 
     tolerance: float = TOLERANCE
     alert: float = ALERT
+    retrace: bool = True
 
     def __post_init__(self) -> None:
         for name, usual in (("tolerance", TOLERANCE), ("alert", ALERT)):
@@ -108,8 +114,24 @@ def foreign(plan: Plan, contexts: Collection[str]) -> bool:
     return any(plan.expected.values()) and set(plan.rows) == {ANY_CONTEXT} and len(contexts) > 1
 
 
+def rest_of(plan: Plan) -> Plan:
+    """The plan of a request that computes all its steps from here on; without rows and checks."""
+    return replace(
+        plan,
+        computed=tuple(range(plan.num_steps)),
+        rows={context: {} for context in plan.rows},
+        forecaster="none",
+        stages=(),
+        training={},
+        checks={},
+        expected={},
+        surrogate=None,
+        likeness=None,
+    )
+
+
 def leaving(plan: Plan, step: int, held: Collection[int]) -> Plan:
-    """The plan for the rest of a request whose forecasts are off.
+    """The plan for the rest of a request whose forecasts are off, where no retrace is made.
 
     What the request was given at forecast steps is known by then to be wrong: between computed steps the truth is
     interpolated, with the step just computed on the far side, many times more exactly than it was foretold. The step
@@ -139,18 +161,12 @@ def leaving(plan: Plan, step: int, held: Collection[int]) -> Plan:
     if plan.site == "output" and step in held and target < plan.num_steps:
         found = {context: _repayment(plan, context, step, held) for context in plan.rows}
         repaid = {context: row for context, row in found.items() if row is not None}
-    repays = len(repaid) == len(plan.rows) > 0
-    return replace(
-        plan,
-        computed=tuple(s for s in range(plan.num_steps) if not (repays and s == target)),
-        rows={context: {target: repaid[context]} if repays else {} for context in plan.rows},
-        forecaster="repayment",
-        stages=(),
-        training={},
-        checks={},
-        expected={},
-        surrogate=None,
-    )
+    rest = rest_of(plan)
+    if not len(repaid) == len(plan.rows) > 0:
+        return rest
+    computed = tuple(s for s in rest.computed if s != target)
+    rows = {context: {target: row} for context, row in repaid.items()}
+    return replace(rest, computed=computed, rows=rows, forecaster="repayment")
 
 
 def _repayment(plan: Plan, context: str, step: int, held: Collection[int]) -> Row | None:

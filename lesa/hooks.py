@@ -16,7 +16,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from torch._dynamo.decorators import skip  # unlike torch.compiler.disable(recur
 from . import ops
 from .clock import Call, Clock
 from .denoisers import denoiser_of, layout_of
-from .exchange import Exchange, Stands, Tail, Tap, argument
+from .exchange import Exchange, Stands, Tail, Tap
+from .inputs import Inputs
+from .retrace import Retrace
 from .runner import Driver, Forecast
 
 _NAME = "lesa"
@@ -106,9 +108,8 @@ class RootHook(ModelHook):
         self._owner: dict[str, int] = {}  # setdefault is atomic, and unlike a lock it can be copied
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Learn where the denoiser takes its timestep and its sample."""
+        """Learn what the denoiser's arguments are called."""
         self._names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self._sample_name = "sample" if "sample" in self._names else "hidden_states"
         return module
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -121,7 +122,9 @@ class RootHook(ModelHook):
         """Compute or forecast one step."""
         self._acquire()
         try:
-            turn = self._begin(args, kwargs)
+            turn = self._begin(module, args, kwargs)
+            if turn.retrace is not None:
+                args, kwargs = self._over_again(turn.call, turn.retrace, args, kwargs)
             output = self._run(turn, args, kwargs)
             if not self._end(turn, output):
                 turn = self._compute(turn.call)
@@ -141,6 +144,30 @@ class RootHook(ModelHook):
             return turn.run(*args, **kwargs)
         finally:
             self._leave()
+
+    @skip
+    def _over_again(self, call: Call, retrace: Retrace, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Run what a retrace wants; returns what the call is given then."""
+        inputs, turn = self._next(call, retrace)
+        while inputs is not None:
+            output = self._run(turn, inputs.args, inputs.kwargs)
+            self._take(turn, retrace, output)
+            inputs, turn = self._next(call, retrace)
+        return self._given(retrace, args, kwargs)
+
+    @torch.compiler.disable
+    def _next(self, call: Call, retrace: Retrace) -> tuple[Inputs | None, _Turn]:
+        return retrace.next, _Turn(call, self.driver.stats.start("computed", call.sample.device), self._original())
+
+    @torch.compiler.disable
+    def _take(self, turn: _Turn, retrace: Retrace, output: Any) -> None:
+        turn.stop()
+        retrace.take(_first(output))
+
+    @torch.compiler.disable
+    def _given(self, retrace: Retrace, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        inputs = retrace.given(Inputs(self._names, args, kwargs))
+        return inputs.args, inputs.kwargs
 
     @torch.compiler.disable
     def restore(self) -> None:
@@ -177,14 +204,19 @@ class RootHook(ModelHook):
         self._clock.abort()
 
     @torch.compiler.disable
-    def _begin(self, args: tuple, kwargs: dict) -> _Turn:
+    def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> _Turn:
         """Place the call and ask the driver."""
-        sample = argument(self._names, self._sample_name, args, kwargs)
-        call = self._clock.tick(self.context.name, argument(self._names, "timestep", args, kwargs), sample)
+        inputs = Inputs(self._names, args, kwargs)
+        call = self._clock.tick(self.context.name, inputs.get("timestep"), inputs.sample, inputs)
         if call.starts:
-            self.driver.begin(call.request)
-        forecast = self.driver.forecast(call)
-        return self._compute(call) if forecast is None else self._forecast(call, forecast)
+            self.driver.begin(replace(call.request, denoiser=module))
+        coming = self.driver.forecast(call)
+        if isinstance(coming, Forecast):
+            return self._forecast(call, coming)
+        turn = self._compute(call)
+        if coming is not None:
+            turn.retrace, turn.wrap = coming, functools.partial(_instead, coming)
+        return turn
 
     @torch.compiler.disable
     def _compute(self, call: Call) -> _Turn:
@@ -207,7 +239,7 @@ class RootHook(ModelHook):
             turn = _Turn(call, stop, self._original(), *stands.head(call.context, ring))
         else:
             turn = _Turn(call, stop, self._original(), *stands.tail(forecast.feature()))
-        turn.accept = forecast.accept
+        turn.forecast, turn.accept = True, forecast.accept
         if ring is not None:
             turn.operator = f"{name}: {ring.backend or ops.backend_of(name, ring.history)}"
         return turn
@@ -216,7 +248,7 @@ class RootHook(ModelHook):
     def _end(self, turn: _Turn, output: Any) -> bool:
         """Count the turn; whether its output stands."""
         driver, call, stand = self.driver, turn.call, turn.stand
-        if isinstance(stand, Tail) or turn.wrap is not None:
+        if turn.forecast:
             if isinstance(stand, Tail):
                 stand.feature = None
                 if not stand.reached:
@@ -260,6 +292,8 @@ class _Turn:
     wrap: Callable[[torch.Tensor], Any] | None = None
     operator: str | None = None
     accept: Callable[[torch.Tensor], bool] | None = None
+    forecast: bool = False
+    retrace: Retrace | None = None
 
 
 class _ContextName(StateManager):
@@ -301,6 +335,12 @@ def _like(output: Any, feature: torch.Tensor) -> Any:
     if isinstance(output, torch.Tensor):
         return feature
     return (feature,) if type(output) is tuple else type(output)(sample=feature)
+
+
+@torch.compiler.disable
+def _instead(retrace: Retrace, output: Any) -> Any:
+    """What the pipeline is given at the end of a retrace, wrapped as the output."""
+    return _like(output, retrace.repaid(_first(output)))
 
 
 def _invalidate_caches(denoiser: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from .describe import drawing, figures
@@ -216,16 +217,24 @@ def _fetch(
     local_files_only: bool,
     token: str | bool | None,
 ) -> str:
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     cache = None if cache_dir is None else Path(cache_dir)
+    # of the HTTP library, which is another in each version of the hub's
+    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
     offline = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE is set"
     try:
+        found = try_to_load_from_cache(name, filename, cache_dir=cache, revision=revision)
         if not local_files_only and not constants.HF_HUB_OFFLINE:
+            if not isinstance(found, str):
+                # hf_hub_download has no option for this: with nothing in the cache it asks six times more where nobody
+                # answers, for 23 s and longer. Whatever is answered, it reads better itself.
+                url = hf_hub_url(name, filename, revision=revision)
+                with suppress(HfHubHTTPError):
+                    get_hf_file_metadata(url, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             return hf_hub_download(name, filename, revision=revision, cache_dir=cache, token=token)
         # hf_hub_download(local_files_only=True) may still ask the hub about other things
-        found = try_to_load_from_cache(name, filename, cache_dir=cache, revision=revision)
         if isinstance(found, str):
             return found
         reason = (
@@ -233,7 +242,7 @@ def _fetch(
             "plan file or of a folder that Plan.save_pretrained wrote"
         )
         cause: Exception | None = None
-    except (EntryNotFoundError, OSError, ValueError) as error:
+    except (EntryNotFoundError, http_error, OSError, ValueError) as error:
         reason, cause = _why(error), error
     at = f" at revision {revision!r}" if revision else ""
     raise PlanError(
@@ -244,14 +253,18 @@ def _fetch(
 def _why(error: Exception) -> str:
     from huggingface_hub import errors
 
+    said = " ".join(str(error).split()) or type(error).__name__
+    unknown = f"cannot be fetched ({said}): check the name and the network"
+    nowhere = "is not in the hub's cache, nor can the hub be reached"
     # a kind stands before the kinds that it is one of
     reasons: list[tuple[type[Exception], str]] = [
         (errors.GatedRepoError, "needs its owner's leave: ask for it on the repository's page, then give token="),
         (errors.RepositoryNotFoundError, "cannot be found: check the name; a private repository needs token="),
         (errors.RevisionNotFoundError, "cannot be found: check revision="),
-        (errors.LocalEntryNotFoundError, "is not in the hub's cache, nor can the hub be reached: check the network"),
+        (errors.LocalEntryNotFoundError, f"{nowhere}: check the network"),
         (errors.EntryNotFoundError, "cannot be found: the repository has no such file; give filename="),
+        (errors.HFValidationError, f"cannot be ({said}): check the name"),
+        (errors.HfHubHTTPError, unknown),
+        (errors.HfHubHTTPError.__bases__[0], f"{nowhere} ({said}): check the network"),
     ]
-    known = next((reason for kind, reason in reasons if isinstance(error, kind)), None)
-    said = " ".join(str(error).split()) or type(error).__name__
-    return known or f"cannot be fetched ({said}): check the name and the network"
+    return next((reason for kind, reason in reasons if isinstance(error, kind)), unknown)

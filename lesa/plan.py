@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .routing import Stage
 
 if TYPE_CHECKING:
+    from .likeness import Likeness
     from .surrogate import Surrogate
 
 ANY_CONTEXT = "*"
@@ -80,6 +81,7 @@ class Plan:
         surrogate: the model of the requests that the plan was fitted to, of which plans for other noise levels and
             budgets are made, see `lesa.transfer`; for the output site only. The runtime does not read it, and plans
             that differ in nothing else are equal.
+        likeness: what the guard knows of the prompts and the weights that the plan was fitted to.
 
     Raises:
         PlanError: a value is out of place; the message names it.
@@ -100,6 +102,7 @@ class Plan:
     expected: Mapping[str, Mapping[int, Expected]] = field(default_factory=dict)
     response: tuple[float, ...] | None = None
     surrogate: Surrogate | None = field(default=None, repr=False, compare=False)
+    likeness: Likeness | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "computed", tuple(int(s) for s in self.computed))
@@ -235,8 +238,8 @@ class Plan:
     def join(cls, plans: Mapping[str, Plan]) -> Plan:
         """One plan out of plans for single contexts, e.g. {"cond": ..., "uncond": ...}.
 
-        The figures of training are the first plan's, but for the alphas, which are kept for each context; the surrogate
-        too, where all plans have the same.
+        The figures of training are the first plan's, but for the alphas, which are kept for each context; surrogate and
+        likeness too, where all plans have the same.
 
         Raises:
             PlanError: the plans differ in anything but rows and training.
@@ -257,7 +260,9 @@ class Plan:
         if all("alphas" in plan.training for plan in plans.values()):
             training["alphas"] = {c: next(iter(plan.training["alphas"].values())) for c, plan in plans.items()}
         surrogate = first.surrogate if all(plan.surrogate is first.surrogate for plan in plans.values()) else None
-        return replace(first, rows=rows, training=training, checks=checks, expected=expected, surrogate=surrogate)
+        likeness = first.likeness if all(plan.likeness == first.likeness for plan in plans.values()) else None
+        tables: dict[str, Any] = {"rows": rows, "checks": checks, "expected": expected}
+        return replace(first, **tables, training=training, surrogate=surrogate, likeness=likeness)
 
     def _check_schedule(self) -> None:
         total = self.num_steps

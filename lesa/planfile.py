@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save as serialize
 
 from . import files
+from .likeness import Likeness, Prompts
 from .plan import Expected, Plan, PlanError, Row
 from .routing import Stage
 from .surrogate import Surrogate
@@ -62,6 +63,9 @@ def save(plan: Plan, path: str | os.PathLike[str]) -> Path:
     if plan.surrogate is not None:
         arrays |= packed(plan.surrogate)
         description["surrogate_contexts"] = list(plan.surrogate.contexts)
+    if plan.likeness is not None:
+        arrays |= _of_likeness(plan.likeness)
+        description["likeness_contexts"] = list(plan.likeness.prompts)
     # safetensors writes an array's memory as it lies.
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array.size}
     files.replace_file(path, serialize(arrays, files.metadata(description)))
@@ -110,12 +114,32 @@ def _unpacked(arrays: Mapping[str, np.ndarray], contexts: Iterable[str]) -> Surr
     return Surrogate(grams, whole, arrays["surrogate_guidance"], slopes, tuple(contexts))
 
 
+def _of_likeness(likeness: Likeness) -> dict[str, np.ndarray]:
+    """A likeness as arrays; the widths of contexts may differ."""
+    arrays = {"likeness_scatter": np.array([prompts.scatter for prompts in likeness.prompts.values()])}
+    for i, prompts in enumerate(likeness.prompts.values()):
+        arrays[f"likeness_center_{i}"] = np.asarray(prompts.center, np.float32)
+    if likeness.weights is not None:
+        arrays["likeness_weights"] = np.asarray(likeness.weights, np.float32)
+    return arrays
+
+
+def _likeness(arrays: Mapping[str, np.ndarray], contexts: Sequence[str]) -> Likeness:
+    """The likeness of `_of_likeness`."""
+    prompts = {
+        context: Prompts(tuple(arrays[f"likeness_center_{i}"].tolist()), float(arrays["likeness_scatter"][i]))
+        for i, context in enumerate(contexts)
+    }
+    weights = arrays.get("likeness_weights")
+    return Likeness(prompts, None if weights is None else tuple(map(tuple, weights.tolist())))
+
+
 def _plan(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> Plan:
     computed = tuple(arrays["computed"].tolist())
     forecast = sorted(set(range(description["num_steps"])) - set(computed))
     # Plans made before there was a guard know neither checks nor expected errors; only fitted ones know a surrogate.
     checks = _rows("check_", arrays, description.get("check_contexts", []), computed)
-    modelled = description.get("surrogate_contexts")
+    modelled, alike = description.get("surrogate_contexts"), description.get("likeness_contexts")
     return Plan(
         computed=computed,
         sigmas=tuple(arrays["sigmas"].tolist()),
@@ -126,6 +150,7 @@ def _plan(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> Plan:
         checks={context: {step: row for step, row in own.items() if row.steps} for context, own in checks.items()},
         expected=_expected(arrays, description.get("expected_contexts", [])),
         surrogate=None if modelled is None else _unpacked(arrays, modelled),
+        likeness=None if alike is None else _likeness(arrays, alike),
         **{name: description[name] for name in _PLAIN},
     )
 

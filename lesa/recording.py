@@ -25,7 +25,8 @@ from .clock import Call, Request
 from .denoisers import config_hash, denoiser_of
 from .files import replace_file
 from .requests import check_prompts, run
-from .runner import Driver, Forecast, LesaWarning
+from .retrace import Retrace
+from .runner import Driver, Forecast, LesaWarning, Relay
 from .stats import Stats
 
 _FORMAT = "lesa-recording-1"
@@ -296,21 +297,20 @@ class Recorder:
         return {"noise": part(self._noise).contiguous(), **features}
 
 
-class _SameNoise:
-    """Passes everything on to a driver, after checking that the request starts from recorded noise."""
+class _SameNoise(Relay):
+    """Has another driver run the request, after checking that it starts from recorded noise."""
 
     def __init__(self, driver: Driver, noise: torch.Tensor) -> None:
-        self._driver, self._noise = driver, noise
-        self.stats, self.begin, self.keep = driver.stats, driver.begin, driver.keep
-        self.refuse, self.lose, self.observe = driver.refuse, driver.lose, driver.observe
+        super().__init__(driver)
+        self._noise = noise
 
-    def forecast(self, call: Call) -> Forecast | None:
+    def forecast(self, call: Call) -> Forecast | Retrace | None:
         if call.starts and not torch.equal(call.sample.cpu(), self._noise):
             raise RecordingError(
                 "the request does not start from the recorded noise: use the pipeline, dtype and library versions of "
                 "the recording, or record again"
             )
-        return self._driver.forecast(call)
+        return super().forecast(call)
 
 
 def _resume(folder: Path, wanted: Mapping[str, Any]) -> Recording | None:

@@ -12,9 +12,11 @@ from typing import Protocol
 import torch
 
 from .clock import Call, Request
-from .guard import Guard, deviation, foreign, leaving, relative_error
+from .guard import Guard, deviation, foreign, leaving, relative_error, rest_of
 from .history import History, Ring
+from .likeness import FAR, embedding_of
 from .plan import MAX_READS, Plan, PlanError, Row
+from .retrace import Past, Retrace
 from .stats import GuardStats, Stats
 
 # Beyond this the weights were made for a visibly different schedule of noise levels.
@@ -48,8 +50,8 @@ class Driver(Protocol):
     def begin(self, request: Request) -> None:
         """A new request starts, before its first denoiser call."""
 
-    def forecast(self, call: Call) -> Forecast | None:
-        """The forecast of this step, or None to have it computed."""
+    def forecast(self, call: Call) -> Forecast | Retrace | None:
+        """The forecast of this step, or None to have it computed, or what must be computed over again before it is."""
 
     def keep(self, call: Call, feature: torch.Tensor | None) -> None:
         """A step was computed; its feature is None where `lose` was called for it."""
@@ -79,7 +81,7 @@ class Relay:
         """Handed to the runner."""
         self._runner.begin(request)
 
-    def forecast(self, call: Call) -> Forecast | None:
+    def forecast(self, call: Call) -> Forecast | Retrace | None:
         """What the runner says."""
         return self._runner.forecast(call)
 
@@ -127,7 +129,11 @@ class PlanRunner:
         self._lost: str | None = None
         # No element of a step's feature is larger than this, by context and step.
         self._bounds: dict[tuple[str, int], float] = {}
-        self._checked = self._left = False  # in the request that runs
+        # In the request that runs.
+        self._checked, self._strange = False, False
+        self._left: int | None = None
+        self._past: Past | None = None
+        self._retrace: Retrace | None = None
 
     def begin(self, request: Request) -> None:
         """Start a request with empty histories.
@@ -153,22 +159,31 @@ class PlanRunner:
         self._inputs.clear()
         self._bounds.clear()
         self._lost = None
-        if self._guard is not None and self._checked and not self._left:
+        if self._guard is not None and self._checked and self._left is None:
             self._saw().alert = False
-        self._checked = self._left = False
+        self._checked, self._strange, self._left, self._retrace = False, False, None, None
+        self._sigmas = request.sigmas or self.plan.sigmas
+        self._past = Past() if self._watches and self._guard is not None and self._guard.retrace else None
+        known, denoiser = self.plan.likeness, request.denoiser
+        if self._watches and known is not None and denoiser is not None and known.altered(denoiser):
+            self._suspect("the denoiser's weights are not those that the plan was fitted to")
 
     def lose(self, reason: str) -> None:
         """Compute the rest of this request in full."""
         self._warn(reason)
         self._lost = reason
 
-    def forecast(self, call: Call) -> Forecast | None:
+    def forecast(self, call: Call) -> Forecast | Retrace | None:
         """Forecast the feature of a step the plan does not compute.
 
         Raises:
             PlanError: a bare denoiser's calls do not follow the plan's timesteps.
         """
         self._check_position(call)
+        if self._watches:
+            self._look(call)
+            if self._retrace is not None and call.step == self._retrace.step:
+                return self._retrace
         signature = (call.sample.shape, call.sample.dtype, call.sample.device)
         changed = self._inputs.setdefault(call.context, signature) != signature
         if changed:
@@ -219,7 +234,39 @@ class PlanRunner:
         self.stats.refused[reason] += 1
 
     def observe(self, call: Call, output: torch.Tensor) -> None:
-        """What a plan does depends on no output."""
+        """What a plan does depends on no output; what a retrace starts from is kept."""
+        if self._past is not None:
+            self._past.saw(call, output)
+            if call.step == self.plan.num_steps - 1:
+                self._past = None
+
+    def _look(self, call: Call) -> None:
+        """What the guard makes of a call before it runs."""
+        if call.step == 0 and self.plan.likeness is not None and not self._strange:
+            embedding = embedding_of(call.inputs)
+            if embedding is not None and self.plan.likeness.distance(call.context, embedding) > FAR:
+                self._suspect()
+        if self._past is None:
+            return
+        self._past.note(call)
+        if self._left is not None and call.step > self._left:
+            self._retrace = self._past.retrace(call, self._sigmas)
+            self._past = None
+            if self._retrace is not None:
+                self._saw().retraced += self._retrace.calls
+                self._follow(rest_of(self.plan), self._left)
+
+    def _suspect(self, reason: str | None = None) -> None:
+        """Watch this request more closely."""
+        self._strange = True
+        self._saw().strange += 1
+        if reason is not None and reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"{reason} (a LoRA, other precision?): the guard watches closely; fit again with these weights",
+                LesaWarning,
+                stacklevel=2,
+            )
 
     def _use(self, plan: Plan) -> None:
         self._active, self._computed = plan, frozenset(plan.computed)
@@ -272,7 +319,8 @@ class PlanRunner:
                 # An error as small as the rounding of features says nothing.
                 off = deviation(error, expected, torch.finfo(feature.dtype).eps)
                 self._checked = True
-                if off > (min(guard.alert, guard.tolerance) if self._saw().alert else guard.tolerance):
+                closely = self._saw().alert or self._strange
+                if off > (min(guard.alert, guard.tolerance) if closely else guard.tolerance):
                     self._leave(step, error / expected.error if expected.error else math.inf)
         return True
 
@@ -280,13 +328,16 @@ class PlanRunner:
         """Run the rest of this request, in all contexts, by what the guard makes of its plan."""
         self._warn("forecasts are worse than in fitting, so the guard has the rest of the request computed")
         saw = self._saw()
-        saw.switches, saw.last, saw.alert, self._left = saw.switches + 1, (step, ratio), True, True
+        saw.switches, saw.last, saw.alert, self._left = saw.switches + 1, (step, ratio), True, step
         slot = self._active.slots[step]
         held = set.intersection(*(self._history(context).computed(slot) for context in self._inputs))
         # Contexts that have not run this step yet will hold it too.
         if slot >= 0 and all(self._bounds.get((context, step), 0.0) < math.inf for context in self._inputs):
             held.add(step)
-        plan = leaving(self._sparse, step, held)
+        self._follow(leaving(self._sparse, step, held), step)
+
+    def _follow(self, plan: Plan, step: int) -> None:
+        """Run what comes after a step by another plan."""
         for history in self._histories.values():
             history.follow(plan, step)
         self._use(plan)

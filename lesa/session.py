@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from . import candidates
 from .candidates import Given
 from .climbing import Climber
+from .denoisers import denoiser_of
 from .expectations import expectations
 from .gatherer import Gatherer
 from .gathering import gather_works
 from .kept import Kept, digest
+from .likeness import Likeness, likeness_of
 from .plan import Plan, PlanError
 from .refining import RULES, Candidate, Refiner
 from .surrogate import Surrogate, spread_slopes
@@ -100,6 +103,7 @@ class Session:
         self.trials = record(fitting)
         candidates.check_requests(given, self.trials.statistics)
         self.held = record(held) if held else None
+        self._likeness = _likeness(target, [part for part in (self.trials, self.held) if part is not None])
         if folder is not None:
             self.trials.statistics.save(folder / "statistics.safetensors")
 
@@ -211,7 +215,7 @@ class Session:
             **_ssim("fitting_ssim", best.measured),
             **_ssim("held_out_ssim", held),
         }
-        plan = replace(plan, training=told, surrogate=self._surrogate(best))
+        plan = replace(plan, training=told, surrogate=self._surrogate(best), likeness=self._likeness)
         return replace(plan, expected=self._expected(plan, best.measured, held))
 
     def _surrogate(self, best: Candidate) -> Surrogate | None:
@@ -258,6 +262,17 @@ class Session:
         slopes = prior_slopes(self.trials.statistics, self.trials.count)
         known = self.trials.surrogate(slopes).thinned().grams
         return grams.shape == known.shape and bool(np.abs(grams - known).max() <= _SAME * np.abs(known).max())
+
+
+def _likeness(target: Any, parts: Sequence[Trials]) -> Likeness:
+    """What the guard compares later requests with: all that were recorded."""
+    references = [reference for part in parts for reference in part.references]
+    contexts = {context for reference in references for context in reference.embeddings}
+    embeddings = {
+        context: torch.cat([r.embeddings[context] for r in references if context in r.embeddings])
+        for context in sorted(contexts)
+    }
+    return likeness_of(embeddings, denoiser_of(target))
 
 
 def _ssim(name: str, measured: Measured | None) -> dict[str, float]:

@@ -22,7 +22,9 @@ class GuardStats:
         checks: forecasts compared with the truth.
         switches: requests that left their plan; the rest of them was computed.
         last: of the last of them, the step and how many times its expected error the forecast had.
+        retraced: denoiser calls of steps that had run, computed over again for requests that left.
         alert: whether the next request is watched more closely, because one left its plan.
+        strange: requests watched more closely because their prompt or the weights are unlike those of fitting.
         replaced: forecasts that were not finite; a computed step took their place.
         dropped: computed features that were not finite; no forecast reads them.
         errors: the largest finite relative error of each check, for each context.
@@ -31,7 +33,9 @@ class GuardStats:
     checks: int = 0
     switches: int = 0
     last: tuple[int, float] | None = None
+    retraced: int = 0
     alert: bool = False
+    strange: int = 0
     replaced: int = 0
     dropped: int = 0
     errors: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -46,7 +50,8 @@ class GuardStats:
     def __str__(self) -> str:
         where = f" (last at step {self.last[0]}, {self.last[1]:.2g} x the expected error)" if self.last else ""
         return (
-            f"guard: checks {self.checks}, switches {self.switches}{where}, not finite {self.replaced} forecasts and "
+            f"guard: checks {self.checks}, switches {self.switches}{where}, retraced {self.retraced} calls, "
+            f"unlike the fitted {self.strange}, not finite {self.replaced} forecasts and "
             f"{self.dropped} features"
         )
 
@@ -77,12 +82,15 @@ class Stats:
     def seconds_saved(self) -> float:
         """What the forecast calls would have taken at the median of the latest computed ones, less what they took.
 
-        The median, because a call in which torch compiles takes as long as thousands of others.
+        Calls that were never made can only be guessed: by the median, because a call in which torch compiles takes as
+        long as thousands of others. What forecasts took is a fact and counts in full, compiling included, which without
+        the plan nobody would have waited for: a short first run may save less than nothing.
         """
         computed, forecast = self._timers["computed"], self._timers["forecast"]
         if not computed.calls:
             return 0.0
-        return computed.median * forecast.calls - forecast.seconds
+        again = 0 if self.guard is None else self.guard.retraced  # calls that a full request would not have made
+        return computed.median * (forecast.calls - again) - forecast.seconds
 
     def start(self, kind: str, device: torch.device) -> Callable[[], None]:
         """Begin timing one call of `kind` ("computed" or "forecast") without waiting for the device.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -33,10 +33,12 @@ class Reference:
     Args:
         outputs: [C, T, B, L] of its B requests, in the denoiser's dtype.
         final: what the call returned: pictures [B, ...] in [0, 1], or None where it returned nothing of use.
+        embeddings: by context [m B, D] of its prompts, see `lesa.likeness.embedding_of`.
     """
 
     outputs: Tensor
     final: np.ndarray | None
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -173,7 +175,7 @@ def reference_of(gatherer: Gatherer, result: Any) -> Reference:
         torch.stack([part.unflatten(0, (-1, count)).transpose(0, 1).flatten(1) for part in own])
         for own in gatherer.features("output").values()
     ]
-    return Reference(torch.stack(outputs), final_of(result, count))
+    return Reference(torch.stack(outputs), final_of(result, count), gatherer.embeddings)
 
 
 def final_of(result: Any, count: int) -> np.ndarray | None:

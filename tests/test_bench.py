@@ -52,6 +52,7 @@ def test_quick_run_keeps_a_row_of_everything(tmp_path):
         "forecast": {*fused, "eager", "paper", "copy"},
         "forecast_at": {*fused, "copy"},
         "forecast_head": {*(fused - {"cpp"}), "eager", "paper", "copy"},
+        "forecast_errors": {*fused, "eager", "copy"},
         "predict": {*fused, "eager", "copy"},
         "predict_loss": {*fused, "eager", "copy"},
         "predict_loss_fwd_bwd": {*fused, "eager", "copy"},
@@ -169,6 +170,21 @@ def test_table_holds_the_newest_rows(tmp_path):
     assert "| kan | t50x3 |  | float32 | 30.0 µs (20 %) |  | 6.0 µs |" in table
     assert "| train_step | flux | 8 | bfloat16 |  | 12.3 ms |  |" in table
     assert len(table) == 2 + 5
+
+
+def test_an_operator_that_is_not_measured_again_keeps_its_rows(tmp_path, capsys):
+    path = synthetic(tmp_path / "ops.csv")
+    with path.open("a") as file:
+        for provider in ("triton", "copy"):
+            file.write(f"H100,newest,2026-03-04,forecast_errors,flux,8,bfloat16,{provider},1,80,9,1000,2900\n")
+    found = roofline.read(path)
+    assert list(found) == ["x86 CPU", "H100"]
+    assert {(row.op, row.commit) for row in found["H100"]} == {
+        *((op, "new") for op in ("forecast", "kan", "train_step")),
+        ("forecast_errors", "newest"),
+    }
+    roofline.main(["--results", str(path), "--out", str(tmp_path / "roofline.png")])
+    assert "### H100, new, 2026-01-02; newest, 2026-03-04\n" in capsys.readouterr().out
 
 
 def test_picture_shows_the_gpu_with_every_provider(tmp_path, capsys):

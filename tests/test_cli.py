@@ -6,9 +6,11 @@ import inspect
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,27 @@ def test_generate_replaces_no_picture(folder: Path, plan: Path, tmp_path: Path, 
     pictures = [np.asarray(Image.open(out / name)) for name in names]
     assert np.array_equal(pictures[0], np.asarray(expected(folder, ["snow"], 0)[0])), "the first one is to stay"
     assert all(not np.array_equal(pictures[0], other) for other in pictures[1:])
+
+
+def test_the_dtype_reaches_the_pipeline_without_a_warning(folder: Path) -> None:
+    options = cli._parser().parse_args(["generate", *on(folder), "--device", "cpu", "--dtype", "bfloat16", "snow"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipe = cli._load(options)
+    assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
+    assert not [str(warning.message) for warning in caught if "torch_dtype" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        *(("0.36.0", "torch_dtype"), ("0.39.1", "torch_dtype"), ("0.40.0", "dtype"), ("0.42.1", "dtype")),
+        *(("0.43.0.dev0", "dtype"), ("1.0.0", "dtype")),
+    ],
+)
+def test_the_dtype_has_the_name_that_diffusers_gives_it(version: str, name: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(diffusers, "__version__", version)
+    assert cli._dtype_name() == name
 
 
 def test_generate_with_a_plan_in_a_folder(folder: Path, plan: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -27,7 +27,7 @@ import lesa
 from lesa import exchange, hooks
 from lesa.clock import Call, Request, sigmas_of
 from lesa.forecasters import check_rows, plan_of
-from lesa.guard import ALERT, TOLERANCE, Guard, deviation, foreign, guard_for, leaving, relative_error
+from lesa.guard import ALERT, TOLERANCE, Guard, GuardOption, deviation, foreign, guard_for, leaving, relative_error
 from lesa.plan import Expected, Plan, PlanError, Row
 from lesa.runner import PlanRunner
 
@@ -36,6 +36,7 @@ STEPS = 12
 COMPUTED = (0, 1, 4, 7, 10)
 CHECKED = COMPUTED[2:]
 GUIDED = {"guidance": True}
+ESTIMATE = Guard(retrace=False)
 ON_SITES = pytest.mark.parametrize("site", ["hidden", "output"])
 
 
@@ -48,7 +49,7 @@ def checked_plan(case: Case, site: str, contexts: tuple[str, ...] = ("*",)) -> P
     return replace(plan, rows=dict.fromkeys(contexts, plan.rows["*"]), checks=dict.fromkeys(contexts, checks))
 
 
-def enabled(case: Case, plan: Plan, guard: bool | float | None = None) -> Any:
+def enabled(case: Case, plan: Plan, guard: GuardOption = None) -> Any:
     pipe = case.make()
     lesa.enable(pipe, plan, guard=guard)
     return pipe
@@ -117,7 +118,9 @@ def test_no_switch_where_the_errors_are_as_expected(site: str) -> None:
     assert (stats.computed, stats.forecast, sum(stats.refused.values())) == (len(COMPUTED), STEPS - len(COMPUTED), 0)
     assert stats.guard is not None
     assert (stats.guard.checks, stats.guard.switches, stats.guard.replaced, stats.guard.dropped) == (3, 0, 0, 0)
-    assert str(stats).endswith("guard: checks 3, switches 0, not finite 0 forecasts and 0 features")
+    assert str(stats).endswith(
+        "guard: checks 3, switches 0, retraced 0 calls, unlike the fitted 0, not finite 0 forecasts and 0 features"
+    )
 
 
 @ON_SITES
@@ -134,7 +137,7 @@ def test_a_larger_error_switches_at_its_step_and_the_next_request_starts_sparse(
     held = held_at(strict, step)
     single = joined(strict, step, held)
     expected = FLUX.call(enabled(FLUX, single), steps=STEPS)
-    pipe = enabled(FLUX, strict)
+    pipe = enabled(FLUX, strict, ESTIMATE)
     with counted(FLUX.probes(pipe)) as counts:
         first = FLUX.call(pipe, steps=STEPS)
     assert counts == [len(single.computed)] * len(counts)
@@ -161,7 +164,7 @@ def test_all_contexts_follow_the_one_that_switches(context: str, site: str) -> N
     quiet = enabled(QWEN, plan)
     QWEN.call(quiet, steps=STEPS, **GUIDED)
     assert (lesa.stats(quiet).guard.switches, lesa.stats(quiet).guard.checks) == (0, 2 * len(CHECKED))
-    pipe = enabled(QWEN, scaled(plan, context, 7, math.exp(-1.1 * TOLERANCE)))
+    pipe = enabled(QWEN, scaled(plan, context, 7, math.exp(-1.1 * TOLERANCE)), ESTIMATE)
     single = joined(plan, 7, held_at(plan, 7))
     expected = QWEN.call(enabled(QWEN, single), steps=STEPS, **GUIDED)
     for request in (1, 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import socket
@@ -235,7 +236,7 @@ def test_what_is_not_cached_is_one_clear_error(variable: bool, tmp_path: Path, m
         (errors.EntryNotFoundError, "the repository has no such file; give filename="),
         (errors.LocalEntryNotFoundError, "nor can the hub be reached: check the network"),
         (errors.HfHubHTTPError, r"cannot be fetched \(HfHubHTTPError\)"),
-        (errors.HFValidationError, r"cannot be fetched \(the reason\)"),
+        (errors.HFValidationError, r"cannot be \(the reason\): check the name$"),
         (OSError, r"cannot be fetched \(the reason\)"),
     ],
 )
@@ -245,16 +246,65 @@ def test_what_the_hub_answers_becomes_a_plan_error(kind: type[Exception], messag
         raise kind.__new__(kind, "the reason")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    with pytest.raises(PlanError, match=message):
-        Plan.from_pretrained(NAME, revision="v2")
+    for asked in (refuse, lambda *_, **__: None):
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", asked)
+        with pytest.raises(PlanError, match=message):
+            Plan.from_pretrained(NAME, revision="v2")
+
+
+def unplug(monkeypatch: Any) -> None:
+    """No name has an address, and nobody may wait to try again."""
+
+    def no_address(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_address)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits {seconds} s to try again"))
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(tmp_path: Path, monkeypatch: Any) -> None:
+    unplug(monkeypatch)
+    with pytest.raises(PlanError, match="hub's cache, nor can the hub be reached .*Name or service not known.*network"):
+        Plan.from_pretrained(NAME, cache_dir=tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_needed_for_what_is_cached(tmp_path: Path, monkeypatch: Any) -> None:
+    unplug(monkeypatch)
+    assert same(Plan.from_pretrained(NAME, cache_dir=cached(tmp_path / "cache", PLAN)), PLAN)
+
+
+@pytest.mark.parametrize("name", ["a--b/c", "a/..b", "a/b.", f"a/{'b' * 99}"])
+def test_a_name_that_no_repository_can_have_is_not_asked_for(name: str) -> None:
+    assert hub.is_repository(name)
+    with pytest.raises(PlanError, match=r"cannot be \(.*[Rr]epo.id.*\): check the name$"):
+        Plan.from_pretrained(name)
 
 
 def test_every_option_reaches_the_hub(tmp_path: Path, monkeypatch: Any) -> None:
     path = PLAN.save(tmp_path / "fetched")
     asked: list[Any] = []
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *a, **k: asked.append((a, k)))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(path))
-    assert same(Plan.from_pretrained(NAME, filename="n5", revision="v2", cache_dir="c", token="t"), PLAN)
-    assert asked == [((NAME, "n5"), {"revision": "v2", "cache_dir": Path("c"), "token": "t"})]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", 3)
+    cache = tmp_path / "c"
+    assert same(Plan.from_pretrained(NAME, filename="n5", revision="v2", cache_dir=str(cache), token="t"), PLAN)
+    url = huggingface_hub.hf_hub_url(NAME, "n5", revision="v2")
+    fetched = (NAME, "n5"), {"revision": "v2", "cache_dir": cache, "token": "t"}
+    assert asked == [((url,), {"token": "t", "timeout": 3}), fetched]
+
+
+@pytest.mark.parametrize(
+    ("method", "function"),
+    [
+        *((Plan.save_pretrained, hub.save_pretrained), (Plan.push_to_hub, hub.push_to_hub)),
+        (Plan.from_pretrained, hub.from_pretrained),
+    ],
+)
+def test_the_methods_take_what_the_functions_take(method: Any, function: Any) -> None:
+    taken = [list(inspect.signature(one).parameters.values()) for one in (method, function)]
+    if not inspect.ismethod(method):
+        taken = [parameters[1:] for parameters in taken]  # the plan itself
+    assert taken[0] == taken[1]
 
 
 # Pushing
@@ -329,8 +379,7 @@ def test_push_says_that_it_is_offline(remote: FakeHub, monkeypatch: Any) -> None
 
 def test_the_calls_of_push_are_those_of_the_real_hub() -> None:
     """The fake takes what huggingface_hub takes."""
-    from inspect import signature
-
+    signature = inspect.signature
     api = huggingface_hub.HfApi
     signature(api).bind(token=None)
     signature(api.create_repo).bind(None, NAME, private=None, exist_ok=True)

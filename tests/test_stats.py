@@ -38,6 +38,16 @@ def test_a_call_that_compiles_does_not_count_as_a_usual_one(monkeypatch: pytest.
     assert stats.seconds_saved == 2.0 - 0.5
 
 
+def test_compiling_a_forecast_counts_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = Stats()
+    ticks = iter([0.0, 2.0, 10.0, 19.0, 20.0, 20.5, 30.0, 30.25])
+    for kind in ("computed", "forecast", "forecast", "forecast"):
+        run(stats, ticks, kind, monkeypatch)
+    # forecasts of 9 s, 0.5 s and 0.25 s took longer than three computed calls; three at their median would not have
+    assert stats.seconds_saved == 3 * 2.0 - 9.75
+    assert "-3.750 s saved" in str(stats)
+
+
 def test_the_latest_256_calls_count(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = Stats()
     for seconds, calls in ((8.0, 1000), (2.0, 256)):

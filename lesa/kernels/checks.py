@@ -89,3 +89,21 @@ def check_grad(grad: Tensor, shape: torch.Size) -> None:
             f"grad is {grad.dtype} of shape {tuple(grad.shape)} and strides {grad.stride()}; "
             f"expected contiguous values of a feature's shape {tuple(shape)} in float32, float16 or bfloat16"
         )
+
+
+def check_feature(name: str, feature: Tensor, history: Tensor) -> None:
+    """Refuse what is not a dense feature like those of a ring.
+
+    Args:
+        name: of the argument.
+        feature: expected to have the dtype of `history` and the shape of its features.
+        history: [H, *feature].
+
+    Raises:
+        ValueError: it has not, or is not contiguous.
+    """
+    if feature.dtype != history.dtype or feature.shape != history.shape[1:] or not feature.is_contiguous():
+        raise ValueError(
+            f"{name} is {feature.dtype} of shape {tuple(feature.shape)} and strides {feature.stride()}; "
+            f"expected a contiguous feature {tuple(history.shape[1:])} of {history.dtype}"
+        )

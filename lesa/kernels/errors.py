@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_history, check_row, guard
-from .forecast import _reduce_kernel
+from .checks import check_feature, check_history, check_row, guard
+from .forecast import sum_parts
 
 
 class ErrorsConfig(NamedTuple):
@@ -81,15 +81,10 @@ def launch_forecast_errors(
     """
     check_history(history)
     window = check_row(slots, None, weights=weights, bias=bias)
-    if truth.dtype != history.dtype or truth.shape != history.shape[1:] or not truth.is_contiguous():
-        raise ValueError(
-            f"truth is {truth.dtype} of shape {tuple(truth.shape)} and strides {truth.stride()}; "
-            f"expected a contiguous feature {tuple(history.shape[1:])} of {history.dtype}"
-        )
-    sums = torch.zeros(2, dtype=torch.float32, device=history.device)
+    check_feature("truth", truth, history)
     length = truth.numel()
     if length == 0:
-        return sums
+        return torch.zeros(2, dtype=torch.float32, device=history.device)
     programs = min(triton.cdiv(length, config.block), config.programs)
     parts = torch.empty(programs, 2, dtype=torch.float32, device=history.device)
     with guard(history):
@@ -106,7 +101,4 @@ def launch_forecast_errors(
             BLOCK=config.block,
             num_warps=config.warps,
         )
-        _reduce_kernel[(2,)](
-            sums, parts, programs, K1=2, BLOCK=triton.next_power_of_2(programs), num_warps=config.warps
-        )
-    return sums
+        return sum_parts(parts, config.warps)

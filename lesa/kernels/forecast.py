@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_grad, check_history, check_row, guard
+from .checks import check_feature, check_grad, check_history, check_row, guard
 
 
 class ForecastConfig(NamedTuple):
@@ -171,11 +171,8 @@ def launch_forecast(
         out = history
     elif out is None:
         out = torch.empty(history.shape[1:], dtype=history.dtype, device=history.device)
-    elif out.shape != history.shape[1:] or out.dtype != history.dtype or not out.is_contiguous():
-        raise ValueError(
-            f"out is {out.dtype} of shape {tuple(out.shape)} and strides {out.stride()}; "
-            f"expected contiguous {history.dtype} of shape {tuple(history.shape[1:])}"
-        )
+    else:
+        check_feature("out", out, history)
     if history.numel() == 0:
         return out
     length = history[0].numel()
@@ -222,9 +219,8 @@ def launch_feature_sums(
     check_history(history)
     window = check_row(slots, None)
     check_grad(grad, history.shape[1:])
-    sums = torch.zeros(window + 1, dtype=torch.float32, device=grad.device)
     if grad.numel() == 0 or history.numel() == 0:
-        return sums
+        return torch.zeros(window + 1, dtype=torch.float32, device=grad.device)
     padded = triton.next_power_of_2(window)
     block = min(config.tile // padded, config.block)
     programs = min(triton.cdiv(grad.numel(), block), config.programs)
@@ -243,9 +239,22 @@ def launch_feature_sums(
             num_warps=config.warps,
             num_stages=1,
         )
-        _reduce_kernel[(window + 1,)](
-            sums, parts, programs, K1=window + 1, BLOCK=triton.next_power_of_2(programs), num_warps=config.warps
-        )
+        return sum_parts(parts, config.warps)
+
+
+def sum_parts(parts: Tensor, warps: int) -> Tensor:
+    """The sum of every column, in a fixed order; to be called where the device is chosen.
+
+    Args:
+        parts: [P, sums] float32, contiguous: what each program left.
+        warps: a program; with P, of the order of the additions.
+
+    Returns:
+        [sums] float32.
+    """
+    programs, count = parts.shape
+    sums = torch.empty(count, dtype=torch.float32, device=parts.device)
+    _reduce_kernel[(count,)](sums, parts, programs, K1=count, BLOCK=triton.next_power_of_2(programs), num_warps=warps)
     return sums
 
 

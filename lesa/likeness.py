@@ -1,0 +1,128 @@
+"""Likeness: whether a request is like those that a plan was fitted to, told before anything is forecast.
+
+Two things are compared: what the denoiser is told of the prompt, and its weights. Neither says how good forecasts will
+be; a request unlike the fitted ones is only watched more closely (see `guard`).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .inputs import Inputs
+
+# As often the scatter of the fitted prompts may another be away from their mean: 164 captions of emoji-flux reach 2.4.
+FAR = 2.5
+# Relative change of a matrix; bfloat16 in the place of float32 makes 0.002.
+ALTERED = 0.01
+_ENOUGH = 4  # prompts, to tell a scatter
+_MATRICES, _ENTRIES = 16, 16
+_PROMPT = "encoder_hidden_states"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Where the embeddings of the fitted prompts lie, each the mean over its tokens.
+
+    Args:
+        center: [D], their mean.
+        scatter: how far one lies from the mean of the others, on average; above 0.
+    """
+
+    center: tuple[float, ...]
+    scatter: float
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What a plan knows of the requests it was fitted to.
+
+    Args:
+        prompts: by context; nothing for one whose prompts are not given as embeddings of tokens.
+        weights: entries of some of the denoiser's matrices [M, E]; None where they could not be read.
+    """
+
+    prompts: Mapping[str, Prompts] = field(default_factory=dict)
+    weights: tuple[tuple[float, ...], ...] | None = None
+
+    def distance(self, context: str, embedding: Tensor) -> float:
+        """How many times the scatter the farthest of some embeddings [N, D] lies from the center; waits for the device.
+
+        Returns:
+            0 where nothing is known of the context; infinity for embeddings of another width.
+        """
+        known = self.prompts.get(context)
+        if known is None:
+            return 0.0
+        if embedding.shape[1] != len(known.center):
+            return math.inf
+        center = torch.tensor(known.center, device=embedding.device)
+        return float((embedding - center).norm(dim=1).max()) / known.scatter
+
+    def altered(self, denoiser: torch.nn.Module) -> bool:
+        """Whether the weights are others than in fitting; not where either cannot be read."""
+        now = weights_of(denoiser)
+        if self.weights is None or now is None:
+            return False
+        if len(now) != len(self.weights):
+            return True
+        before = np.asarray(self.weights)
+        change = np.linalg.norm(np.subtract(now, before), axis=1)
+        return bool((change > ALTERED * np.linalg.norm(before, axis=1)).any())
+
+
+def likeness_of(embeddings: Mapping[str, Tensor], denoiser: torch.nn.Module) -> Likeness:
+    """What to remember of fitting requests.
+
+    Args:
+        embeddings: by context [P, D] of the prompts, see `embedding_of`.
+        denoiser: as it ran them.
+    """
+    prompts = {}
+    for context, own in embeddings.items():
+        count, center = len(own), own.double().mean(0)
+        if count < _ENOUGH or not bool(own.isfinite().all()):
+            continue
+        apart = float((own.double() - center).norm(dim=1).mean()) * count / (count - 1)
+        # Negative prompts may be all the same.
+        scatter = max(apart, 1e-3 * float(center.norm()), 1e-12)
+        prompts[context] = Prompts(tuple(center.float().tolist()), scatter)
+    return Likeness(prompts, weights_of(denoiser))
+
+
+def embedding_of(inputs: Inputs | None) -> Tensor | None:
+    """The mean embedding [N, D] of the tokens of each prompt of a call, in float32; None where it has none."""
+    embedded = None if inputs is None else inputs.get(_PROMPT)
+    if not isinstance(embedded, Tensor) or embedded.dim() != 3 or not embedded.is_floating_point():
+        return None
+    return embedded.detach().float().mean(1)
+
+
+def weights_of(denoiser: torch.nn.Module) -> tuple[tuple[float, ...], ...] | None:
+    """Some entries of some of a denoiser's matrices [M, E]; waits for the device.
+
+    Which ones depends on how many matrices there are: an adapter that brings its own has others taken.
+
+    Returns:
+        None where there are none of floating point, or where their weights are not at hand (offloaded, sharded).
+    """
+    matrices = [p.detach() for p in denoiser.parameters() if p.dim() > 1 and p.is_floating_point()]
+    chosen = sorted(random.Random(0).sample(range(len(matrices)), min(_MATRICES, len(matrices))))
+    taken = [matrices[i] for i in chosen]
+    if not taken or any(p.is_meta or type(p) is not Tensor or not p.is_contiguous() for p in taken):
+        return None
+    entries = [_entries(p.view(-1)) for p in taken]
+    values: Sequence[Sequence[float]] = torch.stack([e.to(entries[0].device) for e in entries]).cpu().tolist()
+    return tuple(map(tuple, values))
+
+
+def _entries(flat: Tensor) -> Tensor:
+    """[E] of a matrix, spread over it; repeated where it has fewer."""
+    spread = flat[:: max(len(flat) // _ENTRIES, 1)][:_ENTRIES].float()
+    return spread if len(spread) == _ENTRIES else spread.repeat(_ENTRIES)[:_ENTRIES]
