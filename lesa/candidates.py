@@ -1,8 +1,9 @@
-"""Plans of one's own that a fit measures beside those it searches."""
+"""Plans of one's own and forecasters by name that a fit measures beside the plans it searches."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +13,14 @@ import numpy as np
 import torch
 
 from .denoisers import check_fit
+from .forecasters import FORECASTERS, rows_of
 from .plan import MAX_READS, Plan, PlanError
 from .statistics import Statistics
 from .tables import served_by, written_out
 
+TRAINED = "lesa"  # the forecaster that is no rule
+NAMES = (*FORECASTERS, TRAINED)
+_NAMED = re.compile("|".join(re.sub("<.*>", r"\\d+", name) for name in NAMES))
 _SAME = 1e-4  # of sigma, as between requests of one kind
 
 
@@ -27,6 +32,27 @@ class Given:
     plan: Plan
 
 
+def names_of(candidates: Sequence[Plan | str | os.PathLike[str]] | None) -> list[str]:
+    """The forecasters among what `lesa.fit(candidates=...)` names, each once.
+
+    Raises:
+        ValueError: it is no list of plans, paths and names, or a name's number is outside its range.
+    """
+    if isinstance(candidates, (Plan, str, os.PathLike)):
+        raise ValueError(f"candidates is one {type(candidates).__name__}: give a list, e.g. candidates=[plan]")
+    found = []
+    for i, one in enumerate(candidates or ()):
+        if not isinstance(one, (Plan, str, os.PathLike)):
+            raise ValueError(
+                f"candidates[{i}] is a {type(one).__name__}: expected a Plan, the path of one, or a forecaster's name"
+            )
+        if isinstance(one, str) and _NAMED.fullmatch(one):
+            if one != TRAINED:
+                _check_number(i, one)
+            found.append(one)
+    return list(dict.fromkeys(found))
+
+
 def read(
     candidates: Sequence[Plan | str | os.PathLike[str]] | None,
     effort: str = "default",
@@ -35,26 +61,23 @@ def read(
     """The plans that `lesa.fit(candidates=...)` names.
 
     Args:
-        candidates: plans, or what `Plan.from_pretrained` takes.
+        candidates: plans, what `Plan.from_pretrained` takes, or names of forecasters, which are passed over.
         effort: of the fit.
         budgets: those asked for, where they are known.
 
     Raises:
         PlanError: one of them cannot be read.
-        ValueError: it is no list of plans and paths, one has none of the budgets, or the effort runs nothing.
+        ValueError: see `names_of`; or a plan has none of the budgets, or the effort runs nothing.
     """
-    if isinstance(candidates, (Plan, str, os.PathLike)):
-        raise ValueError(f"candidates is one {type(candidates).__name__}: give a list, e.g. candidates=[plan]")
+    names = names_of(candidates)
+    if candidates and effort == "quick":
+        raise ValueError("candidates with effort='quick', which runs nothing: take another effort, or leave them out")
     given = []
     for i, one in enumerate(candidates or ()):
-        if not isinstance(one, (Plan, str, os.PathLike)):
-            raise ValueError(f"candidates[{i}] is a {type(one).__name__}: expected a Plan or the path of one")
         if isinstance(one, Plan):
             given.append(Given(f"candidate {i} ({one.forecaster}, {one.site} site)", one))
-        else:
-            given.append(Given(f"candidate {i} ({Path(one).name})", Plan.from_pretrained(one)))
-    if given and effort == "quick":
-        raise ValueError("candidates with effort='quick', which runs nothing: take another effort, or leave them out")
+        elif one not in names:
+            given.append(Given(f"candidate {i} ({Path(one).name})", _load(one)))
     if budgets is not None:
         check_budgets(given, budgets)
     return given
@@ -148,3 +171,17 @@ def expressible(weights: np.ndarray, computed: Sequence[int]) -> bool:
     for step in set(range(T)) - set(computed):
         read[step, [j for j in computed if j < step][-MAX_READS:]] = True
     return not weights[:, ~read].any() and bool(np.isfinite(weights).all())
+
+
+def _check_number(index: int, name: str) -> None:
+    try:
+        rows_of(name, (0,), 2, np.eye(2))
+    except ValueError as error:
+        raise ValueError(f"candidates[{index}]={name!r}: {error}") from None
+
+
+def _load(one: str | os.PathLike[str]) -> Plan:
+    try:
+        return Plan.from_pretrained(one)
+    except PlanError as error:
+        raise PlanError(f"{error}; forecasters that are known by name are {', '.join(NAMES)}") from error

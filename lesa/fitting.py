@@ -18,7 +18,6 @@ from .files import replace_file
 from .plan import Plan, PlanError
 from .predictor import Predictor
 from .recording import Recording, record, replay
-from .report import loss_curves
 from .requests import run
 from .runner import PlanRunner
 from .training import Losses, TrainingConfig, closed_loop, digest, guided
@@ -56,6 +55,8 @@ def train(
     Raises:
         ValueError: `prompts` is no list of prompts.
     """
+    from .report import loss_curves  # needs matplotlib, which plans do not
+
     folder = Path(folder)
     recording = record(pipe, prompts, folder / "recording", request=request, site=site, batch=config.batch)
     schedules = {interval: schedule.paper(recording.num_steps, interval) for interval in intervals}
@@ -83,7 +84,7 @@ def train(
             "recording": digest(recording),
             "calibration": min(calibration, len(prompts)),
             "config": asdict(config),
-            "final_loss": _final(losses["guided"], losses[name]),
+            "final_loss": final_losses(losses["guided"], losses[name]),
         }
         if _is_made(path, figures):
             continue
@@ -171,7 +172,7 @@ def calibrated_gains(
         return calibrate(stages, error)
 
 
-def _final(guided_losses: Losses, closed_losses: Losses) -> dict[str, dict[str, float]]:
+def final_losses(guided_losses: Losses, closed_losses: Losses) -> dict[str, dict[str, float]]:
     """Mean loss over the last tenth of each stage, by context."""
 
     def tail(values: Sequence[float]) -> float:

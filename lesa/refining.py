@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm.auto import tqdm
 
-from .candidates import Given, expressible, table_of
+from .candidates import TRAINED, Given, expressible, table_of
 from .climbing import Climber, published, spaced
 from .kept import Kept, digest
 from .plan import Plan
+from .promises import SCHEDULES, Promises
 from .surrogate import spread_slopes
 from .tables import closed_form, plan_of
 from .trials import Measured, Trials
@@ -57,9 +58,11 @@ class Refiner:
         kept: runs plans on them.
         climber: the search on the surrogate.
         budget: computed steps.
-        runs: how many candidates may be run on all requests: 0, or enough for the floor, `given` and one more.
+        runs: how many candidates may be run on all requests: 0, or enough for the floor, `given`, `promises` and one
+            more.
         given: plans of the user's with this budget, all of which are run.
-        rules: forecasters to be run on the published schedule and on the searched one.
+        rules: forecasters to be run on the published schedule and on the searched one, as far as runs allow.
+        promises: what is run besides, and what is left out.
     """
 
     def __init__(
@@ -71,13 +74,15 @@ class Refiner:
         runs: int,
         given: Sequence[Given] = (),
         rules: Sequence[str] = (),
+        promises: Promises = Promises(),  # noqa: B008 (frozen)
     ) -> None:
         self.seen: list[tuple[str, float]] = []
-        self.skipped: list[tuple[str, str]] = []
+        self.skipped: list[tuple[str, str]] = list(promises.skipped)
         self.best: Candidate | None = None
         self._kept, self._climber, self._budget, self._left = kept, climber, budget, runs
         self._statistics = trials.statistics
         self._given, self._rules = given, rules
+        self._promises = promises
         self._bettered: Candidate | None = None  # the best of those with weights
         self._taught: Candidate | None = None
         self._tried: set[str] = set()
@@ -86,7 +91,7 @@ class Refiner:
         """Search, run, better: the best candidate measured, or without runs the one that promises most.
 
         Raises:
-            ValueError: forecasts of a given plan are refused.
+            ValueError: forecasts of a given plan are refused, or training that was asked for fails.
         """
         searched = self._made("searched", self._climber.climb(self._climber.starts()))
         if not self._left:
@@ -107,11 +112,15 @@ class Refiner:
             self._try(searched)
             # What was measured says how the denoiser answers errors: search once more with that.
             self._learn(searched)
-        if self._left:
+        again = searched
+        if self._left > len(self._promises.runs):
             computed = self._climber.climb([*self._climber.starts(), searched.computed])
             again = self._try(self._made("searched again", computed))
-            if self._rules:
-                self._survey(floor, max(searched, again, key=lambda one: one.score).computed)
+        best = max(searched, again, key=lambda one: one.score).computed
+        for promise in self._promises.runs:
+            self._survey_one(str(promise), floor if promise.schedule == SCHEDULES[0] else best, promise.forecaster)
+        if self._rules and self._left:
+            self._survey(floor, best)
         polished = None
         while self._left:
             if polished is not self._bettered:
@@ -135,23 +144,42 @@ class Refiner:
         for rule in self._rules:
             wanted += [(f"published schedule, {rule}", floor, rule), (f"searched schedule, {rule}", searched, rule)]
         for called, computed, one in wanted:
-            reason = "no runs are left for it" if self._left <= until else self._try_rule(called, computed, one)
-            if reason is not None:
-                self.skipped.append((called, reason))
+            self._survey_one(called, computed, one, until)
+
+    def _survey_one(self, name: str, computed: tuple[int, ...], rule: str | None, until: int = -1) -> None:
+        """Run a rule unless it ran or was left out under this name, or no more than `until` runs are left; say why."""
+        if name in dict(self.seen) or name in dict(self.skipped):
+            return
+        reason = "no runs are left for it" if self._left <= until else self._try_rule(name, computed, rule)
+        if reason is not None:
+            self.skipped.append((name, reason))
 
     def _try_rule(self, name: str, computed: tuple[int, ...], rule: str | None) -> str | None:
         """Run a forecaster's rows, or without one the surrogate's; why not, where that cannot be."""
+        made = self._trained(name, computed) if rule == TRAINED else self._ruled(name, computed, rule)
+        if isinstance(made, str):
+            return made
+        if digest(made.plan) in self._tried:
+            return "it is the same as one that was run"
+        self._try(made)
+        return None
+
+    def _ruled(self, name: str, computed: tuple[int, ...], rule: str | None) -> Candidate | str:
+        """A candidate of a rule at the output site, or why there is none."""
         try:
             weights = None if rule is None else closed_form(self._statistics, computed, rule)
         except ValueError as error:
             return str(error)
         if weights is not None and not expressible(weights, computed):
             return "its rows read more computed steps than a row of a plan can, or are not finite"
-        candidate = self._made(name, computed, weights)
-        if digest(candidate.plan) in self._tried:
-            return "it is the same as one that was run"
-        self._try(candidate)
-        return None
+        return self._made(name, computed, weights)
+
+    def _trained(self, name: str, computed: tuple[int, ...]) -> Candidate | str:
+        """A candidate of the trained forecaster, or why there is none."""
+        if len(computed) == self._statistics.num_steps:
+            return "every step is computed: there is nothing to train for"
+        plan = self._promises.train(computed)
+        return plan if isinstance(plan, str) else Candidate(name, plan, table_of(plan, self._statistics.contexts))
 
     def _try_given(self, given: Given) -> None:
         weights = table_of(given.plan, self._statistics.contexts)

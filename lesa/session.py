@@ -23,16 +23,18 @@ from .gathering import gather_works
 from .kept import Kept, digest
 from .likeness import Likeness, likeness_of
 from .plan import Plan, PlanError
+from .promises import promises_of
 from .refining import RULES, Candidate, Refiner
 from .surrogate import Surrogate, spread_slopes
 from .tables import prior_slopes
+from .trainer import Trainer
 from .transfer import expected_by
 from .trials import Measured, Reference, Trials, reference_of
 from .works import Work
 
 _NOT_ALWAYS = ("fitting_ssim", "held_out_ssim", "skipped")  # figures that a given plan may have of an earlier fit
 _SAME = 1e-3  # of inner products recorded twice, where no bits are the same
-_LEAST = 2  # runs besides those of given plans: what is published, and what was searched
+_LEAST = 2  # runs besides those of candidates: what is published, and what was searched
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,20 @@ class Effort:
         share: of what is left after recording that running candidates may take; the search takes the rest.
         prices: schedules looked at on the surrogate, before the first run and again after it.
         rules: forecasters to be run as they are published.
+        experts: whether the paper's forecaster is trained and run too, where that fits.
     """
 
     generations: int
     share: float
     prices: int
     rules: tuple[str, ...] = ()
+    experts: bool = False
 
 
 EFFORTS = {
     "quick": Effort(10, 0.0, 60),
     "default": Effort(40, 0.5, 100),
-    "thorough": Effort(300, 0.75, 500, RULES),
+    "thorough": Effort(300, 0.75, 500, RULES, experts=True),
 }
 
 
@@ -68,6 +72,10 @@ class Session:
         held: the calls that are only measured.
         seeds: of the noise of all of them.
         given: plans to run besides those searched.
+        names: of forecasters to run besides, on the published schedule and on the searched one.
+        prompts: of the fitting requests, for training; None where they are functions of the user's.
+
+    A session is a context manager: at its end what training wrote is removed.
 
     Raises:
         ValueError: a given plan is not for these requests.
@@ -87,8 +95,11 @@ class Session:
         folder: Path | None,
         seeds: Sequence[int] = (),
         given: Sequence[Given] = (),
+        names: Sequence[str] = (),
+        prompts: Sequence[str] | None = None,
     ) -> None:
         self._effort, self._seed, self._folder, self._seeds, self._given = effort, seed, folder, list(seeds), given
+        self._names = list(names)
 
         def record(part: Sequence[Work]) -> Trials:
             references: list[Reference] = []
@@ -106,6 +117,17 @@ class Session:
         self._likeness = _likeness(target, [part for part in (self.trials, self.held) if part is not None])
         if folder is not None:
             self.trials.statistics.save(folder / "statistics.safetensors")
+        self._trainer: Trainer | None = None
+        if prompts is not None and (candidates.TRAINED in self._names or EFFORTS[effort].experts):
+            own, where = self._seeds[: len(prompts)], None if folder is None else folder / "training"
+            self._trainer = Trainer(target, prompts, own, request, self.trials.identity, seed, where)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if self._trainer is not None:
+            self._trainer.close(done=kind is None)
 
     @property
     def num_steps(self) -> int:
@@ -163,6 +185,7 @@ class Session:
             "request": dict(self.trials.statistics.request),
             "guidance": list(self.trials.statistics.guidance),
             "given": [[one.name, digest(one.plan)[:16]] for one in self._at(budget)],
+            "names": self._names,
         }
 
     def _at(self, budget: int) -> list[Given]:
@@ -170,15 +193,18 @@ class Session:
 
     def _fit(self, budget: int) -> Plan:
         effort, given = EFFORTS[self._effort], self._at(budget)
-        recorded = self.trials.count + (0 if self.held is None else self.held.count)
-        left = max(effort.generations - recorded, 0) * effort.share
-        runs = int(left / (self.trials.count * budget / self.num_steps))
-        if effort.share:  # what is promised is measured, whatever it takes
-            runs = max(runs, _LEAST + len(given))
         begin = time.perf_counter()
+        if self._trainer is not None:
+            self._trainer.begin()
+        recorded = self.trials.count + (0 if self.held is None else self.held.count)
+        left = max(effort.generations - recorded, 0)
+        promises = promises_of(self._names, effort.experts, self._trainer, self.trials, budget, left)
+        runs = int((left - promises.cost) * effort.share / (self.trials.count * budget / self.num_steps))
+        if effort.share:  # what is promised is measured, whatever it takes
+            runs = max(runs, _LEAST + len(given) + len(promises.runs))
         kept = Kept(self.trials, None if self._folder is None else self._folder / f"trials-{budget}")
         climber = Climber(self.trials, budget, effort.prices, self._seed)
-        refiner = Refiner(self.trials, kept, climber, budget, runs, given, effort.rules)
+        refiner = Refiner(self.trials, kept, climber, budget, runs, given, effort.rules, promises)
         try:
             best = refiner.run()
         finally:  # also of a fit that is interrupted here, and goes on another time
@@ -187,6 +213,8 @@ class Session:
         if best.measured is not None:
             kept.judge(best.plan, best.measured)
         spent = [kept.seconds, self.trials.seconds, 0.0 if self.held is None else self.held.seconds]
+        if self._trainer is not None:
+            spent.append(self._trainer.earlier)
         seconds = time.perf_counter() - begin + sum(spent)
         figures = {
             **self.identity(budget),

@@ -43,11 +43,14 @@ def fit(
     The fitting requests are run in full once. Their inner products (`lesa.statistics`) and a linear model of what the
     denoiser makes of errors (`lesa.surrogate`) give schedules and weights; the best are run, their weights bettered
     from what is measured, their computed steps moved. "thorough" also runs a rule of each kind in `lesa.forecasters`
-    at the output site, on the published schedule and on the searched one, and even and front-loaded schedules.
+    at the output site, on the published schedule and on the searched one, and even and front-loaded schedules; and it
+    trains the paper's own forecaster, "lesa", for the paper's schedule, unless that takes more than half of what the
+    effort leaves after recording. What it left out, and why, is in `skipped` of the plan's `training`.
 
     The plan returned is the best one measured: no worse in mean PSNR on the fitting requests than the paper's schedule
-    with Taylor's forecast at the same budget, nor than any of `candidates`; "quick" measures neither. The paper's own
-    forecaster needs training: give its plans (`lesa train`) as candidates.
+    with Taylor's forecast at the same budget, nor than any of `candidates`, nor than the paper's schedule with the
+    paper's forecaster where that was trained; "quick" measures none of them. With candidates=["lesa"] it is trained in
+    any case.
 
     In memory are the outputs of all fitting requests (FLUX at 1024x1024, 50 steps, bfloat16: 26 MB each) and the
     features of one of them.
@@ -67,7 +70,8 @@ def fit(
         seeds: of each prompt's noise; the prompt's index by default.
         effort: "quick" (nothing is run but the recording), "default" or "thorough": at most about 10, 40 and 300 full
             requests' time for one budget, recording of 8 included. The floor, the searched plan and all candidates
-            are run even where many prompts or candidates make that longer; not with "quick".
+            are run even where many prompts or candidates make that longer, and training that is asked for comes on
+            top; not with "quick".
         sigmas: of a bare denoiser's requests, see `lesa.gathering.gather`.
         guidance: the weight of each context in what the scheduler is given, see `lesa.gathering.gather`.
         held_out: how many of the requests, the last ones, are kept out of fitting and only measured; by default an
@@ -76,22 +80,29 @@ def fit(
             this kind: each is run at its budget beside the searched ones; not with `target_psnr`. Those at the output
             site whose rows can be written over computed steps are bettered like these. One that wins is returned as it
             is, with the figures of this fit in its `training` and its rows under the names of these requests' contexts.
-            Each costs one run of the fitting requests by it.
+            Each costs one run of the fitting requests by it. Or names of forecasters, each of which is run on the
+            paper's schedule of the budget (the evenest, where the paper has none) and on the searched one: those of
+            `lesa.forecasters`, e.g. "taylor-2", at the output site; and "lesa", whose experts are trained on the
+            fitting prompts for each of both, by the paper's recipe without calibration, at the hidden site where that
+            is known. Training records once more, on disk (FLUX at 1024x1024, 50 steps: 1.3 GB a prompt), and passes
+            over that three times a schedule, twice of these in requests by it.
         batch: prompts run in one pipeline call.
-        seed: of the order in which moves are tried.
+        seed: of the order in which moves are tried, and of training.
         folder: keeps the statistics, each budget's plan and, in trials-<budget>, what was measured of each plan that
             was run. Budgets that lie there already are not fitted again. A fit that was interrupted, or one with more
             effort, records again, but runs nothing again that it finds there, as long as the recording is bit-equal.
+            So does training, in training/, where its recording lies until the fit is done; else in a temporary folder.
 
     Returns:
         A `Plan`, or for several budgets a dictionary of plans by budget. Its `training` says what it took and reached:
         `evaluations` counts the plans measured, of which `found` were found in the folder; `seconds` and `generations`
-        include the time that these once took.
+        include the time that these and training once took.
 
     Raises:
         ValueError: an argument is out of place, a candidate cannot be read, is for other requests or has none of the
             budgets, or no budget reaches `target_psnr`.
         StatisticsError: the requests are not of one kind, or their features are not finite.
+        RecordingError: training that was asked for cannot record, e.g. since the disk is full.
     """
     if effort not in EFFORTS:
         raise ValueError(f"effort={effort!r}: expected one of {tuple(EFFORTS)}")
@@ -99,8 +110,17 @@ def fit(
         raise ValueError("give one of budget, target_psnr and speedup")
     if target_psnr is not None and effort == "quick":
         raise ValueError("target_psnr with effort='quick', which runs nothing that could reach it: take another effort")
-    if target_psnr is not None and candidates:
-        raise ValueError("candidates with target_psnr: it is not known which budgets are tried; give a budget")
+    names = own.names_of(candidates)
+    if target_psnr is not None and any(one not in names for one in candidates or ()):
+        raise ValueError(
+            "plans as candidates with target_psnr: it is not known which budgets are tried; give a budget, or names "
+            "of forecasters only"
+        )
+    if own.TRAINED in names and (requests is not None or isinstance(target, torch.nn.Module)):
+        raise ValueError(
+            f"candidates names {own.TRAINED!r}, which is trained on prompts of a pipeline, not on requests: train it "
+            "apart and give its plan, candidates=[plan]"
+        )
     if speedup is not None and not speedup >= 1:
         raise ValueError(f"speedup={speedup}: expected at least 1")
     count = len(prompts) if prompts is not None and not isinstance(prompts, str) else len(requests or ())
@@ -120,7 +140,7 @@ def fit(
         some, functions = None if prompts is None else prompts[part], None if requests is None else requests[part]
         return works_of(target, some, functions, given, numbers[part], batch, **_pictures(target))
 
-    session = Session(
+    with Session(
         target,
         works(slice(kept)),
         works(slice(kept, None)) if held_out else [],
@@ -132,14 +152,16 @@ def fit(
         folder=None if folder is None else Path(folder),
         seeds=numbers,
         given=plans,
-    )
-    if target_psnr is not None:
-        return session.reach(target_psnr)
-    if speedup is not None:
-        wanted = [max(1, round(session.num_steps / speedup))]
-        own.check_budgets(plans, wanted)
-    assert wanted is not None
-    fitted = {one: session.plan(one) for one in wanted}
+        names=names,
+        prompts=None if prompts is None else prompts[:kept],
+    ) as session:
+        if target_psnr is not None:
+            return session.reach(target_psnr)
+        if speedup is not None:
+            wanted = [max(1, round(session.num_steps / speedup))]
+            own.check_budgets(plans, wanted)
+        assert wanted is not None
+        fitted = {one: session.plan(one) for one in wanted}
     return next(iter(fitted.values())) if isinstance(budget, (int, np.integer)) or speedup is not None else fitted
 
 

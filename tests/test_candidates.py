@@ -16,8 +16,9 @@ from pipelines import flux_dev
 
 import lesa
 from lesa import candidates
-from lesa.candidates import Given, expressible, misfit, read, table_of
-from lesa.forecasters import plan_of
+from lesa.candidates import Given, expressible, misfit, names_of, read, table_of
+from lesa.climbing import published
+from lesa.forecasters import FORECASTERS, plan_of
 from lesa.kept import Kept
 from lesa.plan import Plan, PlanError, Row
 from lesa.session import EFFORTS
@@ -97,7 +98,7 @@ def test_what_is_read(tmp_path: Path) -> None:
     for wrong in (one, str(path), path):
         with pytest.raises(ValueError, match=r"candidates is one \w+: give a list"):
             read(wrong)
-    with pytest.raises(ValueError, match=r"candidates\[1\] is a int: expected a Plan or the path of one"):
+    with pytest.raises(ValueError, match=r"candidates\[1\] is a int: expected a Plan, the path of one, or"):
         read([one, 3])  # type: ignore[list-item]
     with pytest.raises(PlanError, match=r"missing\.safetensors"):
         read([tmp_path / "missing.safetensors"])
@@ -105,6 +106,25 @@ def test_what_is_read(tmp_path: Path) -> None:
         read([plan_of("reuse", (0,), SIGMAS), path], budgets=[3, 1])
     with pytest.raises(ValueError, match=r"effort='quick', which runs nothing"):
         read([one], "quick")
+
+
+def test_names_of_forecasters(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = plan_of("reuse", (0, 2), SIGMAS)
+    one.save(tmp_path / "reuse")
+    known = [name.replace("<order>", "3").replace("<degree>", "5") for name in FORECASTERS]
+    assert known[1:4] == ["taylor-3", "hermite-3", "chebyshev-5"]
+    assert names_of([*known, one, "lesa", Path("reuse"), *known]) == [*known, "lesa"]
+    assert [given.name for given in read(["reuse", "lesa", Path("reuse")], budgets=[2])] == ["candidate 2 (reuse)"]
+    assert names_of(None) == names_of(["taylor-", "Taylor-1", "lesa ", "./lesa"]) == []
+    with pytest.raises(ValueError, match=r"candidates\[1\]='taylor-16': order=16: expected 0 to 15"):
+        names_of(["lesa", "taylor-16"])
+    with pytest.raises(PlanError, match=r"plan 'tailor-1' does not exist.* are reuse, taylor-<order>, .*, lesa$"):
+        read(["tailor-1"])
+    with pytest.raises(ValueError, match="candidates is one str: give a list"):
+        names_of("lesa")
+    with pytest.raises(ValueError, match=r"effort='quick', which runs nothing"):
+        read(["reuse"], "quick")
 
 
 def test_misfits() -> None:
@@ -248,6 +268,33 @@ def test_only_those_of_the_budget_are_run(pipe: Any, fitted: Plan, short: None) 
         ]
     [speedy] = [name for name in scores(fit(pipe, given[1:], budget=None, speedup=2.0)) if "candidate" in name]
     assert speedy == "candidate 0 (reuse, output site)"
+
+
+def test_names_are_run_on_both_schedules(pipe: Any, short: None) -> None:
+    rules = ["hermite-1", "taylor-1", "chebyshev-5"]
+    best = fit(pipe, [*rules, rules[0]])
+    wanted = [f"{schedule} schedule, {rule}" for schedule in ("published", "searched") for rule in rules]
+    names = [name for name, _ in best.training["candidates"]]
+    left_out = dict(map(tuple, best.training.get("skipped", ())))
+    ran = [wanted[1], wanted[0], *wanted[2:]]  # the floor first
+    assert [name for name in names if "schedule, " in name] == [name for name in ran if name not in left_out]
+    assert set(left_out) <= set(wanted) and set(left_out.values()) <= {"it is the same as one that was run"}
+    assert best.training["fitting_psnr"] == max(scores(best).values()) and best.training["names"] == rules
+    floor = plan_of("hermite-1", published(8, 4)[0], best.sigmas, "output")
+    own = scores(fit(pipe, [floor]))["candidate 0 (hermite-1, output site)"]
+    assert own == pytest.approx(scores(best)["published schedule, hermite-1"], abs=1e-3)
+
+
+def test_names_serve_any_budget(pipe: Any, short: None) -> None:
+    least = fit(pipe, budget=3).training["fitting_psnr"] - 0.1
+    best = fit(pipe, ["taylor-2"], budget=None, target_psnr=least)
+    assert best.budget <= 3 and "published schedule, taylor-2" in scores(best)
+
+
+def test_other_names_are_another_fit(pipe: Any, short: None, tmp_path: Path) -> None:
+    fit(pipe, ["hermite-1"], folder=tmp_path)
+    again = fit(pipe, ["taylor-2"], folder=tmp_path)
+    assert again.training["found"] >= 2 and "published schedule, taylor-2" in scores(again)
 
 
 def test_another_candidate_is_another_fit(pipe: Any, fitted: Plan, short: None, tmp_path: Path) -> None:

@@ -262,8 +262,9 @@ def test_fit(fit: Any, tmp_path: Path, capsys: Any) -> None:
     assert [row[0] for row in rows(capsys.readouterr().out)] == ["5"]
     assert fit("--target-psnr", 24) == (0, {**common, "target_psnr": 24.0})
     paths = [str(plan_of("reuse", range(n), SIGMAS).save(tmp_path / f"{n}.safetensors")) for n in (3, 4)]
-    several = ["--candidate", paths[0], "--candidate", paths[1]]
-    assert fit("--budget", 3, 4, *several) == (0, {**common, "budget": [3, 4], "candidates": paths})
+    given = [*paths, "lesa", "taylor-2"]
+    several = [option for one in given for option in ("--candidate", one)]
+    assert fit("--budget", 3, 4, *several) == (0, {**common, "budget": [3, 4], "candidates": given})
     assert not out.exists(), "what is in the folder is lesa.fit's"
 
 
@@ -312,6 +313,7 @@ def test_fit_frontier_that_reaches_too_little(fit: Any, tmp_path: Path, capsys: 
         (["--budget", 3, "--steps", 0], "--steps 0: expected at least 1"),
         (["--budget", 3, "--prompts", "missing.txt"], "prompt file 'missing.txt' does not exist"),
         (["--budget", 3, "--candidate", "missing.safetensors"], "plan 'missing.safetensors' does not exist"),
+        (["--budget", 3, "--candidate", "taylor-99"], "candidates[0]='taylor-99': order=99: expected 0 to 15"),
         (["--budget", 3, "--candidate", N5], "computes 13 steps, which is none of the budgets asked for (3)"),
         (
             ["--budget", 13, "--candidate", N5, "--effort", "quick"],

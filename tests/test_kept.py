@@ -36,7 +36,7 @@ def efforts() -> Any:
     """Smaller than they are, so that few runs reach into every part of the search."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(EFFORTS, "default", replace(EFFORTS["default"], generations=28, share=0.65))
-        patch.setitem(EFFORTS, "thorough", replace(EFFORTS["thorough"], generations=36, share=0.75))
+        patch.setitem(EFFORTS, "thorough", replace(EFFORTS["thorough"], generations=36, share=0.75, experts=False))
         yield
 
 

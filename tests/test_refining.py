@@ -15,6 +15,7 @@ from lesa.climbing import Climber, published, spaced
 from lesa.forecasters import FORECASTERS, plan_of
 from lesa.kept import Kept
 from lesa.plan import Plan
+from lesa.promises import Promise, Promises
 from lesa.refining import RULES, Candidate, Refiner
 from lesa.session import EFFORTS
 from lesa.trials import Measured, Trials
@@ -115,6 +116,23 @@ def test_half_of_the_runs_are_left_for_bettering(trials: Trials) -> None:
     assert any(name.endswith("+") for name in names[7:])
 
 
+def test_what_is_promised_is_run_first_and_once(trials: Trials, surveyed: tuple[Refiner, Candidate, Runs]) -> None:
+    """Beside the rules that are run anyway, or where no other runs are left."""
+    promised = [Promise(schedule, rule) for schedule in ("published", "searched") for rule in ("taylor-2", "taylor-3")]
+    refiner, _ = refine(trials, 44, promises=Promises(tuple(promised)))
+    names, skipped = [name for name, _ in refiner.seen], [name for name, _ in refiner.skipped]
+    before = {name for name, _ in [*surveyed[0].seen, *surveyed[0].skipped] if "schedule, " in name}
+    now = [name for name in [*names, *skipped] if "schedule, " in name]
+    assert set(now) == before | {"published schedule, taylor-3", "searched schedule, taylor-3"}
+    assert len(set(now)) == len(now)
+    assert set(map(str, promised)) <= {*names[3:7], *skipped}, "after the floor and both searches"
+    refiner, _ = refine(trials, 6, promises=Promises(tuple(promised)))
+    expected = [name for name in map(str, promised) if name not in dict(refiner.skipped)]
+    assert len(expected) >= 2
+    expected = ["published schedule, taylor-1", "searched", *expected]
+    assert [name for name, _ in refiner.seen][: len(expected)] == expected, "nothing comes before"
+
+
 def test_the_best_of_them_is_bettered(trials: Trials, surveyed: tuple[Refiner, Candidate, Runs]) -> None:
     """As if the published schedule with reuse were far better than all others."""
     kept, name = Runs(trials), "published schedule, reuse"
@@ -158,7 +176,7 @@ def test_one_that_computes_more_than_it_should_is_not_the_best(trials: Trials) -
 
 
 def test_a_thorough_fit(monkeypatch: Any) -> None:
-    monkeypatch.setitem(EFFORTS, "thorough", replace(EFFORTS["thorough"], generations=14, prices=60))
+    monkeypatch.setitem(EFFORTS, "thorough", replace(EFFORTS["thorough"], generations=14, prices=60, experts=False))
     plan = lesa.fit(flux_dev(), PROMPTS, budget=3, request=REQUEST, effort="thorough", held_out=0)
     names = [name for name, _ in plan.training["candidates"]]
     assert len(names) == plan.training["evaluations"] == int(12 * 0.75 / (2 * 3 / 8))

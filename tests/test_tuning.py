@@ -160,7 +160,7 @@ def test_speedup_is_a_budget(pipe):
     ("options", "message"),
     [
         ({}, "give one of budget, target_psnr and speedup"),
-        ({"target_psnr": 30.0, "candidates": ["plan"]}, "candidates with target_psnr: .* give a budget"),
+        ({"target_psnr": 30.0, "candidates": ["reuse", "plan"]}, "candidates with target_psnr: .* give a budget"),
         ({"budget": 4, "speedup": 2.0}, "give one of"),
         ({"budget": 0}, r"budget=0: expected 1 to 12"),
         ({"budget": 13}, r"budget=13: expected 1 to 12"),
