@@ -45,7 +45,7 @@ def enable(
         budget: with statistics or a fitted plan: computed steps of each request, a number of at least 1 (all of a
             request that has fewer), or as a float up to 1 a share of its steps. None is the plan's own number.
         guard: whether forecasts are watched. At computed steps the forecast that would have been made is compared with
-            the truth; where the logarithm of its error lies more than `guard` spreads above what fitting saw (4.5 by
+            the truth; where the logarithm of its error lies more than `guard` spreads above what fitting saw (5 by
             default, above 0), the rest of the request is computed, at the output site after one step that repays what
             went wrong. So is a request with guidance under a plan fitted without. Forecasts that are not finite are
             replaced by computed steps. Computed steps then wait for the device once. None: on where the plan knows its

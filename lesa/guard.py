@@ -17,8 +17,8 @@ import numpy as np
 from .plan import ANY_CONTEXT, MAX_READS, Expected, Plan, PlanError, Row
 from .tables import written_out
 
-# Standard deviations of the logarithm of an error. On emoji-flux 200 captions like the fitted ones reach up to 4.2.
-TOLERANCE = 4.5
+# Standard deviations of the logarithm of an error. On emoji-flux captions like the fitted ones reach up to 3.8.
+TOLERANCE = 5.0
 # Requests are watched more closely where it is likely that they are none that the plan was made for.
 ALERT = 2.0
 # The past is interpolated by polynomials through so many computed steps, the nearest.

@@ -599,7 +599,7 @@ def test_which_guard_is_asked_for() -> None:
     plan = small((0, 2), 4)
     known = replace(plan, checks={"*": {2: Row((0,), (1.0,))}}, expected={"*": {2: Expected(0.1, 1.0)}})
     assert guard_for(None, plan) is guard_for(False, plan) is guard_for(False, known) is None
-    assert guard_for(None, known) == guard_for(True, known) == Guard(TOLERANCE) == Guard(4.5)
+    assert guard_for(None, known) == guard_for(True, known) == Guard(TOLERANCE) == Guard(5.0)
     assert guard_for(3, known) == Guard(3.0)
     assert guard_for(math.inf, plan) == Guard(math.inf)
     for option in (True, 1.5):
