@@ -2,12 +2,11 @@
 
     python -m benchmarks.guard --plan plan-10.safetensors --results guard.csv --commit $(git rev-parse --short HEAD)
 
-Each request runs alone, by one enabled pipeline for each kind of request and each setting of the guard, one after the
-other as a user's would: after a request that left its plan the next is watched more closely. On captions the settings
-take turns every eight requests. PSNR, at most 100 dB, is against the full request of the same altered model, run in
-batches; computed are also the steps that a retrace runs over again. A switch is false where the request would have kept
-the mean PSNR of all captions, less 1 dB, without it. What the guard costs is told on captions: the median of guarded
-requests' time by that of the others, of the process on a CPU, which others may share, of the wall clock on a GPU.
+Each request runs alone, by one setting of the guard, then by the other; and as a user's would: after one that left its
+plan the next of its kind is watched more closely. PSNR, at most 100 dB, is against the full request of the same altered
+model, run in batches; computed are also the steps that a retrace runs over again. A switch is false where the request
+would have kept the mean PSNR of all captions, less 1 dB, without it. What the guard costs is told on captions: the
+median of guarded requests' time by that of the others, of the process on a CPU, of the wall clock on a GPU.
 """
 
 from __future__ import annotations
@@ -29,9 +28,10 @@ import numpy as np
 import torch
 
 import lesa
-from lesa import assets
+from lesa import assets, hooks
 from lesa.denoisers import layout_of
 from lesa.requests import run
+from lesa.runner import Driver
 from lesa.stats import GuardStats, Stats
 from lesa.trials import decibels
 
@@ -41,7 +41,6 @@ from .measuring import append_row, hardware
 _LABELS = "hardware commit date pipeline fitted_guidance computed case guard requests"
 COLUMNS = f"{_LABELS} computed_mean switches false_switches psnr psnr_sem psnr_lowest time_ratio".split()
 RANK = 4
-TURN = 8
 NEAR = "captions"
 SENTENCES = Path(__file__).parent / "sentences.txt"
 
@@ -83,21 +82,33 @@ class Bench:
             parts = [self._images(case, slice(i, i + self._batch)) for i in range(0, len(case.prompts), self._batch)]
         return np.concatenate(parts)
 
-    def run(self, case: Case, turn: int) -> None:
-        """All requests without and with the guard, `turn` of them in a row; who goes first takes turns too."""
-        ways = ((False, case.off), (True, case.on))
+    def run(self, case: Case) -> None:
+        """Each request without and with the guard, one after the other; who goes first takes turns."""
+        ways = {guard: self._driver(guard) for guard in (False, True)}
+        runs = {False: case.off, True: case.on}
         with altered(self.pipe.transformer, case.altered):
-            for start in range(0, len(case.prompts), turn):
-                for guard, runs in ways[:: (-1) ** (start // turn)]:
-                    lesa.enable(self.pipe, self.plan, guard=guard)
-                    runs += [self._run(case, i) for i in range(start, min(start + turn, len(case.prompts)))]
-                    lesa.disable(self.pipe)
+            for i in range(len(case.prompts)):
+                for guard in (False, True)[:: (-1) ** i]:
+                    runs[guard].append(self._run(case, i, ways[guard]))
+        lesa.disable(self.pipe)
 
-    def _run(self, case: Case, i: int) -> Run:
-        before, start = _counts(lesa.stats(self.pipe)), self._now()
+    def _driver(self, guard: bool) -> Driver:
+        """What runs requests by the plan; it lives on while another one takes its place."""
+        lesa.enable(self.pipe, self.plan, guard=guard)
+        return self._root.driver
+
+    @property
+    def _root(self) -> hooks.RootHook:
+        root = hooks.attached(self.pipe)
+        assert root is not None
+        return root
+
+    def _run(self, case: Case, i: int, driver: Driver) -> Run:
+        self._root.driver = driver
+        before, start = _counts(driver.stats), self._now()
         image = self._images(case, slice(i, i + 1))
         seconds = self._now() - start
-        after = _counts(lesa.stats(self.pipe))
+        after = _counts(driver.stats)
         computed, forecast, switches, again = (new - old for old, new in zip(before, after, strict=True))
         steps = self.plan.num_steps * (computed + again) / (computed + forecast)
         return Run(image, seconds, steps, switches > 0)
@@ -180,12 +191,12 @@ def main(arguments: list[str] | None = None) -> None:
     head = [hardware(options.device), options.commit, datetime.date.today().isoformat(), "emoji-flux"]
     head += [str(options.guidance), str(bench.plan.budget)]
     near, *far = cases(options.requests, options.far, options.guidance)
-    bench.run(Case("warm up", near.prompts[:1], near.seeds[:1], near.request), 1)
+    bench.run(Case("warm up", near.prompts[:1], near.seeds[:1], near.request))
     for case in (near, *far):
         if options.cases and case.name not in options.cases:
             continue
         full = bench.full(case)
-        bench.run(case, TURN if case is near else len(case.prompts))
+        bench.run(case)
         for cells in rows(case, full):
             append_row(options.results, COLUMNS, [*head, *cells])
             print(*cells, flush=True)

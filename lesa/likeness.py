@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,16 +64,14 @@ class Likeness:
         center = torch.tensor(known.center, device=embedding.device)
         return float((embedding - center).norm(dim=1).max()) / known.scatter
 
-    def altered(self, denoiser: torch.nn.Module) -> bool:
-        """Whether the weights are others than in fitting; not where either cannot be read."""
-        now = weights_of(denoiser)
-        if self.weights is None or now is None:
+    def altered(self, weights: Tensor | None) -> bool:
+        """Whether weights [M, E], see `Weights`, are others than in fitting; not where either is not known."""
+        if self.weights is None or weights is None:
             return False
-        if len(now) != len(self.weights):
+        before = torch.tensor(self.weights, device=weights.device)
+        if before.shape != weights.shape:
             return True
-        before = np.asarray(self.weights)
-        change = np.linalg.norm(np.subtract(now, before), axis=1)
-        return bool((change > ALTERED * np.linalg.norm(before, axis=1)).any())
+        return bool(((weights - before).norm(dim=1) > ALTERED * before.norm(dim=1)).any())
 
 
 def likeness_of(embeddings: Mapping[str, Tensor], denoiser: torch.nn.Module) -> Likeness:
@@ -93,7 +90,8 @@ def likeness_of(embeddings: Mapping[str, Tensor], denoiser: torch.nn.Module) -> 
         # Negative prompts may be all the same.
         scatter = max(apart, 1e-3 * float(center.norm()), 1e-12)
         prompts[context] = Prompts(tuple(center.float().tolist()), scatter)
-    return Likeness(prompts, weights_of(denoiser))
+    weights = Weights(denoiser).read()
+    return Likeness(prompts, None if weights is None else tuple(map(tuple, weights.tolist())))
 
 
 def embedding_of(inputs: Inputs | None) -> Tensor | None:
@@ -104,25 +102,39 @@ def embedding_of(inputs: Inputs | None) -> Tensor | None:
     return embedded.detach().float().mean(1)
 
 
-def weights_of(denoiser: torch.nn.Module) -> tuple[tuple[float, ...], ...] | None:
-    """Some entries of some of a denoiser's matrices [M, E]; waits for the device.
+class Weights:
+    """Some entries of some of a denoiser's matrices; which ones is settled here, what they are at each reading.
 
-    Which ones depends on how many matrices there are: an adapter that brings its own has others taken.
-
-    Returns:
-        None where there are none of floating point, or where their weights are not at hand (offloaded, sharded).
+    It depends on how many matrices there are: where an adapter brings its own, others are taken.
     """
-    matrices = [p.detach() for p in denoiser.parameters() if p.dim() > 1 and p.is_floating_point()]
-    chosen = sorted(random.Random(0).sample(range(len(matrices)), min(_MATRICES, len(matrices))))
-    taken = [matrices[i] for i in chosen]
-    if not taken or any(p.is_meta or type(p) is not Tensor or not p.is_contiguous() for p in taken):
-        return None
-    entries = [_entries(p.view(-1)) for p in taken]
-    values: Sequence[Sequence[float]] = torch.stack([e.to(entries[0].device) for e in entries]).cpu().tolist()
-    return tuple(map(tuple, values))
+
+    def __init__(self, denoiser: torch.nn.Module) -> None:
+        matrices = [p for p in denoiser.parameters() if p.dim() > 1 and p.is_floating_point()]
+        chosen = sorted(random.Random(0).sample(range(len(matrices)), min(_MATRICES, len(matrices))))
+        self._matrices = [matrices[i] for i in chosen]
+        self._of = _kind(denoiser)
+
+    def serves(self, denoiser: torch.nn.Module) -> bool:
+        """Whether it is this denoiser, with no more or fewer adapters."""
+        return self._of == _kind(denoiser)
+
+    def read(self) -> Tensor | None:
+        """[M, E] in float32; None where there are none, or they are not at hand (offloaded, sharded, quantised)."""
+        taken = [p.detach() for p in self._matrices]
+        if not taken or any(p.is_meta or type(p) is not Tensor or not p.is_contiguous() for p in taken):
+            return None
+        entries = [_entries(p.view(-1)) for p in taken]
+        if len({(e.dtype, e.device) for e in entries}) > 1:
+            entries = [e.to(entries[0].device, torch.float32) for e in entries]
+        return torch.stack(entries).float()
+
+
+def _kind(denoiser: torch.nn.Module) -> tuple[int, bool]:
+    # Cheaper than counting parameters at each request; diffusers says so where it puts adapters in.
+    return id(denoiser), bool(getattr(denoiser, "_hf_peft_config_loaded", False))
 
 
 def _entries(flat: Tensor) -> Tensor:
     """[E] of a matrix, spread over it; repeated where it has fewer."""
-    spread = flat[:: max(len(flat) // _ENTRIES, 1)][:_ENTRIES].float()
+    spread = flat[:: max(len(flat) // _ENTRIES, 1)][:_ENTRIES]
     return spread if len(spread) == _ENTRIES else spread.repeat(_ENTRIES)[:_ENTRIES]

@@ -14,7 +14,7 @@ import torch
 from .clock import Call, Request
 from .guard import Guard, deviation, foreign, leaving, relative_error, rest_of
 from .history import History, Ring
-from .likeness import FAR, embedding_of
+from .likeness import FAR, Weights, embedding_of
 from .plan import MAX_READS, Plan, PlanError, Row
 from .retrace import Past, Retrace
 from .stats import GuardStats, Stats
@@ -129,6 +129,7 @@ class PlanRunner:
         self._lost: str | None = None
         # No element of a step's feature is larger than this, by context and step.
         self._bounds: dict[tuple[str, int], float] = {}
+        self._weights: Weights | None = None
         # In the request that runs.
         self._checked, self._strange = False, False
         self._left: int | None = None
@@ -164,8 +165,7 @@ class PlanRunner:
         self._checked, self._strange, self._left, self._retrace = False, False, None, None
         self._sigmas = request.sigmas or self.plan.sigmas
         self._past = Past() if self._watches and self._guard is not None and self._guard.retrace else None
-        known, denoiser = self.plan.likeness, request.denoiser
-        if self._watches and known is not None and denoiser is not None and known.altered(denoiser):
+        if self._watches and self._altered(request.denoiser):
             self._suspect("the denoiser's weights are not those that the plan was fitted to")
 
     def lose(self, reason: str) -> None:
@@ -255,6 +255,14 @@ class PlanRunner:
             if self._retrace is not None:
                 self._saw().retraced += self._retrace.calls
                 self._follow(rest_of(self.plan), self._left)
+
+    def _altered(self, denoiser: torch.nn.Module | None) -> bool:
+        """Whether the denoiser's weights are others than in fitting."""
+        if self.plan.likeness is None or denoiser is None:
+            return False
+        if self._weights is None or not self._weights.serves(denoiser):
+            self._weights = Weights(denoiser)
+        return self.plan.likeness.altered(self._weights.read())
 
     def _suspect(self, reason: str | None = None) -> None:
         """Watch this request more closely."""

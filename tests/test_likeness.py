@@ -17,7 +17,7 @@ from torch import nn
 import lesa
 from lesa.guard import ALERT, TOLERANCE
 from lesa.inputs import Inputs
-from lesa.likeness import ALTERED, FAR, Likeness, Prompts, embedding_of, likeness_of, weights_of
+from lesa.likeness import ALTERED, FAR, Likeness, Prompts, Weights, embedding_of, likeness_of
 from lesa.plan import Expected, Plan
 
 FLUX = CASES_BY_NAME["flux_dev"]
@@ -63,24 +63,49 @@ def test_embeddings() -> None:
 
 
 def test_weights() -> None:
-    known = Likeness(weights=weights_of(denoiser()))
-    assert not known.altered(denoiser())
-    assert not known.altered(denoiser().bfloat16())
-    assert known.altered(denoiser(1))
+    known = likeness_of({}, denoiser())
+    assert torch.tensor(known.weights).shape == (16, 16)
+
+    def altered(other: nn.Module) -> bool:
+        return known.altered(Weights(other).read())
+
+    assert not altered(denoiser())
+    assert not altered(denoiser().bfloat16())
+    assert altered(denoiser(1))
     # A small update of all matrices; one that is smaller than is looked for.
     for norm, told in ((3 * ALTERED, True), (0.1 * ALTERED, False)):
         other = denoiser()
         for matrix in (p for p in other.parameters() if p.dim() > 1):
             update = torch.randn(8, 8)
             matrix.data += update * norm * matrix.data.norm() / update.norm()
-        assert known.altered(other) is told
-    # An adapter that leaves the weights as they are.
+        assert altered(other) is told
+    # An adapter that leaves the weights as they are; some matrices of another dtype.
     adapted = denoiser()
     adapted.append(nn.Linear(8, 4))
-    assert known.altered(adapted)
-    assert not Likeness().altered(denoiser())
-    assert weights_of(nn.LayerNorm(8)) is None
-    assert weights_of(denoiser().to("meta")) is None and not known.altered(denoiser().to("meta"))
+    assert altered(adapted)
+    mixed = denoiser()
+    mixed[3].bfloat16()
+    mixed[12].bfloat16()
+    assert not altered(mixed)
+    assert not Likeness().altered(Weights(denoiser()).read())
+    for unread in (nn.LayerNorm(8), denoiser().to("meta")):
+        assert Weights(unread).read() is None and not altered(unread)
+    assert likeness_of({}, nn.LayerNorm(8)) == Likeness()
+    assert known.altered(Weights(nn.Sequential(nn.Linear(8, 8))).read())  # of fewer matrices
+
+
+def test_weights_are_read_anew() -> None:
+    module = denoiser()
+    weights, known = Weights(module), likeness_of({}, module)
+    assert weights.serves(module) and not weights.serves(denoiser())
+    assert not known.altered(weights.read())
+    module.double()  # the parameters' memory is exchanged
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(1.1)
+    assert known.altered(weights.read())
+    module._hf_peft_config_loaded = True
+    assert not weights.serves(module)
 
 
 # What it does
@@ -132,7 +157,6 @@ def test_requests_unlike_the_fitted_are_watched_closely() -> None:
 def test_each_request_is_looked_at_anew() -> None:
     marked = Marked(0.0)
     lesa.enable(marked.pipe, replace(marked.plan, likeness=marked.likeness))
-    assert not marked.likeness.altered(marked.pipe.transformer)
     FLUX.call(marked.pipe, steps=STEPS)
     saw = lesa.stats(marked.pipe).guard
     assert saw.strange == 0
@@ -158,7 +182,7 @@ def test_fit_remembers(tmp_path: Path) -> None:
     plan = lesa.fit(
         pipe, prompts, budget=4, effort="quick", request={"num_inference_steps": 8, "height": 32, "width": 32}
     )
-    assert plan.likeness is not None and not plan.likeness.altered(pipe.transformer)
+    assert plan.likeness is not None and not plan.likeness.altered(Weights(pipe.transformer).read())
     (known,) = plan.likeness.prompts.values()
     encoded = pipe.encode_prompt(prompts, None)[0]
     torch.testing.assert_close(torch.tensor(known.center), encoded.float().mean((0, 1)), rtol=1e-4, atol=1e-5)

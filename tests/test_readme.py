@@ -238,7 +238,7 @@ def shown_time(us):
 def test_speed_table_is_the_measured_one():
     rows = measured_operators("H100")
     shown = table_after("On an H100")
-    assert len(shown) == 8
+    assert len(shown) == 9
     for name, *cells in shown:
         op = name.split("`")[1]
         shape, dtype = ("t50x3", "float32") if op.startswith("kan") else ("flux", "bfloat16")

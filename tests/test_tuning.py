@@ -92,7 +92,8 @@ def test_same_seed_same_plan(pipe):
     first, second = (lesa.fit(pipe, PROMPTS, budget=4, request=REQUEST, effort="quick", seed=3) for _ in range(2))
     assert first.computed == second.computed and first.rows == second.rows
     assert first.training["evaluations"] == 0 and first.training["fitting_psnr"] is None
-    assert first.expected["*"].keys() == set(first.computed[1:])  # as the full requests have it
+    # As the full requests have it; the first check says nothing.
+    assert first.expected["*"].keys() == set(first.computed[2:]) and first.checks["*"].keys() == set(first.computed[1:])
 
 
 def test_guidance_has_rows_for_each_context(pipe):
