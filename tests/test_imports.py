@@ -17,10 +17,10 @@ MODULES = {
 }
 MATHEMATICS = {
     *("plan", "schedule", "routing", "forecasters", "experts", "predictor", "learning", "training", "reference"),
-    *("search", "statistics", "interpolation", "surrogate", "tables", "transfer", "files", "planfile"),
+    *("search", "statistics", "interpolation", "surrogate", "segments", "tables", "transfer", "files", "planfile"),
     "expectations",
 }
-RUNTIME = {"clock", "runner", "guard", "stats", "adapting", "response"}
+RUNTIME = {"clock", "inputs", "runner", "guard", "retrace", "likeness", "stats", "adapting", "response"}
 MAY_IMPORT_DIFFUSERS = {"hooks", "denoisers", "recording", "cli", "demo", "assets"}
 FOREIGN = {"diffusers", "transformers", "triton", "lesa.kernels"}
 
