@@ -9,13 +9,13 @@ steps x_(t+1) = x_t + h_t v_t along a flow,
 takes the sample from x_s, where the pipeline has it, to where the full request would be after step s. Guidance weighs
 its contexts with numbers that add up to one, so each context's output carries the same difference.
 
-Whether a pipeline steps like this is not looked up but seen, in its first two steps.
+Whether a pipeline steps like this is not looked up but seen: in its first two steps, and in the sum of all, which also
+tells whether somebody else moved the sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,68 +24,72 @@ from torch import Tensor
 from .clock import Call
 from .inputs import Inputs
 
-# How far the first two steps may be off Euler steps: relative to them, and in roundings of the sample.
+# How far steps may be off Euler's: relative to them, and in roundings of the sample.
 _APART = 1e-3
 _ROUNDINGS = 0.3
 _SEEN = 2  # steps
 
 
-@dataclass
 class Past:
-    """What a retrace needs of a request: inputs and outputs of its first steps, and the times of all.
+    """What a retrace needs of a request: inputs and outputs of its first steps, the times of all, and what all moved.
 
-    Takes the memory of three samples, and of two outputs of each context.
+    Takes the memory of three samples, two outputs of each context, and one in float32.
+
+    Args:
+        sigmas: [T + 1] of the request.
     """
 
-    inputs: dict[str, Inputs] = field(default_factory=dict)
-    samples: list[Tensor] = field(default_factory=list)
-    outputs: list[dict[str, Tensor]] = field(default_factory=lambda: [{} for _ in range(_SEEN)])
-    times: list[object] = field(default_factory=list)
-    called: list[set[str]] = field(default_factory=list)
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        self.rates = [after - now for now, after in zip(sigmas, sigmas[1:], strict=False)]
+        self.inputs: dict[str, Inputs] = {}
+        self.samples: list[Tensor] = []
+        self.outputs: list[dict[str, Tensor]] = [{} for _ in range(_SEEN)]
+        self.times: list[object] = []
+        self._called: list[set[str]] = []
+        self._moves: dict[str, Tensor] = {}
 
     def note(self, call: Call) -> None:
         """A call begins."""
         if call.step == len(self.times):
             timestep = call.timestep
             self.times.append(timestep.clone() if isinstance(timestep, Tensor) else timestep)
-            self.called.append(set())
+            self._called.append(set())
             if call.step <= _SEEN:
                 self.samples.append(call.sample.detach().clone())
-        if call.step < len(self.called):
-            self.called[call.step].add(call.context)
+        if call.step < len(self._called):
+            self._called[call.step].add(call.context)
         if call.step == 0 and call.inputs is not None:
             self.inputs[call.context] = call.inputs
 
     def saw(self, call: Call, output: Tensor) -> None:
         """A call ended with what it gave the pipeline."""
+        output = output.detach()
         if call.step < _SEEN:
-            self.outputs[call.step][call.context] = output.detach().clone()
+            self.outputs[call.step][call.context] = output.clone()
+        if call.step == 0:
+            self._moves[call.context] = self.rates[0] * _wide(output)
+        elif call.context in self._moves and self._moves[call.context].shape == output.shape:
+            self._moves[call.context].add_(output, alpha=self.rates[call.step])
 
-    def retrace(self, call: Call, sigmas: Sequence[float]) -> Retrace | None:
-        """The retrace of all steps before `call`, the first of its step.
-
-        Args:
-            call: of step 2 or a later one.
-            sigmas: [T + 1] of the request.
+    def retrace(self, call: Call) -> Retrace | None:
+        """The retrace of all steps before `call`, the first of its step; waits for the device.
 
         Returns:
-            None where the request is not one of Euler steps along a flow with one and the same guidance, or its calls
-            are given more that changes than sample and timestep.
+            None where the request is not one of Euler steps along a flow with one and the same guidance, its calls are
+            given more that changes than sample and timestep, or `call` is none of step 2 or later.
         """
-        contexts = set(self.inputs)
-        before = self.called[: call.step]
+        contexts, first = set(self.inputs), self.inputs.get(call.context)
+        before = self._called[: call.step]
         if call.step < _SEEN or len(self.times) <= call.step or any(called != contexts for called in before):
             return None
-        first = self.inputs.get(call.context)
         if first is None or call.inputs is None or call.inputs.differs(first, (first.sample_name, "timestep")):
             return None
-        rates = [after - now for now, after in zip(sigmas, sigmas[1:], strict=False)]
-        weights = self._guidance(rates)
-        if weights is None or rates[call.step] == 0:
+        weights = self._guidance()
+        if weights is None or self.rates[call.step] == 0 or not self._arrives(call, weights):
             return None
-        return Retrace(self, call, rates, weights)
+        return Retrace(self, call, weights)
 
-    def _guidance(self, rates: Sequence[float]) -> dict[str, float] | None:
+    def _guidance(self) -> dict[str, float] | None:
         """The weight of each context in what the sampler was given; None where it made no Euler steps of it."""
         *others, last = self.inputs
         if any(set(outputs) != set(self.inputs) for outputs in self.outputs):
@@ -97,7 +101,7 @@ class Past:
         steps = torch.cat([(_wide(after) - _wide(now)).flatten() for now, after in pairs])
 
         def moved(context: str) -> Tensor:
-            both = zip(rates, self.outputs, strict=False)
+            both = zip(self.rates, self.outputs, strict=False)
             return torch.cat([rate * _wide(outputs[context]).flatten() for rate, outputs in both])
 
         base = moved(last)
@@ -107,12 +111,18 @@ class Past:
             products = (spans @ torch.stack([*spans, rest]).T).double().cpu().numpy()
             found = np.linalg.lstsq(products[:, :-1], products[:, -1], rcond=None)[0]
             rest = rest - torch.tensor(found).to(rest) @ spans
-        size = torch.stack([_wide(sample).norm() for sample in self.samples[1:]]).norm()
-        allowed = _APART * steps.norm() + _ROUNDINGS * torch.finfo(self.samples[0].dtype).eps * size
-        if not bool(rest.norm() <= allowed):
+        if not _small(rest, steps, self.samples[1:]):
             return None
         weights = dict(zip(others, found.tolist(), strict=True))
         return {**weights, last: 1.0 - sum(weights.values())}
+
+    def _arrives(self, call: Call, weights: dict[str, float]) -> bool:
+        """Whether the outputs of all steps, so weighed, lead from the noise to where the pipeline is."""
+        if any(moves.shape != call.sample.shape for moves in self._moves.values()):
+            return False
+        steps = _wide(call.sample) - _wide(self.samples[0])
+        rest = steps - sum(weights[context] * moves for context, moves in self._moves.items())
+        return _small(rest, steps, [call.sample] * call.step)
 
 
 class Retrace:
@@ -121,15 +131,14 @@ class Retrace:
     Args:
         past: of the request.
         call: up to which step, and the pipeline's sample there.
-        rates: [T], h_t.
         weights: of each context in what the sampler is given.
     """
 
-    def __init__(self, past: Past, call: Call, rates: Sequence[float], weights: dict[str, float]) -> None:
+    def __init__(self, past: Past, call: Call, weights: dict[str, float]) -> None:
         self.step = call.step
-        self._past, self._rates, self._weights = past, rates, weights
+        self._past, self._rates, self._weights = past, past.rates, weights
         self._dtype, self._name = call.sample.dtype, next(iter(past.inputs.values())).sample_name
-        self._sample = self._moved(past.samples[0], rates[0], past.outputs[0])
+        self._sample = self._moved(past.samples[0], past.rates[0], past.outputs[0])
         self._todo = [(step, context) for step in range(1, call.step) for context in past.inputs]
         self.calls = len(self._todo)
         self._outputs: dict[str, Tensor] = {}
@@ -164,6 +173,12 @@ class Retrace:
         # Rounded at each step, as schedulers do.
         guided = sum(self._weights[context] * _wide(output) for context, output in outputs.items())
         return (_wide(sample) + rate * guided).to(self._dtype)
+
+
+def _small(rest: Tensor, steps: Tensor, samples: Sequence[Tensor]) -> bool:
+    """Whether what is not explained of some steps may come of rounding their samples."""
+    size = torch.stack([_wide(sample).norm() for sample in samples]).norm()
+    return bool(rest.norm() <= _APART * steps.norm() + _ROUNDINGS * torch.finfo(samples[0].dtype).eps * size)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -163,8 +163,8 @@ class PlanRunner:
         if self._guard is not None and self._checked and self._left is None:
             self._saw().alert = False
         self._checked, self._strange, self._left, self._retrace = False, False, None, None
-        self._sigmas = request.sigmas or self.plan.sigmas
-        self._past = Past() if self._watches and self._guard is not None and self._guard.retrace else None
+        keeps = self._watches and self._guard is not None and self._guard.retrace
+        self._past = Past(request.sigmas or self.plan.sigmas) if keeps else None
         if self._watches and self._altered(request.denoiser):
             self._suspect("the denoiser's weights are not those that the plan was fitted to")
 
@@ -250,7 +250,7 @@ class PlanRunner:
             return
         self._past.note(call)
         if self._left is not None and call.step > self._left:
-            self._retrace = self._past.retrace(call, self._sigmas)
+            self._retrace = self._past.retrace(call)
             self._past = None
             if self._retrace is not None:
                 self._saw().retraced += self._retrace.calls

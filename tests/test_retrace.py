@@ -131,7 +131,7 @@ class Loop:
     def __init__(self, contexts: dict[str, float], error: float, **breaks: Any) -> None:
         self.contexts, self.error, self.breaks = contexts, error, breaks
         self.sigmas = tuple(1 - i / 8 for i in range(9))
-        self.past = Past()
+        self.past = Past(self.sigmas)
         self.request = Request(8, self.sigmas)
 
     def velocity(self, context: str, sample: torch.Tensor, step: int) -> torch.Tensor:
@@ -160,6 +160,8 @@ class Loop:
                     self.past.saw(call, out)
                 outputs[context] = out
             sample = self.step(sample, step, outputs)
+            if step == self.breaks.get("moved"):
+                sample = sample + 0.01
             if self.breaks.get("noise"):
                 sample = sample + 1e-3 * torch.sin(7.0 * sample)
         return sample
@@ -174,7 +176,7 @@ def test_by_hand(contexts: dict[str, float]) -> None:
     seen, truth = loop.run(5, True), Loop(contexts, 0.0).run(6, False)
     call = loop.call("cond" if "cond" in contexts else "a", 5, seen)
     loop.past.note(call)
-    retrace = loop.past.retrace(call, loop.sigmas)
+    retrace = loop.past.retrace(call)
     assert retrace is not None and retrace.calls == 4 * len(contexts)
     ran = 0
     while (inputs := retrace.next) is not None:
@@ -192,14 +194,20 @@ def test_by_hand(contexts: dict[str, float]) -> None:
     assert (seen - Loop(contexts, 0.0).run(5, False)).norm() > 0.01
 
 
-@pytest.mark.parametrize(
-    "breaks", [{"rate": 1.01}, {"noise": True}, {"residual": True}], ids=["steps", "noise", "more that changes"]
-)
+BREAKS: dict[str, dict[str, Any]] = {
+    "steps": {"rate": 1.01},
+    "noise": {"noise": True},
+    "more that changes": {"residual": True},
+    "a sample moved later": {"moved": 3},
+}
+
+
+@pytest.mark.parametrize("breaks", BREAKS.values(), ids=BREAKS)
 def test_what_is_no_euler_request_is_left(breaks: dict[str, Any]) -> None:
     loop = Loop({"cond": 1.0}, 0.5, **breaks)
     call = loop.call("cond", 5, loop.run(5, True))
     loop.past.note(call)
-    assert loop.past.retrace(call, loop.sigmas) is None
+    assert loop.past.retrace(call) is None
 
 
 def test_guidance_that_ends_early_is_left() -> None:
@@ -208,11 +216,11 @@ def test_guidance_that_ends_early_is_left() -> None:
     for step in (4, 5):
         call = loop.call("cond", step, sample)
         loop.past.note(call)
-        assert (loop.past.retrace(call, loop.sigmas) is None) == (step == 5)
+        assert (loop.past.retrace(call) is None) == (step == 5)
     early = Loop({"cond": 1.0}, 0.0)
     call = early.call("cond", 1, early.run(1, True))
     early.past.note(call)
-    assert early.past.retrace(call, early.sigmas) is None
+    assert early.past.retrace(call) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -221,7 +229,7 @@ def test_rounding_is_no_other_sampler(dtype: torch.dtype, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     noise, first, second = torch.randn(3, 4096, generator=generator, dtype=torch.float64)
     total = 50
-    past, sample = Past(), noise.to(dtype)
+    past, sample = Past([1 - i / total for i in range(total + 1)]), noise.to(dtype)
     for step in range(3):
         outputs = {"cond": (first + 0.1 * step).to(dtype), "uncond": second.to(dtype)}
         for context, output in outputs.items():
@@ -231,7 +239,7 @@ def test_rounding_is_no_other_sampler(dtype: torch.dtype, seed: int) -> None:
             past.saw(call, output)
         guided = 3 * outputs["cond"].double() - 2 * outputs["uncond"].double()
         sample = (sample.double() - guided / total).to(dtype)
-    weights = past._guidance([-1 / total] * total)
+    weights = past._guidance()
     assert weights is not None
     assert weights["cond"] == pytest.approx(3.0, abs=0.05) and math.isclose(sum(weights.values()), 1.0)
 
@@ -241,7 +249,7 @@ def test_where_nothing_is_owed_nothing_changes() -> None:
     sample = loop.run(5, True)
     call = loop.call("cond", 5, sample)
     loop.past.note(call)
-    retrace = loop.past.retrace(call, loop.sigmas)
+    retrace = loop.past.retrace(call)
     while (inputs := retrace.next) is not None:
         step = round(8 * (1 - float(inputs.get("timestep"))))
         retrace.take(loop.velocity("cond", inputs.sample, step))
