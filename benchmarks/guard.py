@@ -30,8 +30,8 @@ import torch
 import lesa
 from lesa import assets, hooks
 from lesa.denoisers import layout_of
+from lesa.driver import Driver
 from lesa.requests import run
-from lesa.runner import Driver
 from lesa.stats import GuardStats, Stats
 from lesa.trials import decibels
 

@@ -35,9 +35,9 @@ import numpy as np
 import lesa
 from lesa import assets, hooks, metrics
 from lesa.clock import Request
+from lesa.driver import Driver
 from lesa.gathering import gather
 from lesa.plan import Plan, PlanError
-from lesa.runner import Driver
 from lesa.statistics import Statistics
 
 from . import captions

@@ -10,9 +10,9 @@ lesa.disable(pipe)
 from typing import TYPE_CHECKING, Any
 
 from .api import disable, enable, stats
+from .driver import LesaWarning
 from .plan import Plan, PlanError, Row
 from .predictor import Predictor
-from .runner import LesaWarning
 from .statistics import Statistics
 from .stats import Stats
 

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 
 from .clock import Request
+from .driver import Driver, Relay
 from .forecasters import plan_of
 from .plan import Plan, PlanError
 from .response import response_of
-from .runner import Driver, PlanRunner, Relay
+from .runner import PlanRunner
 from .search import search
 from .statistics import GUIDED, Statistics, flow_response
 from .surrogate import Surrogate
-from .tables import closed_form, prior_slopes, served_by
 from .tables import plan_of as table_plan
+from .tables import prior_slopes, served_by, straight
 from .transfer import adapted, computed_steps
 
 FITTED = "fitted"
@@ -71,7 +72,7 @@ def plan_for(
             raise ValueError(f"site={site!r} with forecaster='fitted': these rows are of the output site")
         slopes, grams = prior_slopes(statistics, 1), statistics.grams["output"][None]
         surrogate = Surrogate(grams, statistics.response, np.asarray(statistics.guidance), slopes)
-        weights, _ = surrogate.optimise(computed, closed_form(statistics, computed))
+        weights, _ = surrogate.optimise(computed, straight(computed, len(slopes), total))
         return table_plan(statistics, computed, weights, timesteps=timesteps, training=training)
     return plan_of(
         forecaster,
@@ -139,8 +140,7 @@ class Adaptive(Relay):
 
     def _made(self, sigmas: Sequence[float] | None = None, response: np.ndarray | None = None) -> Plan:
         if isinstance(self._source, Plan):
-            made = adapted(self._source, self._budget, sigmas, response)
-            return replace(made, likeness=self._source.likeness)
+            return adapted(self._source, self._budget, sigmas, response)
         if self._budget is None:
             raise ValueError("budget=None: with statistics say how many steps to compute, e.g. budget=10")
         return plan_for(self._source, self._budget, sigmas, response, site=self.site)

@@ -13,10 +13,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .denoisers import LAYOUTS, config_hash, denoiser_of
+from .driver import LesaWarning
 from .gatherer import Gatherer
 from .plan import SITES
 from .response import response_of
-from .runner import LesaWarning
 from .statistics import Statistics, StatisticsError, flow_response
 from .works import Work, works_of
 

@@ -26,10 +26,10 @@ from torch._dynamo.decorators import skip  # unlike torch.compiler.disable(recur
 from . import ops
 from .clock import Call, Clock
 from .denoisers import denoiser_of, layout_of
+from .driver import Driver, Forecast
 from .exchange import Exchange, Stands, Tail, Tap
 from .inputs import Inputs
 from .retrace import Retrace
-from .runner import Driver, Forecast
 
 _NAME = "lesa"
 _TAIL_LOST = "the denoiser's last block was not run (something skips it or runs another forward)"

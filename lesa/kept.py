@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as serialize
 
+from .driver import LesaWarning
 from .files import Kind, load, metadata, replace_file
 from .plan import Plan
-from .runner import LesaWarning
 from .surrogate import Outcome
 from .trials import Measured, Trials
 

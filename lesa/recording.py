@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 
 from .clock import Call, Request
 from .denoisers import config_hash, denoiser_of
+from .driver import Driver, Forecast, LesaWarning, Relay
 from .files import replace_file
 from .requests import check_prompts, run
 from .retrace import Retrace
-from .runner import Driver, Forecast, LesaWarning, Relay
 from .stats import Stats
 
 _FORMAT = "lesa-recording-1"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import hooks
-from .runner import Driver
+from .driver import Driver
 
 
 def run(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .clock import sigmas_of
-from .runner import LesaWarning
+from .driver import LesaWarning
 from .statistics import flow_response
 
 _TOLERANCE = 1e-3  # schedulers work in float32
@@ -64,10 +64,12 @@ def response_of(scheduler: Any, begin: int | None = None) -> np.ndarray:
 def _probe(scheduler: Any, begin: int) -> tuple[np.ndarray, float]:
     """The response, and how far from linear it is: its error on random outputs, relative to them."""
     total = len(scheduler.timesteps) - begin
-    # One column for each impulse, and one of random outputs.
+    # One column for each impulse, one of random outputs, and one of none.
     random = torch.randn(total, 1, generator=torch.Generator().manual_seed(0))
-    outputs = torch.cat([torch.eye(total), random], 1)
-    samples = _run(scheduler, begin, outputs) - _run(scheduler, begin, torch.zeros_like(outputs))
+    outputs = torch.cat([torch.eye(total), random, torch.zeros(total, 1)], 1)
+    samples = _run(scheduler, begin, outputs)
+    if samples[:, -1].any():  # something comes of nothing, such as noise, which is another one in each column
+        samples -= _run(scheduler, begin, torch.zeros_like(outputs))
     response = samples[:, :total].numpy()
     expected = response @ random[:, 0].double().numpy()
     wrong = np.abs(samples[:, total].numpy() - expected).max()

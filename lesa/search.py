@@ -148,11 +148,8 @@ def _table(prices: list[np.ndarray], most: int, lowest: int) -> np.ndarray:
     table = np.full((most + 1, total, total + 1), np.inf)
     table[0, :, total] = 0.0
     for q in reversed(range(lowest, total)):
-        table[1, : len(prices[q]), q] = prices[q][:, -1]
-        for r in range(2, min(most, total - q) + 1):
-            reach = total - q - r + 1  # the next computed step leaves room for those after it
-            after = prices[q][:, :reach] + table[r - 1, q, q + 1 : q + 1 + reach]
-            table[r, : len(after), q] = after.min(axis=1)
+        own = prices[q]  # [p, n - q - 1]; where too few steps follow n, the table is infinite
+        table[1:, : len(own), q] = (own + table[:-1, q, None, q + 1 :]).min(axis=2)
     return table
 
 

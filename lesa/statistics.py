@@ -111,8 +111,8 @@ class Statistics:
         """The statistics of requests with other noise levels, interpolated in sigma.
 
         Features are taken to be smooth in sigma; as each is a weighted sum of the gathered ones, the matrices stay
-        positive semidefinite. Noise levels beyond those gathered go on straight for half a step, then are taken as
-        there.
+        positive semidefinite. Noise levels beyond those gathered go on as the features do there for half a step,
+        then are taken as there.
 
         Args:
             sigmas: the T' + 1 noise levels of the other request, the final 0 included.

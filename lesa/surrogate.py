@@ -18,44 +18,14 @@ and the final one), M = C N basis vectors v^_(c, j).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .interpolation import interpolation
+from .interpolation import interpolation, learned
 from .plan import MAX_READS
-
-# Weight of the mean squared error at the computed steps beside that of the final sample: slopes are only nearly right.
-KAPPA = 1.0
-_TINY = 1e-30
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Inner products, divided by the number of elements, of one plan's errors in P requests.
-
-    Args:
-        basis: [P, M, M], of the outputs v^_(c, j) at the computed steps, contexts first.
-        along: [Q, P, M], of each target's error with them.
-        error: [Q, P], mean squared errors of the targets, the final sample last.
-    """
-
-    basis: np.ndarray
-    along: np.ndarray
-    error: np.ndarray
-
-    @property
-    def cost(self) -> np.ndarray:
-        """[P]: the final error and, with weight `KAPPA`, the mean of those on the way."""
-        way = self.error[:-1].mean(0) if len(self.error) > 1 else 0.0
-        return self.error[-1] + KAPPA * way
-
-    @property
-    def objective(self) -> float:
-        """The mean logarithm of the cost: decibels, in which each request weighs the same."""
-        return float(np.log(np.maximum(self.cost, _TINY)).mean())
+from .segments import Outcome, Segments
 
 
 @dataclass(frozen=True)
@@ -106,18 +76,24 @@ class Surrogate:
     def at(self, sigmas: Sequence[float], others: Sequence[float], response: np.ndarray) -> Surrogate:
         """The model of the same requests at other noise levels, interpolated in sigma as in `Statistics.at`.
 
+        Where levels lie below all that are known, the weights of features are learned from the Gram matrices.
+
         Args:
             sigmas: the T + 1 noise levels of this model, the final 0 included.
             others: the T' + 1 wanted ones.
             response: [T' + 1, T'] of the scheduler there.
 
         Raises:
-            ValueError: lengths differ.
+            ValueError: lengths differ, or `others` are no noise levels.
         """
+        if len(others) < 2 or not np.isfinite(others).all():
+            raise ValueError(f"sigmas={others!r:.200}: expected the T + 1 finite noise levels of a request")
         if len(sigmas) != self.num_steps + 1:
             raise ValueError(f"{len(sigmas)} sigmas for a surrogate of {self.num_steps} steps: expected one more")
         weights = interpolation(sigmas[:-1], others[:-1])
-        every = np.kron(np.eye(len(self.guidance)), weights)
+        C, T, P = self.slopes.shape
+        gram = np.einsum("pcicj->ij", self.grams.reshape(P, C, T, C, T)) / (P * C)
+        every = np.kron(np.eye(C), learned(weights, sigmas[:-1], others[:-1], gram))
         return replace(self, grams=every @ self.grams @ every.T, response=response, slopes=weights @ self.slopes)
 
     def thinned(self, most: int = 8) -> Surrogate:
@@ -127,54 +103,19 @@ class Surrogate:
         kept = np.linspace(0, self.requests - 1, most).round().astype(int)
         return replace(self, grams=self.grams[kept], slopes=self.slopes[:, :, kept])
 
+    def on(self, computed: Sequence[int], most: int = MAX_READS) -> Segments:
+        """The model on one schedule, with the weights of so many of the newest computed steps to be varied."""
+        return Segments(self.grams, self.response, self.guidance, self.slopes, computed, most)
+
     def outcome(self, computed: Sequence[int], weights: np.ndarray) -> Outcome:
         """The predicted outcome of rows `weights` [C, T, T] on a schedule."""
-        C, T, P = self.slopes.shape
-        eye = np.eye(C * T).reshape(C, T, C * T)
-        basis = np.zeros((C, len(computed), P, C * T))
-        steps = np.zeros((T, P, C * T))  # v^_t - v_t
-        targets = []
-        for k, (step, end) in enumerate(zip(computed, (*computed[1:], T), strict=True)):
-            off = _weighed(self.response[step, :step], steps[:step])
-            if k:
-                targets.append(off)
-            answer = self.slopes[:, step, :, None] * off
-            basis[:, k] = answer + eye[:, step, None]
-            steps[step] = _weighed(self.guidance, answer)
-            if end > step + 1:
-                reads = self.guidance[:, None, None] * weights[:, step + 1 : end][:, :, list(computed[: k + 1])]
-                forecast = _weighed(reads.transpose(1, 0, 2), basis[:, : k + 1])
-                truth = _weighed(self.guidance, eye[:, step + 1 : end])
-                steps[step + 1 : end] = forecast - truth[:, None]
-        targets.append(_weighed(self.response[T], steps))
-        flat = basis.reshape(-1, P, C * T).transpose(1, 0, 2)
-        carried = flat @ self.grams
-        errors = np.stack(targets, 1)  # [P, Q, C T]
-        return Outcome(
-            carried @ flat.transpose(0, 2, 1),
-            (errors @ carried.transpose(0, 2, 1)).transpose(1, 0, 2),
-            (errors @ self.grams * errors).sum(2).T,
-        )
+        segments = self.on(computed)
+        return segments.outcome(segments.priced(segments.reads(weights)))
 
     def carry(self, computed: Sequence[int], weights: np.ndarray) -> np.ndarray:
         """[Q, P, N]: what one unit, added to all forecasts of segment k, does to each target."""
-        C, T, P = self.slopes.shape
-        N = len(computed)
-        steps = np.zeros((T, P, N))
-        answers = np.zeros((C, N, P, N))
-        targets = []
-        for k, (step, end) in enumerate(zip(computed, (*computed[1:], T), strict=True)):
-            off = _weighed(self.response[step, :step], steps[:step])
-            if k:
-                targets.append(off)
-            answers[:, k] = self.slopes[:, step, :, None] * off
-            steps[step] = _weighed(self.guidance, answers[:, k])
-            if end > step + 1:
-                reads = self.guidance[:, None, None] * weights[:, step + 1 : end][:, :, list(computed[: k + 1])]
-                steps[step + 1 : end] = _weighed(reads.transpose(1, 0, 2), answers[:, : k + 1])
-                steps[step + 1 : end, :, k] += 1.0
-        targets.append(_weighed(self.response[T], steps))
-        return np.stack(targets)
+        segments = self.on(computed)
+        return segments.carried(segments.priced(segments.reads(weights)))
 
     def step(self, computed: Sequence[int], weights: np.ndarray, outcome: Outcome, damping: float) -> np.ndarray:
         """One damped step of Gauss-Newton on `Outcome.objective`, from an outcome predicted or measured.
@@ -188,62 +129,17 @@ class Surrogate:
         Returns:
             [C, T, T], other rows.
         """
-        C, T, _ = weights.shape
-        N = len(computed)
-        ends = (*computed[1:], T)
-        varied = [
-            (k, c, j)
-            for k in range(N)
-            if ends[k] > computed[k] + 1
-            for c in range(C)
-            for j in range(max(0, k + 1 - MAX_READS), k + 1)
-        ]
-        if not varied:
-            return weights
-        k, c, j = np.array(varied).T
-        m, gain = c * N + j, self.guidance[c]
-        carried = self.carry(computed, weights)
-        share = np.full(len(outcome.error), KAPPA / max(len(outcome.error) - 1, 1))
-        share[-1] = 1.0
-        importance = share[:, None] / np.maximum(outcome.cost, _TINY)  # [Q, P]
-        pairs = np.einsum("qp,qpk,qpl->pkl", importance, carried, carried)
-        normal = (pairs[:, k[:, None], k] * outcome.basis[:, m[:, None], m]).sum(0) * np.outer(gain, gain)
-        slope = np.einsum("qp,qpn,qpn->n", importance, carried[:, :, k], outcome.along[:, :, m]) * gain
-        spans = np.array([self.response[T, s + 1 : e].sum() for s, e in zip(computed, ends, strict=True)])
-        prior = outcome.basis.mean(0)[m[:, None], m] * np.outer(gain, gain)
-        prior *= np.where(k[:, None] == k, np.outer(spans[k], spans[k]), 0.0)
-        scale = np.trace(normal) / max(np.trace(prior), _TINY)
-        ridge = 1e-9 * np.trace(normal) / len(varied) * np.eye(len(varied))
-        change = -np.linalg.lstsq(normal + damping * scale * prior + ridge, slope, rcond=1e-12)[0]
-        rows = weights.copy()
-        for (k_, c_, j_), value in zip(varied, change, strict=True):
-            rows[c_, computed[k_] + 1 : ends[k_], computed[j_]] += value
-        return rows
+        segments = self.on(computed)
+        change = segments.change(outcome, segments.carried(segments.priced(segments.reads(weights))), damping)
+        return segments.spread(weights, change)
 
     def optimise(
         self, computed: Sequence[int], weights: np.ndarray, iterations: int = 12, damping: float = 0.01
     ) -> tuple[np.ndarray, float]:
         """Rows [C, T, T] from `weights` on, bettered by up to `iterations` steps, and their predicted objective."""
-        outcome = self.outcome(computed, weights)
-        for _ in range(iterations):
-            trial = self.step(computed, weights, outcome, damping)
-            result = self.outcome(computed, trial)
-            gained = outcome.objective - result.objective
-            if gained > 0:
-                weights, outcome, damping = trial, result, damping / 3
-                if gained < 1e-3:
-                    break
-            else:
-                damping *= 10
-        return weights, outcome.objective
-
-
-def _weighed(weights: np.ndarray, terms: np.ndarray) -> np.ndarray:
-    """Sums of terms [..., P, L] over their leading axes, by weights whose last axes those are."""
-    summed, kept = terms.shape[:-2], weights.shape[: weights.ndim - terms.ndim + 2]
-    number = math.prod(summed)
-    sums = weights.reshape(math.prod(kept), number) @ terms.reshape(number, math.prod(terms.shape[-2:]))
-    return sums.reshape(*kept, *terms.shape[-2:])
+        segments = self.on(computed)
+        change, objective = segments.optimise(weights, iterations, damping)
+        return segments.spread(weights, change), objective
 
 
 def spread_slopes(measured: np.ndarray, computed: Sequence[int], num_steps: int) -> np.ndarray:

@@ -21,6 +21,18 @@ def closed_form(statistics: Statistics, computed: Sequence[int], forecaster: str
     return np.stack([_table(rows_of(forecaster, computed, T, gram), T) for gram in grams])
 
 
+def straight(computed: Sequence[int], contexts: int, num_steps: int) -> np.ndarray:
+    """The rows [C, T, T] of "taylor-1", the same for all contexts, made at once: where to start a search from."""
+    steps, every = np.asarray(computed), np.arange(num_steps)
+    last = np.searchsorted(steps, every, side="right") - 1
+    rows, before = np.zeros((num_steps, num_steps)), np.maximum(last - 1, 0)
+    slope = np.where(last > 0, (every - steps[last]) / np.maximum(steps[last] - steps[before], 1), 0.0)
+    rows[every, steps[last]] = 1.0 + slope
+    rows[every, steps[before]] -= slope
+    rows[steps] = 0.0
+    return np.broadcast_to(rows, (contexts, num_steps, num_steps)).copy()
+
+
 def plan_of(statistics: Statistics, computed: tuple[int, ...], weights: np.ndarray, **provenance: Any) -> Plan:
     """The plan of rows [C, T, T] at the output site, with checks for the guard by regression.
 

@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from . import files
 from .clock import Call, Request
+from .driver import Forecast
 from .learning import Learner, TrainingConfig
 from .predictor import Predictor
-from .runner import Forecast
 from .stats import Stats
 
 _KIND = files.Kind("a checkpoint", None, ValueError, "delete it to start again", "an earlier run")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,17 @@ import numpy as np
 from .expectations import expectations
 from .plan import Expected, Plan, PlanError
 from .search import search
-from .statistics import GUIDED, Statistics
+from .statistics import GUIDED, Statistics, flow_response
 from .surrogate import Surrogate
-from .tables import closed_form, plan_of
+from .tables import plan_of, straight
 
-_GLANCE = 4  # steps of Gauss-Newton that tell two schedules apart
-# For moves a hasty look must do, of so many requests and steps, at so many schedules: a plan is made while one waits.
-# The larger they are the longer each look takes.
-_HASTY_REQUESTS, _HASTY, _LOOKS, _WORK = 3, 2, 12, 3600
+# A look at a schedule: so many steps of Gauss-Newton from Taylor's rows on, on the weights of so many newest steps.
+_HASTY, _HASTY_GUIDED, _NEWEST = 1, 2, 3
+# How many schedules are looked at for a better one, and about how many microseconds that may take: a plan is made while
+# one waits. Requests with guidance, of many steps or with many computed ones take longer a look.
+_LOOKS, _PATIENCE = 50, 25_000
+_WORTH = 0.02  # of the objective, for a move: what is promised less than that is chance
+_TOGETHER = (2, 1)  # computed steps, next to each other, that are moved at once
 
 
 def adapted(
@@ -29,9 +33,9 @@ def adapted(
 ) -> Plan:
     """The plan of another request, as near to a fit of its own as the fitted one's surrogate tells.
 
-    Its schedule is the searched one on the guided mean inner products, the fitted plan's own at the nearest noise
-    levels, or the better of them with some steps moved by one, whichever the surrogate says does least harm; its rows
-    are the surrogate's best.
+    Its schedule is the one of which the surrogate promises most: the searched one on the guided mean inner products,
+    the fitted plan's own at the nearest noise levels, or what moving steps of these by one leads to. Its rows are the
+    surrogate's best.
 
     What the guard may expect are the errors that its checks would have made in the fitting requests.
 
@@ -54,27 +58,24 @@ def adapted(
             f"the plan serves its own {plan.num_steps} steps only: it does not hold what it was fitted from; fit it "
             "again with this version of lesa.fit, or adapt the statistics of its requests"
         )
-    known = there = statistics_of(plan, surrogate)
-    native = sigmas is None and response is None
-    total = plan.num_steps if sigmas is None else len(sigmas) - 1
+    native, levels = sigmas is None and response is None, plan.sigmas if sigmas is None else tuple(sigmas)
+    total = len(levels) - 1
     number = min(plan.budget, total) if budget is None else computed_steps(budget, total)
     if native and number == plan.budget:
         return plan
     model = surrogate
     if not native:
-        there = known.at(plan.sigmas if sigmas is None else sigmas, response)
-        model = surrogate.at(plan.sigmas, there.sigmas, there.response)
+        model = surrogate.at(plan.sigmas, levels, flow_response(levels) if response is None else response)
+    there = statistics_of(plan, model, levels)
     schedules = {
-        nearest(plan, there.sigmas, number): "nearest",
+        nearest(plan, levels, number): "nearest",
         search(there.gram("output", GUIDED), there.response[-1], number): "searched",
     }
-    schedules.setdefault(_moved(model, there, list(schedules)), "moved")
-    rows = {computed: model.optimise(computed, closed_form(there, computed), _GLANCE) for computed in schedules}
-    best = min(rows, key=lambda computed: rows[computed][1])
-    weights, _ = model.optimise(best, rows[best][0])
-    more: dict[str, Any] = {"training": {"requests": surrogate.requests, "schedule": schedules[best]}}
+    best = _moved(model, schedules)
+    weights, _ = model.optimise(best, straight(best, len(model.guidance), total))
+    more: dict[str, Any] = {"training": {"requests": surrogate.requests, "schedule": schedules.get(best, "moved")}}
     made = plan_of(there, best, weights, timesteps=plan.timesteps if sigmas is None else None, **more)
-    return replace(made, expected=expected_by(model, made))
+    return replace(made, expected=expected_by(model, made), likeness=plan.likeness)
 
 
 def computed_steps(budget: Any, total: int) -> int:
@@ -93,11 +94,11 @@ def computed_steps(budget: Any, total: int) -> int:
     )
 
 
-def statistics_of(plan: Plan, surrogate: Surrogate) -> Statistics:
-    """The statistics of the output site that a plan's surrogate holds."""
+def statistics_of(plan: Plan, surrogate: Surrogate, sigmas: Sequence[float]) -> Statistics:
+    """The statistics of the output site that a surrogate of a plan's model holds; their timesteps are none."""
     return Statistics(
-        sigmas=plan.sigmas,
-        timesteps=plan.sigmas[:-1] if plan.timesteps is None else plan.timesteps,
+        sigmas=tuple(sigmas),
+        timesteps=tuple(sigmas[:-1]),
         contexts=surrogate.contexts,
         guidance=tuple(surrogate.guidance.tolist()),
         grams={"output": surrogate.grams.mean(0)},
@@ -126,26 +127,48 @@ def nearest(plan: Plan, sigmas: Sequence[float], budget: int) -> tuple[int, ...]
     return tuple(steps)
 
 
-def _moved(model: Surrogate, there: Statistics, schedules: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The better of some schedules, its steps moved by one where that promises more; late ones, which cost, first."""
-    few = model.thinned(_HASTY_REQUESTS)
+def _moved(model: Surrogate, schedules: Collection[tuple[int, ...]]) -> tuple[int, ...]:
+    """The best schedule found by moving steps of some schedules, the best of them first, as long as looks are left."""
     prices: dict[tuple[int, ...], float] = {}
+    contexts = len(model.guidance)
+    hasty = _HASTY if contexts == 1 else _HASTY_GUIDED
+    looks = min(_LOOKS, _PATIENCE // _microseconds(model, len(next(iter(schedules)))))
 
     def price(computed: tuple[int, ...]) -> float:
         if computed not in prices:
-            prices[computed] = few.optimise(computed, closed_form(there, computed, "taylor-1"), _HASTY)[1]
+            rows = straight(computed, contexts, model.num_steps)
+            prices[computed] = model.on(computed, _NEWEST).optimise(rows, hasty)[1]
         return prices[computed]
 
-    best = min(schedules, key=price)
-    looks = min(_LOOKS, _WORK // (there.num_steps * len(best)))
-    for i in range(len(best) - 1, 0, -1):
-        for by in (1, -1):
-            moved = (*best[:i], best[i] + by, *best[i + 1 :])
-            fits = moved[i] < there.num_steps and len(set(moved)) == len(moved) and len(prices) < looks
-            if fits and price(moved) < price(best):
-                best = moved
-                break
-    return best
+    ends = []
+    for best in sorted(schedules, key=price):
+        better: tuple[int, ...] | None = best
+        while better is not None:
+            best, better = better, None
+            for moved in _neighbours(best, model.num_steps):
+                if len(prices) >= looks:
+                    break
+                if price(moved) < price(best) - _WORTH:
+                    better = moved
+                    break
+        ends.append(best)
+    return min(ends, key=price)
+
+
+def _neighbours(computed: tuple[int, ...], num_steps: int) -> Iterator[tuple[int, ...]]:
+    """The schedules with two neighbouring computed steps, or one, moved by one; late ones, which cost, first."""
+    for many in _TOGETHER:
+        for i in range(len(computed) - many, 0, -1):
+            for by in (1, -1):
+                moved = (*computed[:i], *(step + by for step in computed[i : i + many]), *computed[i + many :])
+                if moved[-1] < num_steps and all(before < after for before, after in pairwise(moved)):
+                    yield moved
+
+
+def _microseconds(model: Surrogate, budget: int) -> int:
+    """About what a look takes on one core: calls, a system of so many weights, and the Gram matrices it reads."""
+    C, T, _ = model.slopes.shape
+    return 400 + 2 * (C * budget) ** 2 // 3 + budget * (C * T) ** 2 // 800
 
 
 def expected_by(surrogate: Surrogate, plan: Plan) -> dict[str, dict[int, Expected]]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .clock import Call
+from .driver import Relay
 from .guard import Guard
 from .plan import Plan
-from .runner import PlanRunner, Relay
+from .runner import PlanRunner
 from .statistics import Statistics
 from .surrogate import Outcome
 

@@ -18,13 +18,13 @@ import lesa
 from lesa import fitting
 from lesa.clock import Call, Request, sigmas_of
 from lesa.denoisers import config_hash
+from lesa.driver import Forecast, LesaWarning
 from lesa.fitting import FinalError, plan_of, train
 from lesa.plan import Plan
 from lesa.predictor import Predictor
 from lesa.recording import Recording, RecordingError, replay
 from lesa.requests import run
 from lesa.routing import Stage
-from lesa.runner import Forecast, LesaWarning
 from lesa.schedule import paper
 from lesa.stats import Stats
 from lesa.training import TrainingConfig

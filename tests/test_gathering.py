@@ -17,12 +17,13 @@ import lesa
 from lesa import gatherer as gatherer_module
 from lesa import hooks
 from lesa.clock import Call, sigmas_of
+from lesa.driver import LesaWarning
 from lesa.forecasters import plan_of
 from lesa.gathering import gather
 from lesa.recording import Recorder
 from lesa.requests import run
 from lesa.response import response_of
-from lesa.runner import LesaWarning, PlanRunner
+from lesa.runner import PlanRunner
 from lesa.statistics import GUIDED, StatisticsError, flow_response
 
 STEPS = 5

@@ -20,7 +20,10 @@ MATHEMATICS = {
     *("search", "statistics", "interpolation", "surrogate", "segments", "tables", "transfer", "files", "planfile"),
     "expectations",
 }
-RUNTIME = {"clock", "inputs", "runner", "guard", "retrace", "likeness", "stats", "adapting", "response"}
+RUNTIME = {
+    *("clock", "inputs", "driver", "runner", "history", "stats", "adapting", "response"),
+    *("guard", "vigil", "retrace", "likeness"),
+}
 MAY_IMPORT_DIFFUSERS = {"hooks", "denoisers", "recording", "cli", "demo", "assets"}
 FOREIGN = {"diffusers", "transformers", "triton", "lesa.kernels"}
 

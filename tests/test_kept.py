@@ -13,9 +13,9 @@ import pytest
 from pipelines import flux_dev
 
 import lesa
+from lesa.driver import LesaWarning
 from lesa.kept import Kept, digest
 from lesa.plan import Plan
-from lesa.runner import LesaWarning
 from lesa.session import EFFORTS
 from lesa.trials import Measured, Trials
 from lesa.tuning import Session

@@ -23,9 +23,9 @@ from lesa import hooks
 from lesa import recording as recording_module
 from lesa.clock import sigmas_of
 from lesa.denoisers import config_hash
+from lesa.driver import LesaWarning
 from lesa.recording import Recorder, Recording, RecordingError, record, replay
 from lesa.requests import read_prompts, run
-from lesa.runner import LesaWarning
 
 FLUX = CASES_BY_NAME["flux_dev"]
 STEPS = 4

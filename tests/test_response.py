@@ -23,9 +23,10 @@ from diffusers import (
 )
 from torch import Tensor
 
+from lesa import response
 from lesa.clock import sigmas_of
+from lesa.driver import LesaWarning
 from lesa.response import response_of
-from lesa.runner import LesaWarning
 from lesa.statistics import flow_response
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -92,6 +93,16 @@ def test_euler_along_a_flow_is_the_closed_form() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     scheduler.set_timesteps(9)
     np.testing.assert_allclose(response_of(scheduler), flow_response(sigmas_of(scheduler)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "runs"), [("unipc flow", 1), ("stochastic euler flow", 2), ("euler ancestral", 2)])
+def test_one_run_unless_something_comes_of_nothing(name: str, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, seen = SCHEDULERS[name](), []
+    scheduler.set_timesteps(STEPS)
+    run = response._run
+    monkeypatch.setattr(response, "_run", lambda *args: seen.append(args) or run(*args))  # type: ignore[func-returns-value]
+    response_of(scheduler)
+    assert len(seen) == runs
 
 
 def test_heun_calls_twice_a_step() -> None:

@@ -100,13 +100,13 @@ def test_the_estimate_can_be_asked_for() -> None:
     pipe = enabled(FLUX, strict(FLUX, "output", 4), ESTIMATE)
     FLUX.call(pipe, steps=STEPS)
     assert (lesa.stats(pipe).guard.switches, lesa.stats(pipe).guard.retraced) == (1, 0)
-    assert hooks.attached(pipe).driver._past is None
+    assert hooks.attached(pipe).driver._vigil._past is None
 
 
 def test_nothing_is_kept_where_nothing_is_judged() -> None:
     pipe = enabled(FLUX, checked_plan(FLUX, "output"), math.inf)
     FLUX.call(pipe, steps=STEPS)
-    assert hooks.attached(pipe).driver._past is None
+    assert hooks.attached(pipe).driver._vigil._past is None
 
 
 @pytest.mark.parametrize("site", ["hidden", "output"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lesa.interpolation import interpolation
+from lesa.interpolation import interpolation, learned
 from lesa.statistics import GUIDED, Statistics, StatisticsError, flow_response
 
 
@@ -114,11 +114,44 @@ def test_interpolation_by_hand() -> None:
     known = (1.0, 0.5, 0.25)
     # Three points: the parabola through them, here by Lagrange's formula.
     np.testing.assert_allclose(interpolation(known, (0.75, 0.5)), [[1 / 3, 1, -1 / 3], [0, 1, 0]], atol=1e-12)
-    # Beyond, along its slope at 0.25, (-2/3, 6, -16/3), for half of the outermost step, 0.125 here; then no further.
-    beyond = [[1 / 30, -0.3, 1 + 0.8 / 3], [1 / 12, -0.75, 5 / 3], [1 / 12, -0.75, 5 / 3]]
-    np.testing.assert_allclose(interpolation(known, (0.2, 0.125, 0.01)), beyond, rtol=1e-12)
+    # Two points: straight, for half a step beyond.
     np.testing.assert_allclose(interpolation(known[:2], (1.0, 0.6, 0.1)), [[1, 0], [0.2, 0.8], [-0.5, 1.5]], atol=1e-12)
     np.testing.assert_allclose(interpolation((0.4,), (0.9, 0.4, 0.1)), [[1], [1], [1]])
+
+
+def test_interpolation_below_what_is_known_by_hand() -> None:
+    # The parabola in the root, here 1, 1/2 and 1/4 at the nodes, 1/5 and 0 at what is wanted.
+    rows = interpolation((1.0, 0.25, 0.0625), (0.04, 0.0))
+    np.testing.assert_allclose(rows, [[0.04, -0.32, 1.28], [1 / 3, -2, 8 / 3]], atol=1e-12)
+    # For half of the outermost step, 0.125 here; then no further.
+    rows = interpolation((1.0, 0.5, 0.25), (0.125, 0.01))
+    np.testing.assert_array_equal(rows[0], rows[1])
+    roots = np.sqrt([1.0, 0.5, 0.25])
+    for power in range(3):
+        np.testing.assert_allclose(rows[0] @ roots**power, 0.125 ** (power / 2), rtol=1e-12)
+    # What goes on as the logarithm does, as features do near the end, is met better than by a straight line.
+    known, wanted = np.array([0.1, 0.08, 0.06, 0.04, 0.02]), 0.01
+    straight = np.log(0.02) + (np.log(0.02) - np.log(0.04)) / 2
+    found = (interpolation(known, [wanted]) @ np.log(known))[0]
+    assert abs(found - np.log(wanted)) < 0.5 * abs(straight - np.log(wanted))
+
+
+def test_levels_below_are_learned_where_features_look_alike_at_every_scale(seed: int) -> None:
+    """Of three powers of the level, every value is the same sum of those at three fixed multiples of the level."""
+    known, wanted = [0.8, 0.4, 0.2, 0.1, 0.05], [0.3, 0.05, 0.025]
+    random = np.random.default_rng(seed)
+    parts = random.normal(size=(3, 20))
+
+    def at(levels: list[float]) -> np.ndarray:
+        return np.asarray(levels)[:, None] ** [0.0, 0.3, 1.7] @ parts
+
+    weights, gram = interpolation(known, wanted), at(known) @ at(known).T
+    rows = learned(weights, known, wanted, gram)
+    np.testing.assert_array_equal(rows[:2], weights[:2])
+    off = np.abs(rows @ at(known) - at(wanted))[2].max(), np.abs(weights @ at(known) - at(wanted))[2].max()
+    assert off[0] < 0.03 * off[1]
+    # Not where that would read levels above those known: 0.05 * 0.2 / 0.025 is 0.4.
+    np.testing.assert_array_equal(learned(weights[:, 2:], known[2:], wanted, gram[2:, 2:]), weights[:, 2:])
 
 
 def test_interpolation_is_exact_for_parabolas(seed: int) -> None:

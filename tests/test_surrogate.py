@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from lesa.forecasters import rows_of
 from lesa.statistics import flow_response
 from lesa.surrogate import Outcome, Surrogate, spread_slopes
+from lesa.tables import straight
 
 T, L, P = 9, 40, 3
 COMPUTED = (0, 1, 3, 6)
@@ -128,7 +130,7 @@ def test_everything_computed_has_no_error_and_no_step(generator):
     computed, weights = tuple(range(T)), np.zeros((1, T, T))
     outcome = surrogate.outcome(computed, weights)
     assert np.abs(outcome.error).max() == 0.0
-    assert surrogate.step(computed, weights, outcome, 0.1) is weights
+    np.testing.assert_array_equal(surrogate.step(computed, weights, outcome, 0.1), weights)
 
 
 def test_slopes_between_computed_steps_are_interpolated_and_cut():
@@ -144,3 +146,50 @@ def test_objective_is_the_mean_logarithm():
     outcome = Outcome(np.zeros((2, 1, 1)), np.zeros((2, 2, 1)), error)
     np.testing.assert_allclose(outcome.cost, [3.0, 12.0])
     assert outcome.objective == pytest.approx((np.log(3) + np.log(12)) / 2)
+
+
+def test_any_response_and_any_features(generator):
+    """Against the recursion step by step, for a scheduler that remembers and slopes that differ between requests."""
+    C, computed = 2, (0, 1, 3, 6)
+    flat = torch.randn(P, C * T, L, generator=generator).double().numpy()
+    response = np.tril(torch.randn(T + 1, T, generator=generator).double().numpy(), -1)
+    slopes = torch.randn(C, T, P, generator=generator).double().numpy()
+    guidance, weights = np.array([3.0, -2.0]), some_rows(C, generator)
+    outcome = Surrogate(flat @ flat.transpose(0, 2, 1) / L, response, guidance, slopes).outcome(computed, weights)
+    truth, outputs = flat.reshape(P, C, T, L), np.zeros((P, C, T, L))
+    off = np.zeros((T + 1, P, L))
+    for t in range(T + 1):
+        guided = np.einsum("c,pctl->tpl", guidance, (outputs - truth)[:, :, :t])
+        off[t] = np.einsum("i,ipl->pl", response[t, :t], guided)
+        if t in computed:
+            outputs[:, :, t] = truth[:, :, t] + slopes[:, t].T[:, :, None] * off[t][:, None]
+        elif t < T:
+            outputs[:, :, t] = np.einsum("cj,pcjl->pcl", weights[:, t], outputs)
+    basis = outputs[:, :, list(computed)].reshape(P, -1, L)
+    errors = off[[1, 3, 6, T]]
+    np.testing.assert_allclose(outcome.basis, basis @ basis.transpose(0, 2, 1) / L, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(outcome.along, np.einsum("qpl,pml->qpm", errors, basis) / L, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(outcome.error, (errors**2).mean(2), rtol=1e-9, atol=1e-9)
+
+
+def test_weights_of_the_newest_steps_alone_may_be_varied(generator):
+    surrogate, _, _ = world(2, generator)
+    weights = some_rows(2, generator)
+    objectives = []
+    for most in (1, 2, 4):
+        change, objective = surrogate.on(COMPUTED, most).optimise(weights, 30)
+        assert [bool(np.abs(change[:, k, j]).max()) for k in range(4) for j in range(4)] == [
+            COMPUTED[k] not in (0,) and k - most < j <= k for k in range(4) for j in range(4)
+        ]
+        objectives.append(objective)
+    assert objectives[0] > objectives[1] > objectives[2]
+    assert objectives[2] == pytest.approx(surrogate.optimise(COMPUTED, weights, 30)[1])
+
+
+@pytest.mark.parametrize("computed", [(0,), (0, 1, 3, 6), (0, 4, 8), tuple(range(T))])
+def test_straight_rows_are_those_of_taylor(computed):
+    rows = rows_of("taylor-1", computed, T)
+    expected = np.zeros((2, T, T))
+    for step, row in rows.items():
+        expected[:, step, list(row.steps)] = row.weights
+    np.testing.assert_allclose(straight(computed, 2, T), expected, atol=1e-12)

@@ -25,7 +25,7 @@ from lesa.runner import PlanRunner
 from lesa.search import search
 from lesa.statistics import GUIDED, flow_response
 from lesa.surrogate import Surrogate
-from lesa.tables import closed_form, plan_of
+from lesa.tables import closed_form, plan_of, straight
 from lesa.transfer import adapted, nearest, statistics_of
 
 pytestmark = pytest.mark.filterwarnings("error::lesa.LesaWarning")
@@ -69,7 +69,7 @@ def fitted(count=1, steps=STEPS, budget=BUDGET):
     surrogate = model(sigmas, count)
     timesteps = tuple(1000 * s for s in sigmas[:-1])
     bare = Plan(tuple(range(steps)), sigmas, site="output", timesteps=timesteps)
-    known = statistics_of(bare, surrogate)
+    known = statistics_of(bare, surrogate, sigmas)
     computed = search(known.gram("output", GUIDED), known.response[-1], budget)
     weights, _ = surrogate.optimise(computed, closed_form(known, computed))
     made = plan_of(known, computed, weights, timesteps=timesteps, surrogate=surrogate)
@@ -168,7 +168,7 @@ def test_the_file_keeps_what_decides(count, tmp_path):
     apart = [np.diff(np.diff(one.grams[:, :STEPS, :STEPS], axis=1), axis=2) for one in (exact, kept)]
     np.testing.assert_allclose(apart[1], apart[0], rtol=1e-6, atol=1e-12)
     rounded = replace(exact, grams=exact.grams.astype(np.float32).astype(np.float64))
-    known, off = statistics_of(plan, exact), []
+    known, off = statistics_of(plan, exact, plan.sigmas), []
     for budget in (6, 10, 16):
         computed = search(known.gram("output", GUIDED), known.response[-1], budget)
         start = closed_form(known, computed)
@@ -257,7 +257,7 @@ def test_rows_and_schedule_do_the_least_harm_there(count, steps, shift, budget):
     assert set(there.rows) == ({ANY_CONTEXT} if count == 1 else {ANY_CONTEXT, "cond", "uncond"})
     truth, contexts = model(sigmas, count), CONTEXTS[count][0]
     promised = truth.outcome(there.computed, table(there, contexts)).objective
-    known = statistics_of(replace(there, timesteps=None), truth)
+    known = statistics_of(there, truth, sigmas)
     searched = search(known.gram("output", GUIDED), known.response[-1], there.budget)
     candidates = {searched, nearest(plan, sigmas, there.budget)}
     best = min(truth.optimise(computed, closed_form(known, computed), 30)[1] for computed in candidates)
@@ -269,6 +269,7 @@ def test_rows_and_schedule_do_the_least_harm_there(count, steps, shift, budget):
 
 @pytest.mark.parametrize("bad", ["search", "nearest"])
 def test_the_better_of_both_schedules_is_taken(bad, monkeypatch):
+    monkeypatch.setattr(transfer, "_LOOKS", 0)
     early = tuple(range(BUDGET))
     monkeypatch.setattr(transfer, bad, lambda *_: early)
     there = adapted(fitted(), None, spread(28))
@@ -277,6 +278,38 @@ def test_the_better_of_both_schedules_is_taken(bad, monkeypatch):
     monkeypatch.setattr(transfer, "search", lambda *_: early)
     monkeypatch.setattr(transfer, "nearest", lambda *_: early)
     assert adapted(fitted(), None, spread(28)).computed == early
+
+
+def test_steps_are_moved_where_that_promises_more(monkeypatch):
+    """From evenly spaced steps on, to a schedule none of whose neighbours is much better; within so many looks."""
+    sigmas, even = spread(28), tuple(range(0, 28, 4))[:6]
+    truth = model(fitted().sigmas).at(fitted().sigmas, sigmas, flow_response(sigmas))
+    for name in ("search", "nearest"):
+        monkeypatch.setattr(transfer, name, lambda *_: even)
+    looked = []
+    monkeypatch.setattr(transfer, "straight", lambda *args: (looked.append(args[0]), straight(*args))[1])
+
+    def price(computed):
+        return truth.on(computed, transfer._NEWEST).optimise(straight(computed, 1, 28), transfer._HASTY)[1]
+
+    prices = []
+    monkeypatch.setattr(transfer, "_PATIENCE", 10**9)
+    for looks in (0, 5, 500):
+        monkeypatch.setattr(transfer, "_LOOKS", looks)
+        looked.clear()
+        there = adapted(fitted(), 6, sigmas)
+        assert len(set(looked)) <= max(looks, 1)
+        assert there.training["schedule"] == ("moved" if looks else "searched")
+        prices.append(price(there.computed))
+    assert prices[0] == price(even) > prices[1] > prices[2] + 0.1
+    others = [
+        tuple(step + by * (i <= k < i + many) for k, step in enumerate(there.computed))
+        for i in range(1, 6)
+        for many in (1, 2)
+        for by in (-1, 1)
+    ]
+    others = [other for other in others if len(set(other)) == 6 and other[-1] < 28 and list(other) == sorted(other)]
+    assert len(others) > 9 and min(map(price, others)) >= prices[2] - transfer._WORTH
 
 
 def test_nearest_noise_levels_by_hand():
@@ -300,8 +333,10 @@ def test_the_guard_expects_what_the_checks_would_have_done(count):
     outputs = interpolation(plan.sigmas[:-1], sigmas[:-1]) @ features(plan.sigmas, count)[0]
     assert set(there.expected) == set(there.checks)
     for c, context in enumerate(CONTEXTS[count][0]):
-        assert there.expected_of(context).keys() == there.checks_of(context).keys() != set()
-        for step, row in there.checks_of(context).items():
+        checks = there.checks_of(context)
+        assert there.expected_of(context).keys() == set(sorted(checks)[1:]) != set()  # of the first nothing is expected
+        for step in sorted(checks)[1:]:
+            row = checks[step]
             forecast = np.einsum("k,pkl->pl", row.weights, outputs[:, c, list(row.steps)])
             truth = outputs[:, c, step]
             errors = np.linalg.norm(forecast - truth, axis=1) / np.linalg.norm(truth, axis=1)
