@@ -46,9 +46,11 @@ def enable(
             request that has fewer), or as a float up to 1 a share of its steps. None is the plan's own number.
         guard: whether forecasts are watched. At computed steps the forecast that would have been made is compared with
             the truth; where the logarithm of its error lies more than `guard` spreads above what fitting saw (5 by
-            default, above 0), the rest of the request is computed, at the output site after one step that repays what
-            went wrong. So is a request with guidance under a plan fitted without. Forecasts that are not finite are
-            replaced by computed steps. Computed steps then wait for the device once. None: on where the plan knows its
+            default, above 0; 2 for a request whose prompt or weights are unlike the fitted ones), the request is
+            computed: what ran of it over again, in one go, so that it ends where the full request ends, as long as the
+            sampler makes Euler steps; under another one step repays an estimate of what went wrong. So is a request
+            with guidance under a plan fitted without. Forecasts that are not finite are replaced by computed steps.
+            Computed steps then wait for the device once, and a request at its start. None: on where the plan knows its
             expected errors; True, a number or a `lesa.guard.Guard` needs them; infinity only measures and replaces what
             is not finite; False: off.
 

@@ -80,8 +80,9 @@ def guard_for(option: GuardOption, plan: Plan) -> Guard | None:
         guard = Guard() if option is True else Guard(float(option))
     if not known and not guard.measures:
         raise PlanError(
-            f"guard={option!r}: the plan does not say which errors to expect; fit it again with this version, leave "
-            "guard out, or pass guard=float('inf'), which only replaces forecasts that are not finite"
+            f"guard={option!r}: the plan does not say which errors to expect; fit it with this version, at least 4 "
+            "prompts and 3 computed steps, leave guard out, or pass guard=float('inf'), which only replaces forecasts "
+            "that are not finite"
         )
     return guard
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+_LARGE = 1 << 16  # elements
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,39 @@ class Inputs:
 
     def differs(self, other: Inputs, besides: Sequence[str]) -> bool:
         """Whether any argument but some differs, tensors by value; waits for the device where they are others."""
-        names = ({*self.names[: len(self.args)], *self.kwargs}, {*other.names[: len(other.args)], *other.kwargs})
-        if names[0] != names[1] or len(self.args) > len(self.names):
+        return self._any(other, besides, lambda one, another: not _same(one, another))
+
+    def renews(self, other: Inputs, besides: Sequence[str]) -> bool:
+        """Whether any argument but some is a large tensor that the other does not have; never waits."""
+        return self._any(other, besides, _renewed)
+
+    def versions(self) -> list[int]:
+        """How often each tensor among the arguments was written to; those of inference mode do not say."""
+        return [t._version for t in _tensors([*self.args, *self.kwargs.values()]) if not t.is_inference()]
+
+    def _any(self, other: Inputs, besides: Sequence[str], wrong: Callable[[Any, Any], bool]) -> bool:
+        names, others = ({*each.names[: len(each.args)], *each.kwargs} for each in (self, other))
+        if names != others or len(self.args) > len(self.names):
             return True
-        return any(not _same(self.get(name), other.get(name)) for name in names[0] if name not in besides)
+        return any(wrong(self.get(name), other.get(name)) for name in names if name not in besides)
+
+
+def _renewed(one: Any, other: Any) -> bool:
+    if one is other:
+        return False
+    known = {id(tensor) for tensor in _tensors([other])}
+    return any(t.numel() > _LARGE and id(t) not in known for t in _tensors([one]))
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among some arguments, and in lists and dictionaries of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -21,6 +21,7 @@ FAR = 2.5
 # Relative change of a matrix; bfloat16 in the place of float32 makes 0.002.
 ALTERED = 0.01
 _ENOUGH = 4  # prompts, to tell a scatter
+_SCATTERS = 0.01  # relative; rounding by another dtype makes 0.004
 _MATRICES, _ENTRIES = 16, 16
 _PROMPT = "encoder_hidden_states"
 
@@ -43,7 +44,7 @@ class Likeness:
     """What a plan knows of the requests it was fitted to.
 
     Args:
-        prompts: by context; nothing for one whose prompts are not given as embeddings of tokens.
+        prompts: by context; nothing for one whose prompts are not given as embeddings of tokens, or are all the same.
         weights: entries of some of the denoiser's matrices [M, E]; None where they could not be read.
     """
 
@@ -87,9 +88,8 @@ def likeness_of(embeddings: Mapping[str, Tensor], denoiser: torch.nn.Module) -> 
         if count < _ENOUGH or not bool(own.isfinite().all()):
             continue
         apart = float((own.double() - center).norm(dim=1).mean()) * count / (count - 1)
-        # Negative prompts may be all the same.
-        scatter = max(apart, 1e-3 * float(center.norm()), 1e-12)
-        prompts[context] = Prompts(tuple(center.float().tolist()), scatter)
+        if apart > _SCATTERS * float(center.norm()):  # negative prompts may be all the same, which tells nothing
+            prompts[context] = Prompts(tuple(center.float().tolist()), apart)
     weights = Weights(denoiser).read()
     return Likeness(prompts, None if weights is None else tuple(map(tuple, weights.tolist())))
 
@@ -109,9 +109,15 @@ class Weights:
     """
 
     def __init__(self, denoiser: torch.nn.Module) -> None:
-        matrices = [p for p in denoiser.parameters() if p.dim() > 1 and p.is_floating_point()]
-        chosen = sorted(random.Random(0).sample(range(len(matrices)), min(_MATRICES, len(matrices))))
-        self._matrices = [matrices[i] for i in chosen]
+        # Where they are, not they themselves: offloading and quantising put others there.
+        places = [
+            (module, name)
+            for module in denoiser.modules()
+            for name, p in module.named_parameters(recurse=False)
+            if p.dim() > 1 and p.is_floating_point()
+        ]
+        chosen = sorted(random.Random(0).sample(range(len(places)), min(_MATRICES, len(places))))
+        self._places = [places[i] for i in chosen]
         self._of = _kind(denoiser)
 
     def serves(self, denoiser: torch.nn.Module) -> bool:
@@ -120,8 +126,10 @@ class Weights:
 
     def read(self) -> Tensor | None:
         """[M, E] in float32; None where there are none, or they are not at hand (offloaded, sharded, quantised)."""
-        taken = [p.detach() for p in self._matrices]
-        if not taken or any(p.is_meta or type(p) is not Tensor or not p.is_contiguous() for p in taken):
+        found = [getattr(module, name, None) for module, name in self._places]
+        taken = [p.detach() for p in found if isinstance(p, Tensor)]
+        whole = [type(p) is Tensor and p.is_floating_point() and p.is_contiguous() and not p.is_meta for p in taken]
+        if not found or len(taken) < len(found) or not all(whole):
             return None
         entries = [_entries(p.view(-1)) for p in taken]
         if len({(e.dtype, e.device) for e in entries}) > 1:

@@ -15,6 +15,7 @@ tells whether somebody else moved the sample.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,7 +34,8 @@ _SEEN = 2  # steps
 class Past:
     """What a retrace needs of a request: inputs and outputs of its first steps, the times of all, and what all moved.
 
-    Takes the memory of three samples, two outputs of each context, and one in float32.
+    Takes the memory of three samples, two outputs of each context and one in float32, and keeps the arguments of the
+    first step. A request whose arguments change is given up, and all of it forgotten.
 
     Args:
         sigmas: [T + 1] of the request.
@@ -41,88 +43,107 @@ class Past:
 
     def __init__(self, sigmas: Sequence[float]) -> None:
         self.rates = [after - now for now, after in zip(sigmas, sigmas[1:], strict=False)]
-        self.inputs: dict[str, Inputs] = {}
-        self.samples: list[Tensor] = []
-        self.outputs: list[dict[str, Tensor]] = [{} for _ in range(_SEEN)]
-        self.times: list[object] = []
-        self._called: list[set[str]] = []
-        self._moves: dict[str, Tensor] = {}
+        self._forget(False)
 
     def note(self, call: Call) -> None:
         """A call begins."""
-        if call.step == len(self.times):
-            timestep = call.timestep
-            self.times.append(timestep.clone() if isinstance(timestep, Tensor) else timestep)
-            self._called.append(set())
-            if call.step <= _SEEN:
-                self.samples.append(call.sample.detach().clone())
-        if call.step < len(self._called):
-            self._called[call.step].add(call.context)
-        if call.step == 0 and call.inputs is not None:
-            self.inputs[call.context] = call.inputs
+        if not self._given_up and not self._takes(call):
+            self._forget(True)
 
     def saw(self, call: Call, output: Tensor) -> None:
         """A call ended with what it gave the pipeline."""
+        if self._given_up:
+            return
         output = output.detach()
         if call.step < _SEEN:
             self.outputs[call.step][call.context] = output.clone()
-        if call.step == 0:
-            self._moves[call.context] = self.rates[0] * _wide(output)
-        elif call.context in self._moves and self._moves[call.context].shape == output.shape:
-            self._moves[call.context].add_(output, alpha=self.rates[call.step])
+        moves = self._moves.get(call.context)
+        if moves is None:
+            self._moves[call.context] = self.rates[call.step] * _wide(output)
+        elif moves.shape == output.shape:
+            moves.add_(output, alpha=self.rates[call.step])
+        else:
+            self._forget(True)
 
     def retrace(self, call: Call) -> Retrace | None:
         """The retrace of all steps before `call`, the first of its step; waits for the device.
 
         Returns:
             None where the request is not one of Euler steps along a flow with one and the same guidance, its calls are
-            given more that changes than sample and timestep, or `call` is none of step 2 or later.
+            given more that changes than sample and timestep, its sample has a gradient or changed its shape, or `call`
+            is none of step 2 or later.
         """
-        contexts, first = set(self.inputs), self.inputs.get(call.context)
-        before = self._called[: call.step]
-        if call.step < _SEEN or len(self.times) <= call.step or any(called != contexts for called in before):
+        contexts, sample = set(self.inputs), call.sample
+        if self._given_up or call.step < _SEEN or any(called != contexts for called in self._called[: call.step]):
             return None
-        if first is None or call.inputs is None or call.inputs.differs(first, (first.sample_name, "timestep")):
+        if any((x.shape, x.device) != (sample.shape, sample.device) for x in (*self.samples, *self._moves.values())):
             return None
-        weights = self._guidance()
-        if weights is None or self.rates[call.step] == 0 or not self._arrives(call, weights):
+        if sample.dtype != self.samples[0].dtype or (sample.requires_grad and torch.is_grad_enabled()):
             return None
-        return Retrace(self, call, weights)
+        for context, first in self.inputs.items():
+            if first.versions() != self._versions[context] or self._latest[context].differs(first, _anew(first)):
+                return None
+        weights = self._guidance(call)
+        return None if weights is None or self.rates[call.step] == 0 else Retrace(self, call, weights)
 
-    def _guidance(self) -> dict[str, float] | None:
-        """The weight of each context in what the sampler was given; None where it made no Euler steps of it."""
+    def _guidance(self, call: Call) -> dict[str, float] | None:
+        """The weight of each context in what the sampler was given; None where it made no Euler steps of it.
+
+        They are told by the way from the noise to where the pipeline is, and must explain each of the first steps too.
+        """
         *others, last = self.inputs
-        if any(set(outputs) != set(self.inputs) for outputs in self.outputs):
-            return None
-        shapes = {sample.shape for sample in self.samples} | {o.shape for own in self.outputs for o in own.values()}
-        if len(shapes) != 1:
-            return None
-        pairs = zip(self.samples, self.samples[1:], strict=False)
-        steps = torch.cat([(_wide(after) - _wide(now)).flatten() for now, after in pairs])
-
-        def moved(context: str) -> Tensor:
-            both = zip(self.rates, self.outputs, strict=False)
-            return torch.cat([rate * _wide(outputs[context]).flatten() for rate, outputs in both])
-
-        base = moved(last)
-        rest, found = steps - base, np.zeros(0)
+        samples = [_wide(sample) for sample in (*self.samples, call.sample)]
+        ways = [samples[1] - samples[0], samples[2] - samples[1], samples[-1] - samples[0]]
+        moves = [
+            {context: rate * _wide(output) for context, output in outputs.items()}
+            for rate, outputs in zip(self.rates, self.outputs, strict=False)
+        ]
+        moves.append(self._moves)
+        rests = [(way - own[last]).flatten() for way, own in zip(ways, moves, strict=True)]
+        found = np.zeros(0)
         if others:
-            spans = torch.stack([moved(context) - base for context in others])
-            products = (spans @ torch.stack([*spans, rest]).T).double().cpu().numpy()
-            found = np.linalg.lstsq(products[:, :-1], products[:, -1], rcond=None)[0]
-            rest = rest - torch.tensor(found).to(rest) @ spans
-        if not _small(rest, steps, self.samples[1:]):
+            spans = [torch.stack([own[context] - own[last] for context in others]).flatten(1) for own in moves]
+            whole, rest = torch.cat(spans, 1), torch.cat(rests)
+            products, along = ((whole @ other).cpu().double().numpy() for other in (whole.T, rest))
+            found = np.linalg.lstsq(products, along, rcond=None)[0]
+            weights = torch.tensor(found).to(whole)
+            rests = [rest - weights @ span for rest, span in zip(rests, spans, strict=True)]
+        roundings = (1, 1, call.step)
+        if not all(_small(*each, call.sample) for each in zip(rests, ways, roundings, strict=True)):
             return None
-        weights = dict(zip(others, found.tolist(), strict=True))
-        return {**weights, last: 1.0 - sum(weights.values())}
+        known = dict(zip(others, found.tolist(), strict=True))
+        return {**known, last: 1.0 - sum(known.values())}
 
-    def _arrives(self, call: Call, weights: dict[str, float]) -> bool:
-        """Whether the outputs of all steps, so weighed, lead from the noise to where the pipeline is."""
-        if any(moves.shape != call.sample.shape for moves in self._moves.values()):
+    def _takes(self, call: Call) -> bool:
+        """Keep what is needed of a call; whether its request may still be retraced."""
+        step, inputs = call.step, call.inputs
+        if inputs is None or step > len(self.times):
             return False
-        steps = _wide(call.sample) - _wide(self.samples[0])
-        rest = steps - sum(weights[context] * moves for context, moves in self._moves.items())
-        return _small(rest, steps, [call.sample] * call.step)
+        if step == 0:
+            self.inputs[call.context], self._versions[call.context] = inputs, inputs.versions()
+        elif call.context not in self.inputs or inputs.renews(self.inputs[call.context], _anew(inputs)):
+            return False
+        if step == len(self.times):
+            if self.times and isinstance(call.timestep, Tensor) and call.timestep is self.times[-1]:
+                return False  # its memory is used again
+            self.times.append(call.timestep)
+            self._called.append(set())
+            if step <= _SEEN:
+                self.samples.append(call.sample.detach().clone())
+        self._called[step].add(call.context)
+        self._latest[call.context] = inputs
+        return True
+
+    def _forget(self, given_up: bool) -> None:
+        self._given_up = given_up
+        self.inputs: dict[str, Inputs] = {}
+        self.samples: list[Tensor] = []
+        self.outputs: list[dict[str, Tensor]] = [{} for _ in range(_SEEN)]
+        self.times: list[object] = []
+        self._versions: dict[str, list[int]] = {}
+        self._latest: dict[str, Inputs] = {}
+        self._called: list[set[str]] = []
+        self._moves: dict[str, Tensor] = {}
 
 
 class Retrace:
@@ -140,7 +161,8 @@ class Retrace:
         self._dtype, self._name = call.sample.dtype, next(iter(past.inputs.values())).sample_name
         self._sample = self._moved(past.samples[0], past.rates[0], past.outputs[0])
         self._todo = [(step, context) for step in range(1, call.step) for context in past.inputs]
-        self.calls = len(self._todo)
+        self.last = list(past.inputs)[-1]  # context of a step
+        self.ran = 0  # calls
         self._outputs: dict[str, Tensor] = {}
         self._behind = call.sample.detach().clone()
 
@@ -155,7 +177,8 @@ class Retrace:
     def take(self, output: Tensor) -> None:
         """What `next` gave."""
         (step, context), *self._todo = self._todo
-        self._outputs[context] = output.detach()
+        self._outputs[context] = output.detach().clone()  # its memory may be the denoiser's own
+        self.ran += 1
         if len(self._outputs) == len(self._weights):
             self._sample = self._moved(self._sample, self._rates[step], self._outputs)
             self._outputs = {}
@@ -175,10 +198,15 @@ class Retrace:
         return (_wide(sample) + rate * guided).to(self._dtype)
 
 
-def _small(rest: Tensor, steps: Tensor, samples: Sequence[Tensor]) -> bool:
-    """Whether what is not explained of some steps may come of rounding their samples."""
-    size = torch.stack([_wide(sample).norm() for sample in samples]).norm()
-    return bool(rest.norm() <= _APART * steps.norm() + _ROUNDINGS * torch.finfo(samples[0].dtype).eps * size)
+def _anew(inputs: Inputs) -> tuple[str, str]:
+    """The arguments that every step is given anew."""
+    return inputs.sample_name, "timestep"
+
+
+def _small(rest: Tensor, way: Tensor, roundings: int, sample: Tensor) -> bool:
+    """Whether what is not explained of a way may come of rounding the sample so many times."""
+    rounding = _ROUNDINGS * torch.finfo(sample.dtype).eps * math.sqrt(roundings) * _wide(sample).norm()
+    return bool(rest.norm() <= _APART * way.norm() + rounding)
 
 
 def _wide(tensor: Tensor) -> Tensor:

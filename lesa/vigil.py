@@ -75,7 +75,6 @@ class Vigil:
             self._past.note(call)
             if self.left is not None and call.step > self.left:
                 self._retrace, self._past = self._past.retrace(call), None
-                self._saw().retraced += 0 if self._retrace is None else self._retrace.calls
         return self._retrace if self._retrace is not None and self._retrace.step == call.step else None
 
     def observe(self, call: Call, output: torch.Tensor) -> None:
@@ -84,6 +83,11 @@ class Vigil:
             self._past.saw(call, output)
             if call.step == self._plan.num_steps - 1:
                 self._past = None
+        elif self._retrace is not None:
+            self._saw().retraced += self._retrace.ran
+            self._retrace.ran = 0
+            if call.context == self._retrace.last:
+                self._retrace = None
 
     def bound(self, call: Call, row: Row) -> float:
         """No element of the forecast of a row is larger; infinity where that is not known."""

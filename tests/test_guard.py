@@ -603,7 +603,7 @@ def test_which_guard_is_asked_for() -> None:
     assert guard_for(3, known) == Guard(3.0)
     assert guard_for(math.inf, plan) == Guard(math.inf)
     for option in (True, 1.5):
-        with pytest.raises(PlanError, match=r"does not say which errors to expect; fit it again.*float\('inf'\)"):
+        with pytest.raises(PlanError, match=r"does not say which errors to expect; fit it with.*float\('inf'\)"):
             guard_for(option, plan)
         with pytest.raises(PlanError, match="does not say"):
             lesa.enable(FLUX.make(), small((0, 2), 4), guard=option)

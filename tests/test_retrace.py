@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from test_guard import COMPUTED, ESTIMATE, STEPS, checked_plan, enabled, measure
 
 import lesa
 from lesa import hooks
-from lesa.clock import Call, Request
+from lesa.clock import Call, Request, sigmas_of
+from lesa.forecasters import check_rows, plan_of
 from lesa.inputs import Inputs
-from lesa.plan import Plan
+from lesa.plan import Expected, Plan
 from lesa.retrace import Past
 
 FLUX, QWEN, HUNYUAN = (CASES_BY_NAME[name] for name in ("flux_dev", "qwen_image", "hunyuan_video"))
@@ -72,18 +74,68 @@ def test_guidance_is_seen() -> None:
     assert (lesa.stats(pipe).guard.switches, lesa.stats(pipe).guard.retraced) == (1, 0)
 
 
-def test_other_samplers_are_seen() -> None:
+@pytest.mark.parametrize("computed", [COMPUTED, (0, 3, 6, 9)], ids=["steps 0 and 1", "step 1 is reused"])
+def test_other_samplers_are_seen(computed: tuple[int, ...]) -> None:
     """Under a sampler that takes several steps' outputs the estimate stands; its first step is one of Euler's."""
+    pipe = FLUX.make()
+    FLUX.call(pipe, steps=STEPS)
+    plan = plan_of("taylor-1", computed, sigmas_of(pipe.scheduler)[-STEPS - 1 :], "output")
+    checks = {s: row for s, row in check_rows("taylor-1", computed, STEPS).items() if s > 3}
+    plan = replace(plan, checks={"*": checks}, expected={"*": {min(checks): Expected(1e-12, 1.0)}})
+    for euler in (True, False):
+        found = []
+        for guard in (None, ESTIMATE):
+            pipe = FLUX.make()
+            if not euler:
+                pipe.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+            lesa.enable(pipe, plan, guard=guard)
+            found.append(FLUX.call(pipe, steps=STEPS))
+            stats = lesa.stats(pipe).guard
+            assert stats.switches == 1
+            assert (stats.retraced > 0) == (euler and guard is None)
+        assert torch.equal(*found) != euler
+
+
+@pytest.mark.parametrize("what", ["latents", "prompt_embeds"])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_what_a_callback_changed_is_not_undone(what: str, at: int) -> None:
+    def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {what: tensors[what] + 0.3 * torch.sin(9 * tensors[what])} if step == at else {}
+
     plan = strict(FLUX, "output", 4)
-    found = []
-    for guard in (None, ESTIMATE):
-        pipe = FLUX.make()
-        pipe.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
-        lesa.enable(pipe, plan, guard=guard)
-        found.append(FLUX.call(pipe, steps=STEPS))
-        stats = lesa.stats(pipe).guard
-        assert (stats.switches, stats.retraced) == (1, 0)
+    more = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": [what]}
+    pipes = enabled(FLUX, plan), enabled(FLUX, plan, ESTIMATE)
+    found = [FLUX.call(pipe, steps=STEPS, **more) for pipe in pipes]
+    assert (lesa.stats(pipes[0]).guard.switches, lesa.stats(pipes[0]).guard.retraced) == (1, 0)
     assert torch.equal(*found)
+
+
+class Looking:
+    """Looks at what is kept, at each call of a request."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.driver = hooks.attached(pipe).driver
+        self.seen: list[tuple[bool, bool]] = []
+        pipe.transformer.norm_out.register_forward_pre_hook(lambda *_: self.look())
+
+    def look(self) -> None:
+        vigil = self.driver._vigil
+        self.seen.append((vigil is not None and vigil._past is not None, vigil is not None and bool(vigil._retrace)))
+
+
+def test_what_is_kept() -> None:
+    plan = strict(FLUX, "hidden", 4)
+    for guard, past in ((None, True), (ESTIMATE, False), (math.inf, False), (False, False)):
+        pipe = enabled(FLUX, plan, guard)
+        looking = Looking(pipe)
+        FLUX.call(pipe, steps=STEPS)
+        assert any(kept for kept, _ in looking.seen) is past
+        assert any(retrace for _, retrace in looking.seen) is past
+        if past:
+            assert looking.seen[4][0] and looking.seen[5][1]
+            # Nothing is kept once the steps have been computed over again.
+            assert looking.seen[5 + 4 :] == [(False, True), *[(False, False)] * (STEPS - 6)]
+            assert looking.driver._vigil._past is looking.driver._vigil._retrace is None
 
 
 def test_what_is_computed_over_again_saves_nothing() -> None:
@@ -94,19 +146,6 @@ def test_what_is_computed_over_again_saves_nothing() -> None:
     assert (stats.forecast, stats.guard.retraced) == (6, 10)
     assert stats.seconds_saved < 0
     assert "switches 1" in str(stats) and "retraced 10 calls" in str(stats)
-
-
-def test_the_estimate_can_be_asked_for() -> None:
-    pipe = enabled(FLUX, strict(FLUX, "output", 4), ESTIMATE)
-    FLUX.call(pipe, steps=STEPS)
-    assert (lesa.stats(pipe).guard.switches, lesa.stats(pipe).guard.retraced) == (1, 0)
-    assert hooks.attached(pipe).driver._vigil._past is None
-
-
-def test_nothing_is_kept_where_nothing_is_judged() -> None:
-    pipe = enabled(FLUX, checked_plan(FLUX, "output"), math.inf)
-    FLUX.call(pipe, steps=STEPS)
-    assert hooks.attached(pipe).driver._vigil._past is None
 
 
 @pytest.mark.parametrize("site", ["hidden", "output"])
@@ -177,7 +216,7 @@ def test_by_hand(contexts: dict[str, float]) -> None:
     call = loop.call("cond" if "cond" in contexts else "a", 5, seen)
     loop.past.note(call)
     retrace = loop.past.retrace(call)
-    assert retrace is not None and retrace.calls == 4 * len(contexts)
+    assert retrace is not None
     ran = 0
     while (inputs := retrace.next) is not None:
         step = 1 + ran // len(contexts)
@@ -185,7 +224,8 @@ def test_by_hand(contexts: dict[str, float]) -> None:
         assert inputs.get("more") is loop.past.inputs[list(contexts)[ran % len(contexts)]].get("more")
         retrace.take(loop.velocity(list(contexts)[ran % len(contexts)], inputs.sample, step))
         ran += 1
-    assert ran == retrace.calls
+    assert ran == retrace.ran == 4 * len(contexts)
+    assert retrace.last == list(contexts)[-1]
     outputs = {}
     for context in contexts:
         given = retrace.given(loop.call(context, 5, seen).inputs)
@@ -210,6 +250,37 @@ def test_what_is_no_euler_request_is_left(breaks: dict[str, Any]) -> None:
     assert loop.past.retrace(call) is None
 
 
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "gradient", "written to", "one buffer of times"])
+def test_calls_that_change_are_left(wrong: str) -> None:
+    loop = Loop({"cond": 1.0}, 0.5)
+    sample = loop.run(5, True)
+    if wrong == "shape":
+        sample = torch.cat([sample, sample])
+    elif wrong == "dtype":
+        sample = sample.float()
+    elif wrong == "gradient":
+        sample = sample.clone().requires_grad_()
+    elif wrong == "written to":
+        loop.past.inputs["cond"].get("more").mul_(1.0)
+    call = loop.call("cond", 5, sample)
+    if wrong == "one buffer of times":
+        call = replace(call, timestep=loop.past.times[-1])
+    loop.past.note(call)
+    assert loop.past.retrace(call) is None
+
+
+def test_large_arguments_that_come_anew_are_not_kept() -> None:
+    loop = Loop({"cond": 1.0}, 0.0)
+    sample = loop.run(2, True)
+    assert loop.past.inputs
+    call = loop.call("cond", 2, sample)
+    kwargs = {**call.inputs.kwargs, "more": torch.ones(1 << 17)}
+    loop.past.note(replace(call, inputs=Inputs(NAMES, (), kwargs)))
+    assert not loop.past.inputs and not loop.past.samples
+    loop.past.note(loop.call("cond", 3, sample))
+    assert not loop.past.inputs and loop.past.retrace(loop.call("cond", 3, sample)) is None
+
+
 def test_guidance_that_ends_early_is_left() -> None:
     loop = Loop({"cond": 3.0, "uncond": -2.0}, 0.0)
     sample = loop.run(4, True)
@@ -228,20 +299,25 @@ def test_rounding_is_no_other_sampler(dtype: torch.dtype, seed: int) -> None:
     """Samples of a narrow dtype are rounded at each step; guidance is still found."""
     generator = torch.Generator().manual_seed(seed)
     noise, first, second = torch.randn(3, 4096, generator=generator, dtype=torch.float64)
-    total = 50
+    total, steps = 50, 9
     past, sample = Past([1 - i / total for i in range(total + 1)]), noise.to(dtype)
-    for step in range(3):
+    for step in range(steps + 1):
+        call = {}
         outputs = {"cond": (first + 0.1 * step).to(dtype), "uncond": second.to(dtype)}
         for context, output in outputs.items():
             kwargs = {"hidden_states": sample, "timestep": step}
-            call = Call(context, step, step, sample, Request(), False, Inputs(NAMES, (), kwargs))
-            past.note(call)
-            past.saw(call, output)
+            call[context] = Call(context, step, step, sample, Request(), False, Inputs(NAMES, (), kwargs))
+            past.note(call[context])
+            if step < steps:
+                past.saw(call[context], output)
         guided = 3 * outputs["cond"].double() - 2 * outputs["uncond"].double()
-        sample = (sample.double() - guided / total).to(dtype)
-    weights = past._guidance()
+        if step < steps:
+            sample = (sample.double() - guided / total).to(dtype)
+    weights = past._guidance(call["cond"])
     assert weights is not None
-    assert weights["cond"] == pytest.approx(3.0, abs=0.05) and math.isclose(sum(weights.values()), 1.0)
+    assert weights["cond"] == pytest.approx(3.0, abs=0.02) and math.isclose(sum(weights.values()), 1.0)
+    # What is a hundred times the rounding is seen.
+    assert past._guidance(replace(call["cond"], sample=sample + 0.05 * torch.randn(4096, generator=generator))) is None
 
 
 def test_where_nothing_is_owed_nothing_changes() -> None:
