@@ -121,8 +121,10 @@ class Past:
             return False
         if step == 0:
             self.inputs[call.context], self._versions[call.context] = inputs, inputs.versions()
-        elif call.context not in self.inputs or inputs.renews(self.inputs[call.context], _anew(inputs)):
+        elif call.context not in self.inputs:
             return False
+        elif step == 1 and inputs.renews(self.inputs[call.context], _anew(inputs)):
+            return False  # so that nothing large is kept; at the end all is compared
         if step == len(self.times):
             if self.times and isinstance(call.timestep, Tensor) and call.timestep is self.times[-1]:
                 return False  # its memory is used again

@@ -178,7 +178,7 @@ def test_table_of_other_requests_is_the_measured_one():
         figures = [rows[(*REQUESTS[name], plan)] for plan in plans]
         assert cells == [f"{figure:.2f}" for figure in figures]
         if "another" not in name:
-            assert figures[0] >= figures[2] - 1
+            assert figures[0] >= max(figures[2:]) - 1
 
 
 def test_the_figures_by_number_of_prompts_are_the_measured_ones():
@@ -190,27 +190,36 @@ def test_the_figures_by_number_of_prompts_are_the_measured_ones():
 
 
 GUARDED = {
-    "captions like the fitted ones": ("captions", "200"),
-    "eight of them, as below": ("captions", "8"),
-    "`true_cfg_scale=1.5`, fitted without": ("true_cfg_scale 1.5", "32"),
-    "`true_cfg_scale=3`, fitted without": ("true_cfg_scale 3", "8"),
-    "weights altered by a tenth of their norm": ("weights altered by 0.1", "8"),
-    "by three tenths": ("weights altered by 0.3", "8"),
-    "by as much as their norm": ("weights altered by 1.0", "8"),
-    "sentences as prompts": ("sentences", "8"),
-    "random letters as prompts": ("random letters", "8"),
+    "captions like the fitted ones": ("1", "captions", "200"),
+    "`true_cfg_scale=1.5`": ("1", "true_cfg_scale 1.5", "32"),
+    "`true_cfg_scale=3`": ("1", "true_cfg_scale 3", "32"),
+    "`true_cfg_scale=6`": ("1", "true_cfg_scale 6", "32"),
+    "weights altered by a tenth of their norm": ("1", "weights altered by 0.1", "32"),
+    "by three tenths": ("1", "weights altered by 0.3", "32"),
+    "by as much as their norm": ("1", "weights altered by 1.0", "32"),
+    "sentences as prompts": ("1", "sentences", "32"),
+    "random letters as prompts": ("1", "random letters", "32"),
+    "captions, fitted at `true_cfg_scale=3`": ("3", "captions", "200"),
+    "the same plan at 1.5": ("3", "true_cfg_scale 1.5", "32"),
+    "at 6": ("3", "true_cfg_scale 6", "32"),
+    "at 3, sentences as prompts": ("3", "sentences", "32"),
 }
 
 
 def test_table_of_the_guard_is_the_measured_one():
-    rows = {(row["case"], row["requests"], row["guard"]): row for row in fidelity("guard.csv")}
+    rows = {(r["fitted_guidance"], r["case"], r["requests"], r["guard"]): r for r in fidelity("guard.csv")}
     shown = table_after("## Guard")
     assert [cells[0] for cells in shown] == list(GUARDED)
     for name, *cells in shown:
         alone, guarded = (rows[(*GUARDED[name], way)] for way in ("off", "on"))
-        figures = [guarded["computed_mean"], alone["psnr"], guarded["psnr"]]
-        assert cells == [guarded["requests"], *(f"{float(figure):.1f}" for figure in figures)]
-    assert rows["captions", "200", "on"]["switches"] == "0" and "None of the 200 captions left its plan" in README
+        figures = [
+            guarded["computed_mean"],
+            *(each[column] for column in ("psnr", "psnr_lowest") for each in (alone, guarded)),
+        ]
+        assert cells == [guarded["requests"], guarded["switches"], *(f"{float(figure):.1f}" for figure in figures)]
+        near = rows[GUARDED[name][0], "captions", "200", "on"]
+        assert float(guarded["psnr"]) >= float(near["psnr"]) - 1
+        assert near["switches"] == "0" and "No caption of 400 left its plan" in README
 
 
 def test_ablation_table_is_the_measured_one():
