@@ -44,6 +44,10 @@ def describe(plan: Plan) -> str:
             f"adapts       to other step counts, spacings and budgets, out of what it knows of "
             f"{plan.surrogate.requests} requests, {size:.0f} KB"
         )
+    if plan.likeness is not None and (plan.likeness.prompts or plan.likeness.weights):
+        known = [f"prompts of {context}" for context in plan.likeness.prompts]
+        known += ["weights"] if plan.likeness.weights is not None else []
+        lines.append(f"likeness     the guard knows the fitted {' and '.join(known)}")
     lines += [f"{name:<12} {value}" for name, value in figures(plan.training)]
     lines.append(f"written by   lesa {plan.library_version or '(not saved yet)'}")
     return "\n".join(lines)

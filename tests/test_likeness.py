@@ -15,6 +15,7 @@ from test_guard import COMPUTED, STEPS, checked_plan, measured, scaled
 from torch import nn
 
 import lesa
+from lesa.describe import describe
 from lesa.guard import ALERT, TOLERANCE
 from lesa.inputs import Inputs
 from lesa.likeness import ALTERED, FAR, Likeness, Prompts, Weights, embedding_of, likeness_of
@@ -218,3 +219,12 @@ def test_round_trip_of_several_contexts(tmp_path: Path) -> None:
         loaded = Plan.load(replace(plan, likeness=likeness).save(tmp_path / "plan"))
         assert loaded.likeness == likeness
     assert Plan.load(plan.save(tmp_path / "plan")).likeness is None
+
+
+def test_a_plan_in_words() -> None:
+    plan = checked_plan(FLUX, "output")
+    assert "likeness" not in describe(plan) and "likeness" not in describe(replace(plan, likeness=Likeness()))
+    known = Likeness({"cond": Prompts((1.0,), 0.1)}, ((1.0, 2.0),))
+    assert "likeness     the guard knows the fitted prompts of cond and weights" in describe(
+        replace(plan, likeness=known)
+    )
