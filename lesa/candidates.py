@@ -70,14 +70,14 @@ def read(
         ValueError: see `names_of`; or a plan has none of the budgets, or the effort runs nothing.
     """
     names = names_of(candidates)
-    if candidates and effort == "quick":
-        raise ValueError("candidates with effort='quick', which runs nothing: take another effort, or leave them out")
     given = []
     for i, one in enumerate(candidates or ()):
         if isinstance(one, Plan):
             given.append(Given(f"candidate {i} ({one.forecaster}, {one.site} site)", one))
         elif one not in names:
             given.append(Given(f"candidate {i} ({Path(one).name})", _load(one)))
+    if candidates and effort == "quick":
+        raise ValueError("candidates with effort='quick', which runs nothing: take another effort, or leave them out")
     if budgets is not None:
         check_budgets(given, budgets)
     return given

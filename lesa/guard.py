@@ -77,14 +77,27 @@ def guard_for(option: GuardOption, plan: Plan) -> Guard | None:
     if isinstance(option, Guard):
         guard = option
     else:
-        guard = Guard() if option is True else Guard(float(option))
+        guard = Guard() if option is True else _guard_of(option)
     if not known and not guard.measures:
         raise PlanError(
             f"guard={option!r}: the plan does not say which errors to expect; fit it with this version, at least 4 "
-            "prompts and 3 computed steps, leave guard out, or pass guard=float('inf'), which only replaces forecasts "
-            "that are not finite"
+            "prompts besides those held out (held_out=) and 3 computed steps, leave guard out, or pass "
+            "guard=float('inf'), which only replaces forecasts that are not finite"
         )
     return guard
+
+
+def _guard_of(option: float) -> Guard:
+    try:
+        tolerance = float(option)
+    except (TypeError, ValueError):
+        tolerance = math.nan
+    if not tolerance > 0:
+        raise ValueError(
+            f"guard={option!r}: expected True, False, a lesa.guard.Guard or a number above 0, e.g. {TOLERANCE}, times "
+            "the spread of the error; False is off"
+        )
+    return Guard(tolerance)
 
 
 def relative_error(squares: float, truth: float) -> float:

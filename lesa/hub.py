@@ -204,7 +204,7 @@ def _in_folder(folder: Path, filename: str) -> Path:
         found = sorted(str(p.relative_to(folder)) for p in folder.glob("*.safetensors"))[:5]
         raise PlanError(
             f"folder {str(folder)!r} has no file {filename!r} (but {', '.join(found) or 'no .safetensors file'}): give "
-            "filename=, or a folder that Plan.save_pretrained wrote"
+            "filename=, the path of one of them, or a folder that Plan.save_pretrained wrote"
         )
     return path
 

@@ -88,19 +88,19 @@ class Plan:
     """
 
     computed: tuple[int, ...]
-    sigmas: tuple[float, ...]
-    rows: Mapping[str, Mapping[int, Row]] = field(default_factory=dict)
+    sigmas: tuple[float, ...] = field(repr=False)
+    rows: Mapping[str, Mapping[int, Row]] = field(default_factory=dict, repr=False)
     site: str = "hidden"
     forecaster: str = "custom"
-    timesteps: tuple[float, ...] | None = None
+    timesteps: tuple[float, ...] | None = field(default=None, repr=False)
     denoiser: str | None = None
     config_hash: str | None = None
     stages: tuple[Stage, ...] = ()
-    training: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict, repr=False)
     library_version: str | None = None
-    checks: Mapping[str, Mapping[int, Row]] = field(default_factory=dict)
-    expected: Mapping[str, Mapping[int, Expected]] = field(default_factory=dict)
-    response: tuple[float, ...] | None = None
+    checks: Mapping[str, Mapping[int, Row]] = field(default_factory=dict, repr=False)
+    expected: Mapping[str, Mapping[int, Expected]] = field(default_factory=dict, repr=False)
+    response: tuple[float, ...] | None = field(default=None, repr=False)
     surrogate: Surrogate | None = field(default=None, repr=False, compare=False)
     likeness: Likeness | None = field(default=None, repr=False)
 

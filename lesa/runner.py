@@ -171,7 +171,7 @@ class PlanRunner:
 
     def _leave(self, vigil: Vigil, step: int) -> None:
         """Run the rest of this request, in all contexts, by what the guard makes of its plan."""
-        self._warn("forecasts are worse than in fitting, so the guard has the request computed, what ran of it again")
+        self._warn("forecasts are worse than in fitting, so the guard has the request leave its plan")
         slot = self._active.slots[step]
         held = set.intersection(*(self._history(context).computed(slot) for context in self._inputs))
         # Contexts that have not run this step yet will hold it too.

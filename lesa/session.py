@@ -6,33 +6,27 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from . import candidates
 from .candidates import Given
 from .climbing import Climber
-from .denoisers import denoiser_of
-from .expectations import expectations
+from .finishing import finished, remembered
 from .gatherer import Gatherer
 from .gathering import gather_works
 from .kept import Kept, digest
-from .likeness import Likeness, likeness_of
 from .plan import Plan, PlanError
 from .promises import promises_of
-from .refining import RULES, Candidate, Refiner
-from .surrogate import Surrogate, spread_slopes
+from .refining import RULES, Refiner
 from .tables import prior_slopes
 from .trainer import Trainer
-from .transfer import expected_by
-from .trials import Measured, Reference, Trials, reference_of
+from .trials import Reference, Trials, reference_of
 from .works import Work
 
-_NOT_ALWAYS = ("fitting_ssim", "held_out_ssim", "skipped")  # figures that a given plan may have of an earlier fit
 _SAME = 1e-3  # of inner products recorded twice, where no bits are the same
 _LEAST = 2  # runs besides those of candidates: what is published, and what was searched
 
@@ -114,7 +108,7 @@ class Session:
         self.trials = record(fitting)
         candidates.check_requests(given, self.trials.statistics)
         self.held = record(held) if held else None
-        self._likeness = _likeness(target, [part for part in (self.trials, self.held) if part is not None])
+        self._likeness = remembered(target, [part for part in (self.trials, self.held) if part is not None])
         if folder is not None:
             self.trials.statistics.save(folder / "statistics.safetensors")
         self._trainer: Trainer | None = None
@@ -227,50 +221,7 @@ class Session:
         }
         if refiner.skipped:
             figures["skipped"] = [[name, reason] for name, reason in refiner.skipped]
-        return self._finished(best, figures)
-
-    def _finished(self, best: Candidate, figures: Mapping[str, Any]) -> Plan:
-        """The plan of the best candidate, with what its guard may expect and all figures."""
-        held = None if self.held is None else self.held.run(best.plan)
-        if self.held is not None and held is not None:
-            self.held.judge(held)
-        plan = candidates.served(best.plan, self.trials.statistics)
-        told = {
-            **{name: figure for name, figure in plan.training.items() if name not in _NOT_ALWAYS},
-            **figures,
-            "fitting_psnr": None if best.measured is None else best.score,
-            "held_out_psnr": None if held is None else held.score,
-            **_ssim("fitting_ssim", best.measured),
-            **_ssim("held_out_ssim", held),
-        }
-        plan = replace(plan, training=told, surrogate=self._surrogate(best), likeness=self._likeness)
-        return replace(plan, expected=self._expected(plan, best.measured, held))
-
-    def _surrogate(self, best: Candidate) -> Surrogate | None:
-        """What plans for other requests are made of; of the output site, as they are."""
-        if best.plan.site != "output":
-            return None
-        if best.measured is None:
-            slopes = prior_slopes(self.trials.statistics, self.trials.count)
-        else:
-            slopes = spread_slopes(best.measured.slopes, best.computed, self.num_steps)
-        return self.trials.surrogate(slopes).thinned()
-
-    def _expected(self, plan: Plan, measured: Measured | None, held: Measured | None) -> Mapping[str, Any]:
-        """What the guard may expect of a plan's checks; those of a given plan that are of other features it knows."""
-        reads = {read for own in plan.checks.values() for row in own.values() for read in row.steps}
-        if plan.surrogate is None or not reads <= set(plan.computed):
-            return plan.expected
-        if measured is None:
-            return expected_by(plan.surrogate, plan)
-        # Inner products at the computed steps, which is all that checks read.
-        run = np.concatenate([part.outcome.basis for part in (measured, held) if part is not None])
-        N, grams = plan.budget, {}
-        for c, context in enumerate(self.trials.statistics.contexts):
-            grams[context] = np.zeros((len(run), self.num_steps, self.num_steps))
-            own = slice(c * N, (c + 1) * N)
-            grams[context][:, np.array(plan.computed)[:, None], plan.computed] = run[:, own, own]
-        return expectations(plan.checks, grams, measured=True)
+        return finished(best, figures, self.trials, self.held, self._likeness)
 
     def _made(self, path: Path, budget: int) -> Plan | None:
         try:
@@ -290,19 +241,3 @@ class Session:
         slopes = prior_slopes(self.trials.statistics, self.trials.count)
         known = self.trials.surrogate(slopes).thinned().grams
         return grams.shape == known.shape and bool(np.abs(grams - known).max() <= _SAME * np.abs(known).max())
-
-
-def _likeness(target: Any, parts: Sequence[Trials]) -> Likeness:
-    """What the guard compares later requests with: all that were recorded."""
-    references = [reference for part in parts for reference in part.references]
-    contexts = {context for reference in references for context in reference.embeddings}
-    embeddings = {
-        context: torch.cat([r.embeddings[context] for r in references if context in r.embeddings])
-        for context in sorted(contexts)
-    }
-    return likeness_of(embeddings, denoiser_of(target))
-
-
-def _ssim(name: str, measured: Measured | None) -> dict[str, float]:
-    """SSIM where there are pictures."""
-    return {} if measured is None or measured.ssim is None else {name: float(measured.ssim.mean())}

@@ -106,7 +106,7 @@ class Stats:
         return (
             f"requests {self.requests}, computed {self.computed}, forecast {self.forecast}"
             f"{f' ({operators})' if operators else ''}, refused {refused}, "
-            f"{self.seconds_saved:.3f} s saved{f', {self.guard}' if self.guard is not None else ''}"
+            f"{self.seconds_saved:.3f} s saved, {'guard: off' if self.guard is None else self.guard}"
         )
 
 

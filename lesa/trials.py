@@ -17,7 +17,7 @@ from torch import Tensor
 from . import metrics
 from .gatherer import Gatherer
 from .plan import Plan
-from .statistics import Statistics
+from .statistics import Statistics, StatisticsError
 from .surrogate import Outcome, Surrogate
 from .watch import Watch
 from .works import Work
@@ -169,8 +169,14 @@ def decibels(final: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def reference_of(gatherer: Gatherer, result: Any) -> Reference:
-    """What is kept of a full run, before its statistics are taken."""
+    """What is kept of a full run, before its statistics are taken.
+
+    Raises:
+        StatisticsError: it did not run.
+    """
     count = len(gatherer.labels)
+    if gatherer.request is None:
+        raise StatisticsError(f"{gatherer.labels[0]} did not call the denoiser: each must run one request")
     outputs = [
         torch.stack([part.unflatten(0, (-1, count)).transpose(0, 1).flatten(1) for part in own])
         for own in gatherer.features("output").values()

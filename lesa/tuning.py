@@ -13,8 +13,9 @@ import torch
 from . import candidates as own
 from .denoisers import denoiser_of
 from .plan import Plan
+from .requests import check_prompts
 from .session import EFFORTS, Session
-from .works import Work, works_of
+from .works import Work, check_functions, works_of
 
 __all__ = ["EFFORTS", "Session", "fit"]
 
@@ -55,8 +56,8 @@ def fit(
     In memory are the outputs of all fitting requests (FLUX at 1024x1024, 50 steps, bfloat16: 26 MB each) and the
     features of one of them.
 
-    The plan tells the guard which errors to expect where there are at least four requests; more vaguely with "quick",
-    which runs none by the plan.
+    The plan tells the guard which errors to expect where there are at least four requests and three computed steps;
+    with "quick", which runs none by the plan, four besides those held out, and more vaguely. Else it has no guard.
 
     Args:
         target: a diffusers pipeline, or a bare denoiser in a loop of your own.
@@ -123,7 +124,11 @@ def fit(
         )
     if speedup is not None and not speedup >= 1:
         raise ValueError(f"speedup={speedup}: expected at least 1")
-    count = len(prompts) if prompts is not None and not isinstance(prompts, str) else len(requests or ())
+    if prompts is not None:
+        check_prompts(prompts)
+    if requests is not None:
+        check_functions(requests)
+    count = len(prompts if prompts is not None else requests or ())
     if held_out is None:
         held_out = max(1, count // 8) if count > 1 else 0
     if not 0 <= held_out < max(count, 1):
@@ -166,7 +171,11 @@ def fit(
 
 
 def _budgets(budget: int | Sequence[int]) -> list[int]:
-    return [int(budget)] if isinstance(budget, (int, np.integer)) else [int(one) for one in budget]
+    several = [budget] if isinstance(budget, (int, np.integer)) else budget
+    listed = isinstance(several, (Sequence, np.ndarray)) and not isinstance(several, str)
+    if not listed or not len(several) or any(not isinstance(one, (int, np.integer)) or one < 1 for one in several):
+        raise ValueError(f"budget={budget!r}: expected 1 or more computed steps, or a list of such numbers")
+    return [int(one) for one in several]
 
 
 def _pictures(target: Any) -> dict[str, Any]:

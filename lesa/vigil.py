@@ -130,7 +130,7 @@ class Vigil:
             return True, False
         error = relative_error(squares, size)
         self._saw().note(call.context, step, error)
-        if expected is None or guard.measures:
+        if expected is None or guard.measures or step == plan.num_steps - 1:  # after it nothing can be made up for
             return True, False
         self._checked = True
         closely = self._saw().alert or self._strange

@@ -50,9 +50,10 @@ def works_of(
         json.dumps(dict(request))
     except TypeError as error:
         raise ValueError(f"request={request!r:.200} cannot be kept as JSON ({error}): give plain values") from error
+    if "prompt" in request:
+        raise ValueError(f"request holds prompt={request['prompt']!r:.80}: give prompts=, one for each request")
     if requests is not None:
-        if not requests:
-            raise ValueError("requests is empty: give at least one function")
+        check_functions(requests)
         return [Work((f"request {i}",), _own(target, function)) for i, function in enumerate(requests)]
     assert prompts is not None
     if isinstance(target, torch.nn.Module):
@@ -70,6 +71,24 @@ def works_of(
         )
         for begin in range(0, len(prompts), batch)
     ]
+
+
+def check_functions(requests: Sequence[Callable[[], Any]]) -> None:
+    """Check a list of functions before anything runs.
+
+    Raises:
+        ValueError: it is no list, empty, or holds something that cannot be called.
+    """
+    if not isinstance(requests, Sequence):
+        raise ValueError("requests is not a list: give functions, each of which runs one request, e.g. requests=[run]")
+    if not len(requests):
+        raise ValueError("requests is empty: give at least one function")
+    wrong = next((i for i, function in enumerate(requests) if not callable(function)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"requests[{wrong}] is a {type(requests[wrong]).__name__}: expected a function without arguments that runs "
+            "one request"
+        )
 
 
 def _piped(

@@ -175,6 +175,15 @@ def test_all_contexts_follow_the_one_that_switches(context: str, site: str) -> N
         assert not stats.refused
 
 
+def test_nothing_is_left_at_the_last_step() -> None:
+    """A check there sees what can no more be mended."""
+    plan = plan_of("reuse", (0, 2, 5), tuple(1 - i / 6 for i in range(7)), "output")
+    plan = replace(plan, checks={"*": {5: Row((2,), (1.0,))}}, expected={"*": {5: Expected(1e-6, 1.0)}})
+    runner = PlanRunner(plan, guard=Guard())
+    assert run_of_errors(runner, plan, 1.0) == 3
+    assert (runner.stats.guard.checks, runner.stats.guard.switches) == (1, 0)
+
+
 def test_a_switch_is_said_once() -> None:
     plan = measured(FLUX, checked_plan(FLUX, "output"))
     pipe = enabled(FLUX, scaled(plan, next(iter(plan.expected)), 4, 1e-3))
@@ -608,9 +617,11 @@ def test_which_guard_is_asked_for() -> None:
         with pytest.raises(PlanError, match="does not say"):
             lesa.enable(FLUX.make(), small((0, 2), 4), guard=option)
     assert guard_for(Guard(3.0, 0.5), known) == Guard(3.0, 0.5)
-    for tolerance in (0, -2.0, math.nan):
-        with pytest.raises(ValueError, match="tolerance=.*more than 0"):
+    for tolerance in (0, -2.0, math.nan, "a"):
+        with pytest.raises(ValueError, match=f"guard={tolerance!r}: expected .* above 0.*False is off"):
             guard_for(tolerance, known)
+    with pytest.raises(ValueError, match="tolerance=0.*more than 0"):
+        Guard(0)
     with pytest.raises(ValueError, match="alert=0.*more than 0"):
         Guard(alert=0)
 

@@ -100,7 +100,7 @@ def test_mathematics_knows_no_integration(module):
     integration = (
         *("hooks", "denoisers", "recording", "gathering", "gatherer", "requests", "api", "cli", "demo"),
         *("report", "planview", "trials", "refining", "tuning", "frontier"),
-        *("session", "kept", "candidates", "climbing", "watch", "works", "trainer", "promises"),
+        *("session", "kept", "candidates", "climbing", "watch", "works", "trainer", "promises", "finishing"),
     )
     rooms = {f"lesa.{room}" for room in integration}
     assert not offending(imported_by(module), rooms)

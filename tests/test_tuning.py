@@ -163,7 +163,11 @@ def test_speedup_is_a_budget(pipe):
         ({}, "give one of budget, target_psnr and speedup"),
         ({"target_psnr": 30.0, "candidates": ["reuse", "plan"]}, "candidates with target_psnr: .* give a budget"),
         ({"budget": 4, "speedup": 2.0}, "give one of"),
-        ({"budget": 0}, r"budget=0: expected 1 to 12"),
+        ({"budget": 0}, "budget=0: expected 1 or more"),
+        ({"budget": "6"}, "budget='6': expected 1 or more"),
+        ({"budget": [4, 2.5]}, r"budget=\[4, 2.5\]: expected 1 or more"),
+        ({"budget": []}, r"budget=\[\]: expected"),
+        ({"budget": 4, "request": {"prompt": "a"}}, "request holds prompt='a': give prompts="),
         ({"budget": 13}, r"budget=13: expected 1 to 12"),
         ({"budget": 4, "effort": "lazy"}, r"effort='lazy': expected one of"),
         ({"speedup": 0.5}, r"speedup=0\.5: expected at least 1"),
@@ -172,7 +176,26 @@ def test_speedup_is_a_budget(pipe):
 )
 def test_bad_arguments(pipe, options, message):
     with pytest.raises(ValueError, match=message):
-        lesa.fit(pipe, PROMPTS, request=REQUEST, **options)
+        lesa.fit(pipe, PROMPTS, **{"request": REQUEST, **options})
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        (print, "requests is not a list: give functions"),
+        (["red apple"], r"requests\[0\] is a str: expected a function"),
+        ([], "requests is empty"),
+        ([lambda: None], "request 0 did not call the denoiser: each must run one request"),
+    ],
+)
+def test_bad_requests(pipe, requests, message):
+    with pytest.raises(ValueError, match=message):
+        lesa.fit(pipe.transformer, requests=requests, budget=2, held_out=0)
+
+
+def test_one_string_is_no_list_of_prompts(pipe):
+    with pytest.raises(ValueError, match="prompts='red apple' is one string"):
+        lesa.fit(pipe, "red apple", budget=2, request=REQUEST)
 
 
 def test_spaced_and_published_schedules():
