@@ -53,7 +53,7 @@ class Effort:
 EFFORTS = {
     "quick": Effort(10, 0.0, 60),
     "default": Effort(40, 0.5, 100),
-    "thorough": Effort(300, 0.75, 500, RULES, experts=True),
+    "thorough": Effort(300, 0.5, 500, RULES, experts=True),
 }
 
 
