@@ -176,7 +176,9 @@ def test_one_that_computes_more_than_it_should_is_not_the_best(trials: Trials) -
 
 
 def test_a_thorough_fit(monkeypatch: Any) -> None:
-    monkeypatch.setitem(EFFORTS, "thorough", replace(EFFORTS["thorough"], generations=14, prices=60, experts=False))
+    monkeypatch.setitem(
+        EFFORTS, "thorough", replace(EFFORTS["thorough"], generations=14, share=0.75, prices=60, experts=False)
+    )
     plan = lesa.fit(flux_dev(), PROMPTS, budget=3, request=REQUEST, effort="thorough", held_out=0)
     names = [name for name, _ in plan.training["candidates"]]
     assert len(names) == plan.training["evaluations"] == int(12 * 0.75 / (2 * 3 / 8))
