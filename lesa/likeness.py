@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .expectations import ENOUGH
 from .inputs import Inputs
 
 # As often the scatter of the fitted prompts may another be away from their mean: 164 captions of emoji-flux reach 2.4.
 FAR = 2.5
 # Relative change of a matrix; bfloat16 in the place of float32 makes 0.002.
 ALTERED = 0.01
-_ENOUGH = 4  # prompts, to tell a scatter
 _SCATTERS = 0.01  # relative; rounding by another dtype makes 0.004
 _MATRICES, _ENTRIES = 16, 16
 _PROMPT = "encoder_hidden_states"
@@ -85,7 +85,7 @@ def likeness_of(embeddings: Mapping[str, Tensor], denoiser: torch.nn.Module) -> 
     prompts = {}
     for context, own in embeddings.items():
         count, center = len(own), own.double().mean(0)
-        if count < _ENOUGH or not bool(own.isfinite().all()):
+        if count < ENOUGH or not bool(own.isfinite().all()):
             continue
         apart = float((own.double() - center).norm(dim=1).mean()) * count / (count - 1)
         if apart > _SCATTERS * float(center.norm()):  # negative prompts may be all the same, which tells nothing

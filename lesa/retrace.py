@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import ops
 from .clock import Call
 from .inputs import Inputs
 
@@ -212,4 +213,4 @@ def _small(rest: Tensor, way: Tensor, roundings: int, sample: Tensor) -> bool:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(ops.wide_dtype(tensor))

@@ -59,12 +59,8 @@ class Trainer:
         denoiser = type(denoiser_of(pipe)).__name__
         self.config = TrainingConfig(seed=seed)
         self.site = "hidden" if denoiser in LAYOUTS else "output"
-        self._pipe, self._prompts, self._seeds, self._request = (
-            pipe,
-            list(prompts),
-            [int(n) for n in seeds],
-            dict(request),
-        )
+        self._pipe, self._prompts = pipe, list(prompts)
+        self._seeds, self._request = [int(n) for n in seeds], dict(request)
         self._stages = paper_stages(*_CUTS.get(denoiser, ()))
         told = [identity, self._prompts, self._seeds, self._request, self.site, asdict(self.config)]
         self._key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import ops
 from .clock import Call
 from .driver import Relay
 from .guard import Guard
@@ -30,7 +31,7 @@ class Watch(Relay):
         # Of the guard only what replaces forecasts that are not finite, and says so.
         super().__init__(PlanRunner(replace(plan, checks={}, expected={}), guard=Guard(float("inf"))))
         self._statistics, self._outputs = statistics, outputs
-        self._wide = torch.float64 if outputs.dtype == torch.float64 else torch.float32
+        self._wide = ops.wide_dtype(outputs)
         C, _, B, L = outputs.shape
         self._computed = {step: k for k, step in enumerate(plan.computed)}
         # The samples at the computed steps but the first, and the final one.
