@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ class Prompts:
     center: tuple[float, ...]
     scatter: float
 
+    @cached_property
+    def middle(self) -> Tensor:
+        """The center, [D] on the CPU."""
+        return torch.tensor(self.center)
+
 
 @dataclass(frozen=True)
 class Likeness:
@@ -62,17 +68,22 @@ class Likeness:
             return 0.0
         if embedding.shape[1] != len(known.center):
             return math.inf
-        center = torch.tensor(known.center, device=embedding.device)
-        return float((embedding - center).norm(dim=1).max()) / known.scatter
+        return float((embedding.cpu() - known.middle).norm(dim=1).max()) / known.scatter
 
     def altered(self, weights: Tensor | None) -> bool:
         """Whether weights [M, E], see `Weights`, are others than in fitting; not where either is not known."""
         if self.weights is None or weights is None:
             return False
-        before = torch.tensor(self.weights, device=weights.device)
+        before, allowed = self._before
         if before.shape != weights.shape:
             return True
-        return bool(((weights - before).norm(dim=1) > ALTERED * before.norm(dim=1)).any())
+        return bool(((weights - before).norm(dim=1) > allowed).any())
+
+    @cached_property
+    def _before(self) -> tuple[Tensor, Tensor]:
+        """The fitted weights and by how much each row may differ: every request asks for them."""
+        before = torch.tensor(self.weights)
+        return before, ALTERED * before.norm(dim=-1)
 
 
 def likeness_of(embeddings: Mapping[str, Tensor], denoiser: torch.nn.Module) -> Likeness:
@@ -125,16 +136,20 @@ class Weights:
         return self._of == _kind(denoiser)
 
     def read(self) -> Tensor | None:
-        """[M, E] in float32; None where there are none, or they are not at hand (offloaded, sharded, quantised)."""
+        """[M, E] in float32 on the CPU; waits for the device.
+
+        Returns:
+            None where there are none, or they are not at hand (offloaded, sharded, quantised).
+        """
         found = [getattr(module, name, None) for module, name in self._places]
         taken = [p.detach() for p in found if isinstance(p, Tensor)]
         whole = [type(p) is Tensor and p.is_floating_point() and p.is_contiguous() and not p.is_meta for p in taken]
         if not found or len(taken) < len(found) or not all(whole):
             return None
-        entries = [_entries(p.view(-1)) for p in taken]
+        entries = [_entries(p) for p in taken]
         if len({(e.dtype, e.device) for e in entries}) > 1:
             entries = [e.to(entries[0].device, torch.float32) for e in entries]
-        return torch.stack(entries).float()
+        return torch.stack(entries).cpu().float()  # one copy from the device
 
 
 def _kind(denoiser: torch.nn.Module) -> tuple[int, bool]:
@@ -142,7 +157,9 @@ def _kind(denoiser: torch.nn.Module) -> tuple[int, bool]:
     return id(denoiser), bool(getattr(denoiser, "_hf_peft_config_loaded", False))
 
 
-def _entries(flat: Tensor) -> Tensor:
-    """[E] of a matrix, spread over it; repeated where it has fewer."""
-    spread = flat[:: max(len(flat) // _ENTRIES, 1)][:_ENTRIES]
-    return spread if len(spread) == _ENTRIES else spread.repeat(_ENTRIES)[:_ENTRIES]
+def _entries(matrix: Tensor) -> Tensor:
+    """[E] of a contiguous matrix, spread over it; repeated where it has fewer."""
+    size = matrix.numel()
+    if size < _ENTRIES:
+        return matrix.view(-1).repeat(_ENTRIES)[:_ENTRIES]
+    return matrix.as_strided((_ENTRIES,), (size // _ENTRIES,))

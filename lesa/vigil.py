@@ -40,6 +40,8 @@ class Vigil:
         self._bounds: dict[tuple[str, int], float] = {}
         self._checked = self._strange = False
         self.left: int | None = None
+        judged = (step for expected in plan.expected.values() for step in expected)
+        self._last_judged = max((step for step in judged if step < plan.num_steps - 1), default=-1)
         self._past: Past | None = None
         self._retrace: Retrace | None = None
 
@@ -81,7 +83,7 @@ class Vigil:
         """A call ended with an output."""
         if self._past is not None:
             self._past.saw(call, output)
-            if call.step == self._plan.num_steps - 1:
+            if self.left is None and call.step > self._last_judged:  # in no context can it leave any more
                 self._past = None
         elif self._retrace is not None:
             self._saw().retraced += self._retrace.ran
