@@ -188,7 +188,7 @@ class Results:
 
     def __init__(self, path: Path | None, commit: str | None) -> None:
         self.path = path
-        self._head = [hardware(DEVICE), _commit() if commit is None else commit, datetime.date.today().isoformat()]
+        self._head = [hardware(DEVICE), head_commit() if commit is None else commit, datetime.date.today().isoformat()]
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,7 +251,8 @@ def hardware(device: str) -> str:
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
-def _commit() -> str:
+def head_commit() -> str:
+    """What git has checked out, nothing where there is no git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .api import disable, enable, stats
 from .driver import LesaWarning
+from .guard import Guard
 from .plan import Plan, PlanError, Row
 from .predictor import Predictor
 from .statistics import Statistics
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    *("LesaWarning", "Plan", "PlanError", "Predictor", "Row", "Statistics", "Stats"),
+    *("Guard", "LesaWarning", "Plan", "PlanError", "Predictor", "Row", "Statistics", "Stats"),
     *("disable", "enable", "fit", "stats"),
 ]
 

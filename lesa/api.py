@@ -51,7 +51,7 @@ def enable(
             sampler makes Euler steps; under another one step repays an estimate of what went wrong. So is a request
             with guidance under a plan fitted without. Forecasts that are not finite are replaced by computed steps.
             Computed steps then wait for the device once, and a request at its start. None: on where the plan knows its
-            expected errors; True, a number or a `lesa.guard.Guard` needs them; infinity only measures and replaces what
+            expected errors; True, a number or a `lesa.Guard` needs them; infinity only measures and replaces what
             is not finite; False: off.
 
     Raises:

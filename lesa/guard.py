@@ -94,7 +94,7 @@ def _guard_of(option: float) -> Guard:
         tolerance = math.nan
     if not tolerance > 0:
         raise ValueError(
-            f"guard={option!r}: expected True, False, a lesa.guard.Guard or a number above 0, e.g. {TOLERANCE}, times "
+            f"guard={option!r}: expected True, False, a lesa.Guard or a number above 0, e.g. {TOLERANCE}, times "
             "the spread of the error; False is off"
         )
     return Guard(tolerance)

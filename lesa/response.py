@@ -85,7 +85,7 @@ def _run(scheduler: Any, begin: int, outputs: Tensor) -> Tensor:
         more["generator"] = torch.Generator().manual_seed(0)
     sample = torch.zeros(outputs.shape[1], 1, 1, 1)
     samples = [sample]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # not every scheduler takes its noise from the generator
         for timestep, output in zip(scheduler.timesteps[begin:], outputs, strict=True):
             if hasattr(scheduler, "scale_model_input"):

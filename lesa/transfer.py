@@ -20,7 +20,7 @@ from .tables import plan_of, straight
 _HASTY, _HASTY_GUIDED, _NEWEST = 1, 2, 3
 # How many schedules are looked at for a better one, and about how many microseconds that may take: a plan is made while
 # one waits. Requests with guidance, of many steps or with many computed ones take longer a look.
-_LOOKS, _PATIENCE = 50, 25_000
+_LOOKS, _PATIENCE = 50, 15_000
 _WORTH = 0.02  # of the objective, for a move: what is promised less than that is chance
 _TOGETHER = (2, 1)  # computed steps, next to each other, that are moved at once
 

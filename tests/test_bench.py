@@ -20,10 +20,10 @@ ROOT = Path(__file__).parents[1]
 HEAD = "hardware,commit,date,op,shape,k,dtype,provider,p20_us,p50_us,p80_us,bytes,gbps"
 
 
-def run_benchmarks(*arguments: str) -> str:
+def run_benchmarks(*arguments: str, file: str = "bench_ops.py") -> str:
     # Under xdist, which this process may be a worker of, pytest-benchmark measures nothing.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_ops.py", "-q", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", f"benchmarks/{file}", "-q", "-p", "no:cacheprovider", *arguments]
     run = subprocess.run(
         command, cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
@@ -61,6 +61,17 @@ def test_quick_run_keeps_a_row_of_everything(tmp_path):
         "train_step": {*fused, "eager"},
     }
     assert "| train_step | tiny |" in roofline.markdown(next(iter(roofline.read(path).values())))
+
+
+def test_building_a_plan_is_timed(tmp_path):
+    path = tmp_path / "rows.csv"
+    run_benchmarks("--quick", "--results", str(path), "--commit", "abc1234", file="bench_build.py")
+    with path.open(newline="") as file:
+        [row] = csv.DictReader(file)
+    assert [row[name] for name in ("commit", "threads", "guidance", "scheduler", "steps", "computed")] == [
+        *("abc1234", "1", "1", "euler", "20", "10")
+    ]
+    assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
 
 
 def test_names_select():

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import lesa
-from lesa import assets, cli, tuning
+from lesa import assets, cli, commands, tuning
 from lesa.describe import describe
 from lesa.forecasters import plan_of
 from lesa.plan import Plan
@@ -121,7 +121,7 @@ def test_the_dtype_reaches_the_pipeline_without_a_warning(folder: Path) -> None:
     options = cli._parser().parse_args(["generate", *on(folder), "--device", "cpu", "--dtype", "bfloat16", "snow"])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pipe = cli._load(options)
+        pipe = commands._load(options)
     assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
     assert not [str(warning.message) for warning in caught if "torch_dtype" in str(warning.message)]
 
@@ -135,7 +135,7 @@ def test_the_dtype_reaches_the_pipeline_without_a_warning(folder: Path) -> None:
 )
 def test_the_dtype_has_the_name_that_diffusers_gives_it(version: str, name: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(diffusers, "__version__", version)
-    assert cli._dtype_name() == name
+    assert commands._dtype_name() == name
 
 
 def test_generate_with_a_plan_in_a_folder(folder: Path, plan: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -145,6 +145,16 @@ def test_generate_with_a_plan_in_a_folder(folder: Path, plan: Path, tmp_path: Pa
         assert cli.main(["generate", *on(folder), "--out", str(tmp_path / "out"), "--plan", str(name), "snow"]) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["snow-0-kept.here-2.png", "snow-0-kept.here.png"]
+
+
+def test_generate_at_another_step_count_and_budget(tmp_path: Path, capsys: Any) -> None:
+    """A fitted plan serves what it was not fitted to, and its guard can be turned off."""
+    start = ["generate", "--plan", str(assets.fitted_path(10)), "--out", str(tmp_path), "--device", "cpu"]
+    for more, said in ((["--guard", "off"], "guard: off"), ([], "guard")):
+        assert cli.main([*start, "--steps", "12", "--budget", "5", *more, "snow"]) == 0
+        *_, printed = capsys.readouterr().out.partition("requests 1, ")
+        assert printed.startswith("computed 5, forecast 7 ")
+        assert said in printed and ("guard: off" in printed) == bool(more)
 
 
 def test_train_info_generate(folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -235,7 +245,7 @@ def fit(tmp_path: Path, monkeypatch: Any) -> Any:
         start = ["fit", *on(tmp_path), "--prompts", prompts, "--out", tmp_path / "out", "--steps", STEPS]
         return cli.main([str(argument) for argument in (*start, *arguments)]), asked[-1]
 
-    monkeypatch.setattr(cli, "_load", lambda _: "pipe")
+    monkeypatch.setattr(commands, "_load", lambda _: "pipe")
     monkeypatch.setattr(tuning, "fit", stand_in)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red apple\n\nsnow\n")
@@ -325,7 +335,7 @@ def test_fit_with_bad_options(
     tmp_path: Path, capsys: Any, monkeypatch: Any, arguments: list[Any], message: str
 ) -> None:
     """All are found before a model is loaded."""
-    monkeypatch.setattr(cli, "_load", lambda _: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(commands, "_load", lambda _: pytest.fail("a model was loaded"))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("snow\n")
     fails(["fit", "--prompts", prompts, "--steps", STEPS, *arguments], message, tmp_path / "out", capsys)
@@ -376,13 +386,22 @@ def test_info_with_a_bad_picture(plan: Path, tmp_path: Path, capsys: Any) -> Non
         (["--steps", -3], "--steps -3: expected at least 1"),
         (["--pipeline", "no/such/folder"], "no/such/folder"),
         (["--device", "nonsense"], "nonsense"),
+        (["--budget", 4], "--budget and --guard are of a plan: name one with --plan"),
+        (["--guard", "off"], "--budget and --guard are of a plan: name one with --plan"),
+        (["--plan", N5, "--guard", "wide"], "--guard wide: expected a number above 0, e.g. 5, inf or off"),
+        (["--plan", N5, "--guard", 0], "--guard 0: expected a number above 0, e.g. 5, inf or off"),
+        (["--plan", N5, "--guard", 5], "guard=5.0: the plan does not say which errors to expect"),
     ],
-    ids=["plan", "zero", "negative", "pipeline", "device"],
 )
 def test_generate_with_bad_options(
     folder: Path, tmp_path: Path, capsys: Any, arguments: list[Any], message: str
 ) -> None:
     fails(["generate", *on(folder), *arguments, "snow"], message, tmp_path / "out", capsys)
+
+
+def test_a_budget_for_a_plan_that_was_not_fitted(folder: Path, plan: Path, tmp_path: Path, capsys: Any) -> None:
+    options = ["generate", *on(folder), "--plan", plan, "--budget", 3, "snow"]
+    fails(options, "budget=3: the plan has one, 4 computed steps", tmp_path / "out", capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -406,7 +425,7 @@ def test_plan_that_does_not_fit(folder: Path, plan: Path, tmp_path: Path, capsys
 
 
 def test_option_the_pipeline_does_not_take(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(cli, "_load", lambda _: CASES_BY_NAME["wan"].make())
+    monkeypatch.setattr(commands, "_load", lambda _: CASES_BY_NAME["wan"].make())
     arguments = ["generate", *on(folder), "--true-cfg-scale", 2, "snow"]
     message = "WanPipeline takes no true_cfg_scale: leave it out"
     fails(arguments, message, tmp_path / "out", capsys)
@@ -428,7 +447,7 @@ def test_train_with_bad_options(
     tmp_path: Path, capsys: Any, monkeypatch: Any, arguments: list[Any], message: str
 ) -> None:
     """All are found before a model is loaded."""
-    monkeypatch.setattr(cli, "_load", lambda _: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(commands, "_load", lambda _: pytest.fail("a model was loaded"))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("snow\n")
     start = ["train", "--prompts", prompts, "--steps", STEPS, "--intervals", 3]
@@ -458,7 +477,7 @@ def test_messages_of_several_lines_become_one(capsys: Any, monkeypatch: Any, tmp
     def fail(_: Any) -> None:
         raise RuntimeError("first\n  second\n")
 
-    monkeypatch.setattr(cli, "_load", fail)
+    monkeypatch.setattr(commands, "_load", fail)
     fails(["generate", "snow"], "lesa generate: first second", tmp_path / "out", capsys)
 
 
@@ -466,7 +485,7 @@ def test_interruption(capsys: Any, monkeypatch: Any) -> None:
     def interrupt(_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", interrupt)
+    monkeypatch.setattr(commands, "_load", interrupt)
     assert cli.main(["generate", "snow"]) == 130
     assert capsys.readouterr().err == "lesa generate: interrupted\n"
 
@@ -517,5 +536,5 @@ def test_python_m(module: str) -> None:
 def test_the_default_device_is_the_best_there_is(monkeypatch: Any, there: bool, device: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     options = cli._parser().parse_args(["generate", "snow"])
-    assert cli._device(options.device) == device
-    assert cli._device("cpu") == "cpu"
+    assert commands._device(options.device) == device
+    assert commands._device("cpu") == "cpu"

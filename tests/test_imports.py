@@ -24,7 +24,7 @@ RUNTIME = {
     *("clock", "inputs", "driver", "runner", "history", "stats", "adapting", "response"),
     *("guard", "vigil", "retrace", "likeness"),
 }
-MAY_IMPORT_DIFFUSERS = {"hooks", "denoisers", "recording", "cli", "demo", "assets"}
+MAY_IMPORT_DIFFUSERS = {"hooks", "denoisers", "recording", "commands", "demo", "assets"}
 FOREIGN = {"diffusers", "transformers", "triton", "lesa.kernels"}
 
 
