@@ -31,7 +31,8 @@ from lesa.fitting import FinalError, calibrated_gains, plan_of
 from lesa.forecasters import plan_of as closed_form_plan
 from lesa.plan import Plan
 from lesa.predictor import Predictor
-from lesa.recording import Recording, record, replay
+from lesa.recorded import Recording
+from lesa.recording import record, replay
 from lesa.routing import ONE_STAGE, PAPER_STAGES
 from lesa.training import TrainingConfig, closed_loop, guided
 

@@ -17,7 +17,8 @@ from .calibration import calibrate
 from .files import replace_file
 from .plan import Plan, PlanError
 from .predictor import Predictor
-from .recording import Recording, record, replay
+from .recorded import Recording
+from .recording import record, replay
 from .requests import run
 from .runner import PlanRunner
 from .training import Losses, TrainingConfig, closed_loop, digest, guided

@@ -20,7 +20,8 @@ from .fitting import final_losses, plan_of
 from .learning import Learner
 from .plan import Plan, PlanError
 from .predictor import Predictor
-from .recording import Recording, record, replay
+from .recorded import Recording
+from .recording import record, replay
 from .routing import paper_stages
 from .training import Losses, TrainingConfig, closed_loop, digest, guided
 from .trials import Trials

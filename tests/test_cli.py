@@ -26,7 +26,7 @@ from lesa import assets, cli, commands, tuning
 from lesa.describe import describe
 from lesa.forecasters import plan_of
 from lesa.plan import Plan
-from lesa.recording import Recording
+from lesa.recorded import Recording
 
 STEPS = 8
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "apple", "snow", "blue", "bird")

@@ -14,11 +14,11 @@ from test_dropin import assert_same, enabled, plan_for, untouched
 from torch import nn
 
 import lesa
-from lesa import exchange, hooks
+from lesa import exchange, roothook
 from lesa.exchange import FusedHead, Pass, Probe, Skip, Tap
 
 FLUX, DIT, WAN = (CASES_BY_NAME[name] for name in ("flux_dev", "dit", "wan"))
-FILES = {hooks.__file__, exchange.__file__}
+FILES = {roothook.__file__, exchange.__file__}
 
 
 def stand_ins(denoiser: nn.Module) -> list[str]:

@@ -22,7 +22,8 @@ from lesa.driver import Forecast, LesaWarning
 from lesa.fitting import FinalError, plan_of, train
 from lesa.plan import Plan
 from lesa.predictor import Predictor
-from lesa.recording import Recording, RecordingError, replay
+from lesa.recorded import Recording, RecordingError
+from lesa.recording import replay
 from lesa.requests import run
 from lesa.routing import Stage
 from lesa.schedule import paper

@@ -24,7 +24,7 @@ RUNTIME = {
     *("clock", "inputs", "driver", "runner", "history", "stats", "adapting", "response"),
     *("guard", "vigil", "retrace", "likeness"),
 }
-MAY_IMPORT_DIFFUSERS = {"hooks", "denoisers", "recording", "commands", "demo", "assets"}
+MAY_IMPORT_DIFFUSERS = {"hooks", "roothook", "denoisers", "recording", "commands", "demo", "assets"}
 FOREIGN = {"diffusers", "transformers", "triton", "lesa.kernels"}
 
 
@@ -98,7 +98,8 @@ def test_mathematics_and_runtime_know_no_diffusers_and_no_kernels(module):
 @pytest.mark.parametrize("module", existing(MATHEMATICS))
 def test_mathematics_knows_no_integration(module):
     integration = (
-        *("hooks", "denoisers", "recording", "gathering", "gatherer", "requests", "api", "cli", "demo"),
+        *("hooks", "roothook", "denoisers", "recorded", "recording", "gathering", "gatherer", "requests"),
+        *("api", "cli", "commands", "demo"),
         *("report", "planview", "trials", "refining", "tuning", "frontier"),
         *("session", "kept", "candidates", "climbing", "watch", "works", "trainer", "promises", "finishing"),
     )

@@ -24,7 +24,8 @@ from lesa import recording as recording_module
 from lesa.clock import sigmas_of
 from lesa.denoisers import config_hash
 from lesa.driver import LesaWarning
-from lesa.recording import Recorder, Recording, RecordingError, record, replay
+from lesa.recorded import Recording, RecordingError
+from lesa.recording import Recorder, record, replay
 from lesa.requests import read_prompts, run
 
 FLUX = CASES_BY_NAME["flux_dev"]

@@ -21,7 +21,7 @@ from lesa.climbing import published
 from lesa.kept import Kept
 from lesa.plan import Plan
 from lesa.predictor import Predictor
-from lesa.recording import RecordingError
+from lesa.recorded import RecordingError
 from lesa.requests import run
 from lesa.runner import PlanRunner
 from lesa.schedule import paper
