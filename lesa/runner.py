@@ -19,6 +19,7 @@ from .vigil import Vigil
 
 # Beyond this the weights were made for a visibly different schedule of noise levels.
 _SIGMA_TOLERANCE = 0.05
+_ELSEWHERE = "enable a plan made for yours; of a fitted one, lesa.transfer.adapted(plan, sigmas=...) makes it"
 
 
 class PlanRunner:
@@ -219,7 +220,7 @@ class PlanRunner:
         if call.step >= total:
             raise PlanError(
                 f"step {call.step + 1} of a request in context {call.context!r}, but the plan was made for {total} "
-                f"steps: run {total} steps or make a plan for your step count"
+                f"steps: run {total} steps or {_ELSEWHERE}"
             )
         if call.request.num_steps is not None or timesteps is None:
             return
@@ -229,5 +230,5 @@ class PlanRunner:
         if abs(now - expected) > tolerance:
             raise PlanError(
                 f"step {call.step} came with timestep {now:g} but the plan, made for {total} steps, expects "
-                f"{expected:g}: run the {total} timesteps of the plan or make a plan for yours"
+                f"{expected:g}: run the {total} timesteps of the plan or {_ELSEWHERE}"
             )

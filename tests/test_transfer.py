@@ -504,6 +504,33 @@ def test_a_bare_denoiser_has_the_plan_or_one_of_another_budget(made):
         assert driver._runner.plan == driver.plan == made[-1]
 
 
+class Contracting(torch.nn.Module):
+    """A bare denoiser whose requests end where they must, exactly."""
+
+    def forward(self, hidden_states, timestep):
+        return hidden_states * timestep / 1000
+
+
+def test_a_loop_of_ones_own_at_another_step_count_is_told_what_to_do():
+    plan, denoiser = replace(fitted(), denoiser=None, config_hash=None), Contracting()
+    sigmas = spread(20)
+
+    def loop():
+        sample = torch.ones(1, 8, 4)
+        for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+            sample = sample + (following - sigma) * denoiser(sample, timestep=torch.tensor(1000 * sigma))
+        return sample
+
+    full = loop()
+    lesa.enable(denoiser, plan)
+    with pytest.raises(PlanError, match=r"of a fitted one, lesa.transfer.adapted\(plan, sigmas=...\) makes it"):
+        loop()
+    lesa.enable(denoiser, adapted(plan, sigmas=sigmas), guard=False)
+    assert 0 < float((loop() - full).abs().max()) < 0.05 * float((full - 1).abs().max())
+    assert (lesa.stats(denoiser).computed, lesa.stats(denoiser).forecast) == (BUDGET, 20 - BUDGET)
+    assert not lesa.stats(denoiser).refused
+
+
 def test_what_does_not_fit_changes_nothing(pipe):
     plan, _ = served()
     lesa.enable(pipe, plan)
