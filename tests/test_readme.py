@@ -37,7 +37,8 @@ def fidelity(name):
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 # A line of each snippet, and what the snippet prints.
 PRINTED = {
-    "plan = lesa.fit(": "requests 1, computed 10, forecast 40",
+    "\nplan = lesa.fit(": "requests 1, computed 10, forecast 40",
+    "guided = lesa.fit(": "requests 1, computed 20, forecast 80",
     "lesa.enable(pipe, assets.plan_path(7))": "requests 1, computed 10, forecast 40",
     "ops.forecast(history": "torch.Size([1, 256, 128])\n",
     "pipe.scheduler.sigmas.tolist()": "requests 1, computed 10, forecast 40",
