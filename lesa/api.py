@@ -69,27 +69,41 @@ def enable(
     if not isinstance(plan, (Plan, Statistics, str, os.PathLike)):
         raise TypeError(f"plan: expected a Plan, Statistics or a path, got {type(plan).__name__}")
     denoiser = denoiser_of(target)
-    source = plan if isinstance(plan, (Plan, Statistics)) else _read(plan, budget)
+    source = plan if isinstance(plan, (Plan, Statistics)) else source_of(plan, budget)
+    check_budget(source, budget)
     driver: PlanRunner | Adaptive
     if isinstance(source, Statistics):
         driver = _from_statistics(target, source, backend, budget, guard)
     elif source.surrogate is not None:
         driver = _from_fitted(denoiser, source, backend, budget, guard)
-    elif budget is not None:
-        raise ValueError(
-            f"budget={budget!r}: the plan has one, {source.budget} computed steps, and holds no statistics to make "
-            "another from; leave `budget` out, fit the plan again with this version, or give statistics in its place"
-        )
     else:
         check_fit(source, denoiser)
         driver = PlanRunner(source, backend, guard_for(guard, source))
     hooks.attach(target, driver, driver.plan.site)
 
 
-def _read(path: str | os.PathLike[str], budget: int | float | None) -> Plan | Statistics:
-    """What lies there; a budget is what statistics need, so without one only a plan will do."""
+def source_of(path: str | os.PathLike[str], budget: int | float | None) -> Plan | Statistics:
+    """What lies there; a budget is what statistics need, so without one only a plan will do.
+
+    Raises:
+        PlanError: there is no plan, or it cannot be read.
+        ValueError: the statistics cannot be read.
+    """
     of_statistics = str(files.format_of(path)).startswith("lesa-statistics") if os.path.isfile(path) else False
     return Statistics.load(path) if of_statistics and budget is not None else Plan.from_pretrained(path)
+
+
+def check_budget(source: Plan | Statistics, budget: int | float | None) -> None:
+    """Check that plans of another budget can be made.
+
+    Raises:
+        ValueError: there is a budget, but the plan was not fitted.
+    """
+    if budget is not None and isinstance(source, Plan) and source.surrogate is None:
+        raise ValueError(
+            f"budget={budget!r}: the plan has one, {source.budget} computed steps, and holds no statistics to make "
+            "another from; leave `budget` out, fit the plan again with this version, or give statistics in its place"
+        )
 
 
 def _from_fitted(

@@ -86,9 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     generate = known.add_parser("generate", help="make pictures, with or without a plan")
     _add_pipeline(generate)
     generate.add_argument("prompt", nargs="+", help="one or more prompts")
-    generate.add_argument("--plan", help="plan file, folder with one, or hub repository; without, all is computed")
+    generate.add_argument(
+        "--plan",
+        help="plan file, folder with one, or hub repository, or with --budget statistics; without, all is computed",
+    )
     generate.add_argument("--steps", type=int, help="default: the plan's, or 50; a fitted plan serves any number")
-    generate.add_argument("--budget", type=int, help="computed steps, other than a fitted plan's own")
+    generate.add_argument(
+        "--budget", type=int, help="computed steps, with statistics, or other than a fitted plan's own"
+    )
     generate.add_argument(
         "--guard", metavar="SPREADS", help="how far errors may exceed those of fitting (default: 5), inf or off"
     )

@@ -162,10 +162,14 @@ def generate(options: argparse.Namespace) -> int:
 
     if options.plan is None and (options.budget is not None or options.guard is not None):
         raise ValueError("--budget and --guard are of a plan: name one with --plan")
+    if options.budget is not None and options.budget < 1:
+        raise ValueError(f"--budget {options.budget}: expected at least 1 computed step")
     guard = _guard(options.guard)
-    plan = Plan.from_pretrained(options.plan) if options.plan else None
+    plan = api.source_of(options.plan, options.budget) if options.plan else None
     if plan:
-        guard_for(guard, plan)
+        api.check_budget(plan, options.budget)
+        if isinstance(plan, Plan):
+            guard_for(guard, plan)
     steps = options.steps if options.steps is not None else plan.num_steps if plan else 50
     request = _request(options, steps)
     _check_out(options.out)

@@ -42,7 +42,7 @@ class Prompts:
     @cached_property
     def middle(self) -> Tensor:
         """The center, [D] on the CPU."""
-        return torch.tensor(self.center)
+        return torch.tensor(self.center, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Likeness:
     @cached_property
     def _before(self) -> tuple[Tensor, Tensor]:
         """The fitted weights and by how much each row may differ: every request asks for them."""
-        before = torch.tensor(self.weights)
+        before = torch.tensor(self.weights, device="cpu")
         return before, ALTERED * before.norm(dim=-1)
 
 
@@ -143,8 +143,7 @@ class Weights:
         """
         found = [getattr(module, name, None) for module, name in self._places]
         taken = [p.detach() for p in found if isinstance(p, Tensor)]
-        whole = [type(p) is Tensor and p.is_floating_point() and p.is_contiguous() and not p.is_meta for p in taken]
-        if not found or len(taken) < len(found) or not all(whole):
+        if not found or len(taken) < len(found) or not all(map(_is_whole, taken)):
             return None
         entries = [_entries(p) for p in taken]
         if len({(e.dtype, e.device) for e in entries}) > 1:
@@ -155,6 +154,10 @@ class Weights:
 def _kind(denoiser: torch.nn.Module) -> tuple[int, bool]:
     # Cheaper than counting parameters at each request; diffusers says so where it puts adapters in.
     return id(denoiser), bool(getattr(denoiser, "_hf_peft_config_loaded", False))
+
+
+def _is_whole(p: Tensor) -> bool:
+    return type(p) is Tensor and p.is_floating_point() and p.is_contiguous() and not p.is_meta and p.numel() > 0
 
 
 def _entries(matrix: Tensor) -> Tensor:

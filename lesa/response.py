@@ -86,7 +86,8 @@ def _run(scheduler: Any, begin: int, outputs: Tensor) -> Tensor:
     sample = torch.zeros(outputs.shape[1], 1, 1, 1)
     samples = [sample]
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # not every scheduler takes its noise from the generator
+        # Not every scheduler takes its noise from the generator. torch.manual_seed would seed the user's devices too.
+        torch.default_generator.manual_seed(0)
         for timestep, output in zip(scheduler.timesteps[begin:], outputs, strict=True):
             if hasattr(scheduler, "scale_model_input"):
                 scheduler.scale_model_input(sample, timestep)  # some insist on it

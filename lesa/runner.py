@@ -182,9 +182,9 @@ class PlanRunner:
 
     def _follow(self, plan: Plan, step: int) -> None:
         """Run what comes after a step by another plan."""
+        self._use(plan)  # first: were the rest interrupted, the next request would know what to put back
         for history in self._histories.values():
             history.follow(plan, step)
-        self._use(plan)
 
     def _warn(self, reason: str) -> None:
         self._tell(f"lesa computes steps in full: {reason}")

@@ -157,6 +157,20 @@ def test_generate_at_another_step_count_and_budget(tmp_path: Path, capsys: Any) 
         assert said in printed and ("guard: off" in printed) == bool(more)
 
 
+def test_generate_by_statistics(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("snow\nrain\n")
+    fitted = ["--prompts", str(prompts), "--out", str(tmp_path / "fit"), "--steps", "8", "--effort", "quick"]
+    assert cli.main(["fit", *on(folder), *fitted, "--budget", "4"]) == 0
+    [statistics] = (tmp_path / "fit").glob("statistics*.safetensors")
+    capsys.readouterr()
+    start = ["generate", *on(folder), "--plan", str(statistics), "--out", str(tmp_path / "out")]
+    assert cli.main([*start, "--budget", "3", "snow"]) == 0
+    assert "requests 1, computed 3, forecast 5 " in capsys.readouterr().out
+    assert cli.main([*start, "snow"]) == 1
+    assert "budget" in capsys.readouterr().err
+
+
 def test_train_info_generate(folder: Path, tmp_path: Path, capsys: Any) -> None:
     prompts, out = tmp_path / "prompts.txt", tmp_path / "run"
     prompts.write_text("a red apple\n\nsnow\n")
@@ -389,6 +403,7 @@ def test_info_with_a_bad_picture(plan: Path, tmp_path: Path, capsys: Any) -> Non
         (["--budget", 4], "--budget and --guard are of a plan: name one with --plan"),
         (["--guard", "off"], "--budget and --guard are of a plan: name one with --plan"),
         (["--plan", N5, "--guard", "wide"], "--guard wide: expected a number above 0, e.g. 5, inf or off"),
+        (["--plan", N5, "--guard", "nan"], "--guard nan: expected a number above 0, e.g. 5, inf or off"),
         (["--plan", N5, "--guard", 0], "--guard 0: expected a number above 0, e.g. 5, inf or off"),
         (["--plan", N5, "--guard", 5], "guard=5.0: the plan does not say which errors to expect"),
     ],
@@ -399,9 +414,10 @@ def test_generate_with_bad_options(
     fails(["generate", *on(folder), *arguments, "snow"], message, tmp_path / "out", capsys)
 
 
-def test_a_budget_for_a_plan_that_was_not_fitted(folder: Path, plan: Path, tmp_path: Path, capsys: Any) -> None:
-    options = ["generate", *on(folder), "--plan", plan, "--budget", 3, "snow"]
-    fails(options, "budget=3: the plan has one, 4 computed steps", tmp_path / "out", capsys)
+def test_generate_with_a_bad_budget(plan: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(commands, "_load", lambda _: pytest.fail("a model was loaded"))
+    for budget, message in ((0, "--budget 0: expected at least 1"), (3, "budget=3: the plan has one, 4 computed")):
+        fails(["generate", "--plan", plan, "--budget", budget, "snow"], message, tmp_path / "out", capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

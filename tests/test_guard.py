@@ -28,6 +28,7 @@ from lesa import exchange, hooks
 from lesa.clock import Call, Request, sigmas_of
 from lesa.forecasters import check_rows, plan_of
 from lesa.guard import ALERT, TOLERANCE, Guard, GuardOption, deviation, foreign, guard_for, leaving, relative_error
+from lesa.history import Ring
 from lesa.plan import Expected, Plan, PlanError, Row
 from lesa.runner import PlanRunner
 
@@ -153,6 +154,29 @@ def test_a_larger_error_switches_at_its_step_and_the_next_request_starts_sparse(
     assert_same(FLUX.call(pipe, steps=STEPS), expected)
     assert stats.guard.switches == 2
     assert stats.computed == 2 * len(single.computed)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.filterwarnings("ignore::lesa.LesaWarning")
+def test_a_failure_while_a_request_leaves_its_plan_ends_with_it(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory as its features are moved, before or after its tables are: the next request is as a first one."""
+    plan = measured(FLUX, checked_plan(FLUX, "output"))
+    strict = scaled(plan, next(iter(plan.expected)), CHECKED[0], math.exp(-TOLERANCE * 1.001))
+    expected = FLUX.call(enabled(FLUX, strict, ESTIMATE), steps=STEPS)
+    pipe, follow = enabled(FLUX, strict, ESTIMATE), Ring.follow
+
+    def failing(self: Ring, plan: Plan, context: str) -> None:
+        leaves = plan.forecaster in ("repayment", "none")
+        if late or not leaves:
+            follow(self, plan, context)
+        if leaves:
+            raise torch.OutOfMemoryError("none left")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(Ring, "follow", failing)
+        FLUX.call(pipe, steps=STEPS)
+    assert_same(FLUX.call(pipe, steps=STEPS), expected)
+    assert not lesa.stats(pipe).refused and lesa.stats(pipe).guard.switches == 2
 
 
 @pytest.mark.parametrize("context", ["cond", "uncond"])

@@ -91,10 +91,20 @@ def test_weights() -> None:
     mixed[12].bfloat16()
     assert not altered(mixed)
     assert not Likeness().altered(Weights(denoiser()).read())
-    for unread in (nn.LayerNorm(8), denoiser().to("meta")):
+    emptied = denoiser()
+    Weights(emptied)._places[3][0].weight = nn.Parameter(torch.empty(0, 8))
+    for unread in (nn.LayerNorm(8), denoiser().to("meta"), emptied):
         assert Weights(unread).read() is None and not altered(unread)
     assert likeness_of({}, nn.LayerNorm(8)) == Likeness()
     assert known.altered(Weights(nn.Sequential(nn.Linear(8, 8))).read())  # of fewer matrices
+
+
+def test_a_default_device_changes_nothing() -> None:
+    corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    known, read = likeness_of({"cond": corners}, denoiser()), Weights(denoiser()).read()
+    with torch.device("meta"):
+        assert known.distance("cond", corners) == pytest.approx(0.75)
+        assert not known.altered(read)
 
 
 def test_weights_are_read_anew() -> None:

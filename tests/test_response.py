@@ -137,6 +137,17 @@ def test_the_scheduler_stays_as_it_was_and_its_state_does_not_matter(name: str, 
         assert torch.equal(now, value) if isinstance(value, Tensor) else repr(now) == repr(value), key
 
 
+def test_generators_of_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.manual_seed seeds them too; a user's next noise would always be the same."""
+    for device in (torch.cuda, torch.xpu, torch.mps):
+        for seeds in ("manual_seed_all", "manual_seed"):
+            if hasattr(device, seeds):
+                monkeypatch.setattr(device, seeds, lambda _: pytest.fail("seeded"))
+    scheduler = SCHEDULERS["euler ancestral"]()
+    scheduler.set_timesteps(STEPS)
+    response_of(scheduler)
+
+
 @pytest.mark.parametrize("name", ["euler flow", "dpm-solver++ flow", "unipc flow", "ddim", "euler"])
 def test_image_to_image_leaves_out_the_first_steps(name: str, seed: int) -> None:
     def make() -> Any:
