@@ -14,6 +14,8 @@ from .tables import closed_form, prior_slopes
 from .trials import Trials
 
 _REACH = (1, -1, 2, -2, 4, -4)  # how far a computed step is moved
+# A climb that looks at more schedules finds what the surrogate promises most of, which is not always what runs best.
+_NEAR = 100
 
 
 class Climber:
@@ -22,7 +24,7 @@ class Climber:
     Args:
         trials: the fitting requests.
         budget: computed steps.
-        prices: how many schedules one climb may look at.
+        prices: how many schedules one climb may look at; more than 100 only where it is to go far.
         seed: of the order in which moves are tried.
     """
 
@@ -51,11 +53,16 @@ class Climber:
             self._prices[computed] = surrogate.optimise(computed, closed_form(self._statistics, computed), 5)[1]
         return self._prices[computed]
 
-    def climb(self, starts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    @property
+    def goes_far(self) -> bool:
+        """Whether there is a climb that looks at more schedules."""
+        return self._most > _NEAR
+
+    def climb(self, starts: Sequence[tuple[int, ...]], far: bool = False) -> tuple[int, ...]:
         """The schedule of lowest price found by moving computed steps, from the two best starts on."""
-        ends = []
+        ends, most = [], self._most if far else min(self._most, _NEAR)
         for start in sorted(starts, key=self.price)[:2]:
-            ends.append(self._descend(start, len(self._prices) + self._most // 2))
+            ends.append(self._descend(start, len(self._prices) + most // 2))
         return min(ends, key=self.price)
 
     def moves(self, computed: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -20,6 +20,8 @@ from .trials import Measured, Trials
 
 # One of each kind in `lesa.forecasters.FORECASTERS`, those with an order or degree as their papers advise.
 RULES = ("reuse", "taylor-1", "taylor-2", "hermite-2", "chebyshev-4", "regression", "l2p", "l2p-released")
+# What is searched once the denoiser's answers are known; the latter with all effort only.
+_AGAIN = (("searched again", False), ("searched far", True))
 _STALLED = 0.02  # dB: what a step of Gauss-Newton must gain to be followed by another
 
 
@@ -112,11 +114,12 @@ class Refiner:
             self._try(searched)
             # What was measured says how the denoiser answers errors: search once more with that.
             self._learn(searched)
-        again = searched
-        if self._left > len(self._promises.runs):
-            computed = self._climber.climb([*self._climber.starts(), searched.computed])
-            again = self._try(self._made("searched again", computed))
-        best = max(searched, again, key=lambda one: one.score).computed
+        found = [searched]
+        for name, far in _AGAIN[: 1 + self._climber.goes_far]:
+            if self._left > len(self._promises.runs):
+                computed = self._climber.climb([*self._climber.starts(), *(one.computed for one in found)], far)
+                found.append(self._try(self._made(name, computed)))
+        best = max(found, key=lambda one: one.score).computed
         for promise in self._promises.runs:
             self._survey_one(str(promise), floor if promise.schedule == SCHEDULES[0] else best, promise.forecaster)
         if self._rules and self._left:
