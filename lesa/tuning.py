@@ -43,10 +43,11 @@ def fit(
 
     The fitting requests are run in full once. Their inner products (`lesa.statistics`) and a linear model of what the
     denoiser makes of errors (`lesa.surrogate`) give schedules and weights; the best are run, their weights bettered
-    from what is measured, their computed steps moved. "thorough" also runs a rule of each kind in `lesa.forecasters`
-    at the output site, on the published schedule and on the searched one, and even and front-loaded schedules; and it
-    trains the paper's own forecaster, "lesa", for the paper's schedule, unless that takes more than half of what the
-    effort leaves after recording. What it left out, and why, is in `skipped` of the plan's `training`.
+    from what is measured, their computed steps moved. "thorough" begins as "default" and searches farther; it also runs
+    a rule of each kind in `lesa.forecasters` at the output site, on the published schedule and on the searched one, and
+    even and front-loaded schedules; and it trains the paper's own forecaster, "lesa", for the paper's schedule, unless
+    that takes more than half of what the effort leaves after recording. What it left out, and why, is in `skipped` of
+    the plan's `training`.
 
     The plan returned is the best one measured: no worse in mean PSNR on the fitting requests than the paper's schedule
     with Taylor's forecast at the same budget, nor than any of `candidates`, nor than the paper's schedule with the

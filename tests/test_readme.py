@@ -222,11 +222,10 @@ def test_table_of_the_guard_is_the_measured_one():
         near = rows[GUARDED[name][0], "captions", "200", "on"]
         assert float(guarded["psnr"]) >= float(near["psnr"]) - 1
         assert near["switches"] == "0" and "No caption of 400 left its plan" in README
-    cpu, gpu = (float(rows["1", "captions", count, "on"]["time_ratio"]) - 1 for count in ("64", "200"))
-    assert (
-        f"takes {cpu:.1%} of the time on one CPU thread".replace("%", " %") in README
-        and f", {gpu:.0%} in a run".replace("%", " %") in README
-    )
+    cpu = [float(r["time_ratio"]) - 1 for r in fidelity("guard.csv") if r["requests"] == "64" and r["time_ratio"]]
+    gpu = float(rows["1", "captions", "200", "on"]["time_ratio"]) - 1
+    assert f"takes {100 * min(cpu):.1f} to {max(cpu):.1%} of the time on one".replace("%", " %") in README
+    assert f", {gpu:.0%} in a run".replace("%", " %") in README
 
 
 def test_ablation_table_is_the_measured_one():

@@ -49,9 +49,10 @@ class Runs(Kept):
 
 
 def refine(
-    trials: Trials, runs: int, seed: int = 0, kept: Runs | None = None, **more: Any
+    trials: Trials, runs: int, seed: int = 0, kept: Runs | None = None, prices: int = 60, **more: Any
 ) -> tuple[Refiner, Candidate]:
-    refiner = Refiner(trials, kept or Runs(trials), Climber(trials, 3, 60, seed), 3, runs, rules=RULES, **more)
+    climber = Climber(trials, 3, prices, seed)
+    refiner = Refiner(trials, kept or Runs(trials), climber, 3, runs, **{"rules": RULES, **more})
     return refiner, refiner.run()
 
 
@@ -99,6 +100,12 @@ def padded(plan: Plan) -> dict[str, dict[int, Any]]:
         reads = tuple(s for s in plan.computed if s < step)
         rows[step] = replace(row, steps=reads, weights=tuple(weights.get(s, 0.0) for s in reads))
     return {"*": rows}
+
+
+def test_a_search_that_goes_far_begins_as_one_that_does_not(trials: Trials) -> None:
+    near, far = (refine(trials, 4, prices=prices, rules=())[0] for prices in (100, 101))
+    assert [name for name, _ in far.seen] == [*(name for name, _ in near.seen[:3]), "searched far"]
+    assert far.seen[:3] == near.seen[:3] and near.seen[2][0] == "searched again"
 
 
 def test_same_seed_same_search(trials: Trials, surveyed: tuple[Refiner, Candidate, Runs]) -> None:
