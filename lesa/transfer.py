@@ -18,8 +18,8 @@ from .tables import plan_of, straight
 
 # A look at a schedule: so many steps of Gauss-Newton from Taylor's rows on, on the weights of so many newest steps.
 _HASTY, _HASTY_GUIDED, _NEWEST = 1, 2, 3
-# How many schedules are looked at for a better one, and about how many microseconds that and the search before it, T^2,
-# may take: a plan is made while one waits. Requests with guidance or with many computed steps take longer a look.
+# How many schedules are looked at for a better one, and about how many microseconds that may take, along with half of
+# the search before it (T^2): a plan is made while one waits. With guidance or many computed steps a look takes longer.
 _LOOKS, _PATIENCE = 50, 15_000
 _WORTH = 0.02  # of the objective, for a move: what is promised less than that is chance
 _TOGETHER = (2, 1)  # computed steps, next to each other, that are moved at once
@@ -132,7 +132,7 @@ def _moved(model: Surrogate, schedules: Collection[tuple[int, ...]]) -> tuple[in
     prices: dict[tuple[int, ...], float] = {}
     contexts = len(model.guidance)
     hasty = _HASTY if contexts == 1 else _HASTY_GUIDED
-    looks = min(_LOOKS, (_PATIENCE - model.num_steps**2) // _microseconds(model, len(next(iter(schedules)))))
+    looks = min(_LOOKS, (_PATIENCE - model.num_steps**2 // 2) // _microseconds(model, len(next(iter(schedules)))))
 
     def price(computed: tuple[int, ...]) -> float:
         if computed not in prices:
