@@ -108,7 +108,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     picks = random.Random(args.seed).sample(range(len(captions)), args.captions)
     prompts = [captions[pick] for pick in picks]
     ranker = Ranker(images)
-    pipe = FluxPipeline.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype)).to(args.device)
+    pipe = FluxPipeline.from_pretrained(args.pipeline).to(args.device, getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
     result = {
         "seed": args.seed,
