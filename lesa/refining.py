@@ -117,8 +117,10 @@ class Refiner:
         found = [searched]
         for name, far in _AGAIN[: 1 + self._climber.goes_far]:
             if self._left > len(self._promises.runs):
-                computed = self._climber.climb([*self._climber.starts(), *(one.computed for one in found)], far)
-                found.append(self._try(self._made(name, computed)))
+                starts = [*self._climber.starts(), *(one.computed for one in found)]
+                made = self._made(name, self._climber.climb(starts, far))
+                if digest(made.plan) not in self._tried:
+                    found.append(self._try(made))
         best = max(found, key=lambda one: one.score).computed
         for promise in self._promises.runs:
             self._survey_one(str(promise), floor if promise.schedule == SCHEDULES[0] else best, promise.forecaster)

@@ -13,7 +13,7 @@ import lesa
 from lesa import refining
 from lesa.climbing import Climber, published, spaced
 from lesa.forecasters import FORECASTERS, plan_of
-from lesa.kept import Kept
+from lesa.kept import Kept, digest
 from lesa.plan import Plan
 from lesa.promises import Promise, Promises
 from lesa.refining import RULES, Candidate, Refiner
@@ -102,10 +102,16 @@ def padded(plan: Plan) -> dict[str, dict[int, Any]]:
     return {"*": rows}
 
 
-def test_a_search_that_goes_far_begins_as_one_that_does_not(trials: Trials) -> None:
-    near, far = (refine(trials, 4, prices=prices, rules=())[0] for prices in (100, 101))
-    assert [name for name, _ in far.seen] == [*(name for name, _ in near.seen[:3]), "searched far"]
-    assert far.seen[:3] == near.seen[:3] and near.seen[2][0] == "searched again"
+def test_a_search_that_goes_far_begins_as_one_that_does_not(trials: Trials, monkeypatch: Any) -> None:
+    kept = Runs(trials)
+    near, same = refine(trials, 4, prices=100, rules=())[0], refine(trials, 4, prices=101, rules=(), kept=kept)[0]
+    assert near.seen == same.seen and near.seen[2][0] == "searched again", "it found the same, which is not run again"
+    assert len({digest(plan) for plan in kept.plans}) == len(kept.plans)
+    climb, other = Climber.climb, (0, 1, 7)
+    monkeypatch.setattr(Climber, "climb", lambda self, starts, far=False: other if far else climb(self, starts))
+    elsewhere = refine(trials, 4, prices=101, rules=())[0]
+    assert [name for name, _ in elsewhere.seen] == [*(name for name, _ in near.seen[:3]), "searched far"]
+    assert elsewhere.seen[:3] == near.seen[:3]
 
 
 def test_same_seed_same_search(trials: Trials, surveyed: tuple[Refiner, Candidate, Runs]) -> None:
