@@ -84,14 +84,14 @@ class Ring(torch.nn.Module):
         row = (self.history, self.slots, self.weights, self.bias, self.keep, self.step)
         return ops.forecast_head(*row, scale, shift, weight, bias, eps, self.backend)
 
-    def errors(self, step: int, truth: torch.Tensor) -> tuple[float, float]:
-        """The squared error of the row of `step`, and the square of the truth; see `ops.forecast_errors`.
+    def errors(self, step: int, truth: torch.Tensor) -> torch.Tensor:
+        """[2] on the device: the squared error of the row of `step`, and the square of the truth.
 
-        The one place of the runtime that waits for the device.
+        See `ops.forecast_errors`.
         """
-        row = (self.slots[step], self.weights[step], self.bias[step])
-        squares, size = ops.forecast_errors(self.history, *row, truth, self.backend).tolist()
-        return squares, size
+        with torch.inference_mode():  # what autograd does about an operator takes longer than its launch
+            row = (self.slots[step], self.weights[step], self.bias[step])
+            return ops.forecast_errors(self.history, *row, truth, self.backend)
 
     def fill(self, slot: int) -> torch.Tensor:
         """Write the forecast of the current step into its slot; where it has none, into a spare one made once."""
@@ -154,9 +154,9 @@ class History:
         self._computed.add(step)
 
     def drop(self, step: int) -> None:
-        """Forget the feature of `step`, and what its slot held before."""
+        """Forget the feature of a computed step, if it is still here."""
         slot = self._plan.slots[step]
-        if slot >= 0:
+        if slot >= 0 and self._steps[slot] == step:
             self._steps[slot] = -1
 
     def select(self, step: int) -> Ring:

@@ -55,7 +55,8 @@ class Past:
         """A call ended with what it gave the pipeline."""
         if self._given_up:
             return
-        output = output.detach()
+        if output.requires_grad:
+            output = output.detach()
         if call.step < _SEEN:
             self.outputs[call.step][call.context] = output.clone()
         moves = self._moves.get(call.context)

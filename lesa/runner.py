@@ -25,8 +25,8 @@ _ELSEWHERE = "enable a plan made for yours; of a fitted one, lesa.transfer.adapt
 class PlanRunner:
     """Runs one plan: a history for every context, a row for every forecast step.
 
-    With a guard, computed steps wait for the device (see `Vigil`), and so does a forecast that may overflow its dtype.
-    Without one nothing waits, and checks take no memory.
+    With a guard, a computed step waits for what the device was asked at the one before (see `Vigil`), and a forecast
+    that may overflow its dtype waits for itself. Without one nothing waits, and checks take no memory.
 
     Args:
         plan: the plan to run.
@@ -87,10 +87,8 @@ class PlanRunner:
             PlanError: a bare denoiser's calls do not follow the plan's timesteps.
         """
         self._check_position(call)
-        retrace = None if self._vigil is None else self._vigil.look(call)
+        retrace = None if self._vigil is None else self._look(self._vigil, call)
         if retrace is not None:
-            if self._active.rows_of(call.context):  # what would have repaid
-                self._follow(rest_of(self.plan), call.step - 1)
             return retrace
         signature = (call.sample.shape, call.sample.dtype, call.sample.device)
         changed = self._inputs.setdefault(call.context, signature) != signature
@@ -130,15 +128,15 @@ class PlanRunner:
             self.stats.computed += 1
         if feature is None or self._lost:  # nothing reads it
             return
-        history, finite = self._history(call.context), True
-        if self._vigil is not None:
-            finite, leaves = self._vigil.check(call, feature, history, self._active)
-            if leaves:
-                self._leave(self._vigil, call.step)
-        if finite:
-            history.store(call.step, feature)
-        else:
-            history.drop(call.step)
+        history, vigil = self._history(call.context), self._vigil
+        if vigil is not None:
+            vigil.check(call, feature, history, self._active)
+        history.store(call.step, feature)
+        if vigil is not None:
+            if vigil.due(call, feature):
+                self._settle(vigil)
+            if self._must_leave(vigil):
+                self._leave(vigil, call.step)
 
     def refuse(self, call: Call, reason: str) -> None:
         """Count a step that had to be computed although the plan forecasts it, and say so once for each reason."""
@@ -170,9 +168,27 @@ class PlanRunner:
             self.refuse(call, "the forecast was not finite")
         return finite
 
+    def _look(self, vigil: Vigil, call: Call) -> Retrace | None:
+        """What a call must wait for; a request that must leave its plan does so here, or at a computed step's end."""
+        if vigil.due(call):
+            self._settle(vigil)
+        retrace = vigil.look(call)
+        if retrace is not None:
+            if self._active.rows_of(call.context):
+                self._follow(rest_of(self.plan), call.step - 1)
+        elif self._must_leave(vigil) and call.step not in self._computed:
+            self._leave(vigil, call.step - 1)
+        return retrace
+
+    def _settle(self, vigil: Vigil) -> None:
+        if vigil.settle():
+            self._warn("forecasts are worse than in fitting, so the guard has the request leave its plan")
+
+    def _must_leave(self, vigil: Vigil) -> bool:
+        return vigil.left is not None and self._active is self._sparse
+
     def _leave(self, vigil: Vigil, step: int) -> None:
-        """Run the rest of this request, in all contexts, by what the guard makes of its plan."""
-        self._warn("forecasts are worse than in fitting, so the guard has the request leave its plan")
+        """Run what comes after a step, in all contexts, by what the guard makes of the plan."""
         slot = self._active.slots[step]
         held = set.intersection(*(self._history(context).computed(slot) for context in self._inputs))
         # Contexts that have not run this step yet will hold it too.

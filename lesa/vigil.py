@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
 
@@ -11,7 +12,7 @@ from .clock import Call, Request
 from .guard import Guard, deviation, relative_error
 from .history import History
 from .likeness import FAR, Weights, embedding_of
-from .plan import Plan, Row
+from .plan import Expected, Plan, Row
 from .retrace import Past, Retrace
 from .stats import GuardStats
 
@@ -19,13 +20,39 @@ _ALTERED = (
     "the denoiser's weights are not those that the plan was fitted to (a LoRA, other precision?): the guard watches "
     "closely; fit again with these weights"
 )
+# A larger feature in a dtype that holds it has spoiled its request, as one that is not finite has.
+_LARGEST = 2.0**60
+
+
+@dataclass(frozen=True)
+class _Check:
+    """A computed feature whose size, and the error of the forecast of it, are under way on the device.
+
+    Args:
+        context, step: of the feature.
+        sums: [2] on the device, see `Ring.errors`.
+        history: where the feature is stored.
+        made: whether there was a forecast to compare with.
+        expected: its error, if a request may leave its plan here.
+        least: errors below it say nothing.
+    """
+
+    context: str
+    step: int
+    sums: torch.Tensor
+    history: History
+    made: bool
+    expected: Expected | None
+    least: float
 
 
 class Vigil:
     """Watches the requests of one plan.
 
-    A computed step whose feature is read or checked waits for the device once, for its size and the error of the
-    forecast that would have been made. From these sizes it follows that forecasts are finite.
+    Of each computed feature that is read or checked the device is asked for its size and for the error of the forecast
+    that would have been made. A GPU is not waited for: its answer is read where the next step is computed, or the last
+    one comes, when it has long been there. From the sizes it follows that forecasts are finite; while a size is not
+    known it is taken to be one that float32 or bfloat16 can hold many times. In float16 it is waited for.
 
     Args:
         guard: when a request leaves its plan.
@@ -38,6 +65,8 @@ class Vigil:
         self._weights: Weights | None = None
         # No element of a step's feature is larger than this, by context and step.
         self._bounds: dict[tuple[str, int], float] = {}
+        self._checks: list[_Check] = []
+        self._settling = {*plan.computed, plan.num_steps - 1}
         self._checked = self._strange = False
         self.left: int | None = None
         judged = (step for expected in plan.expected.values() for step in expected)
@@ -56,6 +85,7 @@ class Vigil:
             self._saw().alert = False
         self._checked, self._strange, self.left, self._past, self._retrace = False, False, None, None, None
         self._bounds.clear()
+        self._checks.clear()
         if not self.judges:
             return None
         if self.guard.retrace:
@@ -66,7 +96,7 @@ class Vigil:
         return None
 
     def look(self, call: Call) -> Retrace | None:
-        """A call comes; returns the retrace that it must wait for, if a request has left its plan just before."""
+        """A call comes; returns the retrace that it must wait for, if a request has left its plan before."""
         if not self.judges:
             return None
         if call.step == 0 and self._plan.likeness is not None and not self._strange:
@@ -83,7 +113,8 @@ class Vigil:
         """A call ended with an output."""
         if self._past is not None:
             self._past.saw(call, output)
-            if self.left is None and call.step > self._last_judged:  # in no context can it leave any more
+            # In no context can it leave any more.
+            if self.left is None and call.step > self._last_judged and not self._checks:
                 self._past = None
         elif self._retrace is not None:
             self._saw().retraced += self._retrace.ran
@@ -104,52 +135,71 @@ class Vigil:
         self._saw().replaced += not finite
         return finite
 
-    def check(self, call: Call, feature: torch.Tensor, history: History, plan: Plan) -> tuple[bool, bool]:
-        """Compare the forecast of a computed step with its feature.
+    def check(self, call: Call, feature: torch.Tensor, history: History, plan: Plan) -> None:
+        """Ask how far the forecast of a computed step is from its feature.
 
         Args:
             call: of the step.
             feature: of it.
-            history: of the context.
+            history: of the context, before it stores the feature.
             plan: that the request runs by now.
-
-        Returns:
-            Whether the feature is finite, and whether the request must leave its plan.
         """
-        step, guard = call.step, self.guard
+        step, measures = call.step, self.guard.measures
         row, expected = plan.checks_of(call.context).get(step), plan.expected_of(call.context).get(step)
-        wanted = row is not None and (guard.measures or expected is not None)
+        wanted = row is not None and (measures or expected is not None)
         if not wanted and plan.slots[step] < 0:
-            return True, False
+            return
         ring = history.prepare(feature)
-        checked = wanted and row is not None and history.holds(row)
-        squares, size = ring.errors(step, feature.detach())
-        self._bounds[call.context, step] = math.sqrt(size) if math.isfinite(size) else math.inf
-        if not math.isfinite(size):
-            self._saw().dropped += 1
-            return False, False
-        if not checked:
-            return True, False
-        error = relative_error(squares, size)
-        self._saw().note(call.context, step, error)
-        if expected is None or guard.measures or step == plan.num_steps - 1:  # after it nothing can be made up for
-            return True, False
-        self._checked = True
-        closely = self._saw().alert or self._strange
-        tolerance = min(guard.alert, guard.tolerance) if closely else guard.tolerance
+        made = wanted and row is not None and history.holds(row)
+        if not made or measures or step == plan.num_steps - 1:  # after it nothing can be made up for
+            expected = None
+        sums = ring.errors(step, feature.detach())
         # An error as small as the rounding of features says nothing.
-        leaves = deviation(error, expected, torch.finfo(feature.dtype).eps) > tolerance
-        if leaves:
-            self._leave(step, error / expected.error if expected.error else math.inf)
-        return True, leaves
+        least = torch.finfo(feature.dtype).eps
+        self._checks.append(_Check(call.context, step, sums, history, made, expected, least))
+        self._bounds[call.context, step] = _LARGEST
+
+    def due(self, call: Call, feature: torch.Tensor | None = None) -> bool:
+        """Whether what was asked must be known, as a call comes or, with its feature, once that is stored."""
+        if not self._checks:
+            return False
+        if feature is None:
+            return call.step in self._settling and self._checks[0].step < call.step
+        return call.step == self._plan.num_steps - 1 or _at_once(feature)
+
+    def settle(self) -> bool:
+        """Read what was asked, which waits for the device; whether the request has to leave its plan, found just now.
+
+        Features that are not finite are dropped from their histories.
+        """
+        before, checks = self.left, self._checks.copy()
+        self._checks.clear()
+        for check in checks:
+            squares, size = check.sums.tolist()
+            if math.isfinite(size):
+                self._bounds[check.context, check.step] = math.sqrt(size)
+                if check.made:
+                    self._judge(check, relative_error(squares, size))
+            else:
+                self._bounds[check.context, check.step] = math.inf
+                check.history.drop(check.step)
+                self._saw().dropped += 1
+        return before is None and self.left is not None
+
+    def _judge(self, check: _Check, error: float) -> None:
+        saw, expected = self._saw(), check.expected
+        saw.note(check.context, check.step, error)
+        if expected is None or self.left is not None:
+            return
+        self._checked = True
+        tolerance = min(self.guard.alert, self.guard.tolerance) if saw.alert or self._strange else self.guard.tolerance
+        if deviation(error, expected, check.least) > tolerance:
+            ratio = error / expected.error if expected.error else math.inf
+            saw.switches, saw.last, saw.alert, self.left = saw.switches + 1, (check.step, ratio), True, check.step
 
     def keeps(self, step: int, contexts: Collection[str]) -> bool:
         """Whether no feature of a step was found not to be finite; that of a context to come will be."""
         return all(self._bounds.get((context, step), 0.0) < math.inf for context in contexts)
-
-    def _leave(self, step: int, ratio: float) -> None:
-        saw = self._saw()
-        saw.switches, saw.last, saw.alert, self.left = saw.switches + 1, (step, ratio), True, step
 
     def _altered(self, denoiser: torch.nn.Module | None) -> bool:
         """Whether the denoiser's weights are others than in fitting."""
@@ -163,3 +213,8 @@ class Vigil:
         """Watch this request closely."""
         self._strange = True
         self._saw().strange += 1
+
+
+def _at_once(feature: torch.Tensor) -> bool:
+    """Whether to wait for what was asked of a feature: a CPU has answered, and float16 overflows at large weights."""
+    return feature.device.type == "cpu" or feature.dtype == torch.float16

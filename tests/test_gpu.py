@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lesa
-from lesa import assets, learning, ops
+from lesa import assets, hooks, learning, ops
 from lesa.exchange import Stands
 from lesa.learning import Learner, TrainingConfig
 from lesa.predictor import Predictor
@@ -148,6 +148,35 @@ def test_no_step_waits_for_the_device(pipe: Any, fused: bool, monkeypatch: pytes
     finally:
         pipe.transformer.forward = forward
     assert lesa.stats(pipe).requests == 2
+
+
+def test_a_guarded_request_waits_only_where_the_next_step_is_computed() -> None:
+    pipe, plan = load(torch.float32), lesa.Plan.load(assets.fitted_path(10))
+    lesa.enable(pipe, plan, guard=True)
+    run(pipe)
+    driver, forward = hooks.attached(pipe).driver, pipe.transformer.forward
+    waits: list[bool] = []
+
+    def strict(*args: Any, **kwargs: Any) -> Any:
+        waits.append(len(waits) == 0 or len(waits) in (*plan.computed, plan.num_steps - 1))
+        torch.cuda.set_sync_debug_mode("default" if waits[-1] else "error")
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def keep(*args: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        kept(*args)
+
+    kept, driver.keep = driver.keep, keep
+    pipe.transformer.forward = strict
+    try:
+        run(pipe, 1)
+    finally:
+        pipe.transformer.forward, driver.keep = forward, kept
+    saw = lesa.stats(pipe).guard
+    assert (saw.checks, saw.switches) == (2 * len(plan.expected["*"]), 0)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -24,7 +24,7 @@ from test_plan import random_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lesa
-from lesa import exchange, hooks
+from lesa import exchange, hooks, vigil
 from lesa.clock import Call, Request, sigmas_of
 from lesa.forecasters import check_rows, plan_of
 from lesa.guard import ALERT, TOLERANCE, Guard, GuardOption, deviation, foreign, guard_for, leaving, relative_error
@@ -77,10 +77,15 @@ def joined(plan: Plan, step: int, held: tuple[int, ...]) -> Plan:
     rest = leaving(plan, step, held)
     computed = {s for s in range(plan.num_steps) if s in (plan if s <= step else rest).computed}
     rows = {
-        context: {s: (plan if s < step else rest).rows_of(context)[s] for s in set(range(plan.num_steps)) - computed}
+        context: {s: (plan if s <= step else rest).rows_of(context)[s] for s in set(range(plan.num_steps)) - computed}
         for context in plan.rows
     }
     return replace(plan, computed=tuple(sorted(computed)), rows=rows, checks={}, expected={})
+
+
+def answers_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is asked as a GPU is."""
+    monkeypatch.setattr(vigil, "_at_once", lambda feature: False)
 
 
 # Where a request leaves its plan
@@ -276,6 +281,28 @@ def test_a_computed_feature_that_is_not_finite_is_never_read(site: str, step: in
     assert saw.checks == len(CHECKED) - len({*readers, *({step} & set(CHECKED))})
 
 
+@pytest.mark.filterwarnings("ignore::lesa.LesaWarning")
+def test_on_a_gpu_a_feature_that_is_not_finite_is_read_until_the_next_computed_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers_later(monkeypatch)
+    rows = {s: Row((0, 2) if s > 2 else (0,), (1.0, 1.0)[: 2 if s > 2 else 1]) for s in (1, 3, 5, 6)}
+    plan = small((0, 2, 4), 7, rows={"*": rows}, checks={"*": {4: Row((0,), (1.0,))}})
+    runner, request = PlanRunner(plan, guard=Guard(math.inf)), Request(7, plan.sigmas)
+    found, dropped = [], []
+    runner.begin(request)
+    for step in range(7):
+        call = Call("cond", step, None, torch.zeros(1), request, False)
+        coming = runner.forecast(call)
+        found.append(None if coming is None else coming.feature().item())
+        if coming is None:
+            runner.keep(call, torch.tensor([math.nan if step == 2 else 1.0]))
+        dropped.append(runner.stats.guard.dropped)
+    assert found == [None, 1.0, None, pytest.approx(math.nan, nan_ok=True), None, None, None]
+    assert dropped == [0, 0, 0, 0, 1, 1, 1]
+    assert (runner.stats.guard.checks, sum(runner.stats.refused.values())) == (1, 2)
+
+
 # What it costs
 
 
@@ -389,8 +416,23 @@ def test_leaving_at_the_ends() -> None:
     plan = small((0, 3, 13), 14)
     assert leaving(plan, 13, {0, 3, 13}).computed == tuple(range(14))
     assert leaving(plan, 0, {0}).rows_of("any")[1] == Row((0,), (1.0,))
-    with pytest.raises(ValueError, match="step=4: expected a computed step"):
-        leaving(plan, 4, {0, 3})
+    for step in (-1, 14):
+        with pytest.raises(ValueError, match=f"step={step}: expected a step of the plan, 0 to 13"):
+            leaving(plan, step, {0, 3})
+
+
+def test_forecasts_after_the_step_computed_last_are_owed_too() -> None:
+    """As in `test_repayment_by_hand`, but it left two steps later; F is extrapolated by the parabola."""
+    plan = small((0, 3, 6, 10, 11), 14)
+    rest = leaving(plan, 8, {0, 3, 6})
+    assert rest.computed == (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13)
+    feature = {s: float(s**2) for s in (0, 3, 6)}
+    given = {1: 0.0, 2: 0.0, 4: 9 + 3.0, 5: 9 + 6.0, 7: 36 + 9.0, 8: 36 + 18.0}
+    owed = sum(s**2 - value for s, value in given.items())
+    row = rest.rows_of("any")[9]
+    assert sum(w * feature[s] for s, w in zip(row.steps, row.weights, strict=True)) == pytest.approx(81 + owed)
+    # A step that was computed but is not held tells nothing, so nothing is repaid.
+    assert leaving(plan, 8, {0, 3}).computed == tuple(range(14))
 
 
 def test_a_rest_always_fits_in_what_there_is(seed: int) -> None:
@@ -400,7 +442,7 @@ def test_a_rest_always_fits_in_what_there_is(seed: int) -> None:
         plan = replace(random_plan(rng), site="output")
         rows = {c: {s: replace(row, bias=0.0) for s, row in own.items()} for c, own in plan.rows.items()}
         plan = replace(plan, rows=rows)
-        step = rng.choice(plan.computed)
+        step = rng.randrange(plan.num_steps)
         held = set(held_at(plan, step))
         rest = leaving(plan, step, held)
         assert set(range(step + 2, plan.num_steps)) <= set(rest.computed)
@@ -532,7 +574,11 @@ def requests_of(runner: PlanRunner, plan: Plan) -> Iterator[tuple[Request, list[
 
 @pytest.mark.filterwarnings("ignore::lesa.LesaWarning")
 @pytest.mark.parametrize("tolerance", [math.inf, 0.5])
-def test_runner_equals_brute_force(tolerance: float, seed: int) -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["cpu", "gpu"])
+def test_runner_equals_brute_force(tolerance: float, late: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU answers are read where the next step is computed, or the last one comes."""
+    if late:
+        answers_later(monkeypatch)
     rng = random.Random(seed)
     torch.manual_seed(seed)
     switches = 0
@@ -547,10 +593,13 @@ def test_runner_equals_brute_force(tolerance: float, seed: int) -> None:
             before, largest = saw.switches, {}
             with requests_of(runner, plan) as (request, contexts):
                 kept: dict[str, list[torch.Tensor]] = {context: [] for context in contexts}
-                active = plan
+                active, found = plan, -1  # where the request was found to be off its plan
                 for step in range(plan.num_steps):
                     for context in contexts:
                         call = Call(context, step, None, torch.zeros(1), request, False)
+                        last = step == plan.num_steps - 1 and step not in plan.computed
+                        if active is plan and late and 0 <= found < step and last:
+                            active = joined(plan, step - 1, held_at(plan, step - 1))
                         coming = runner.forecast(call)
                         assert (coming is None) == (step in active.computed), (plan, step)
                         if coming is not None:
@@ -568,11 +617,13 @@ def test_runner_equals_brute_force(tolerance: float, seed: int) -> None:
                             forecast = sum(w * kept[context][s] for w, s in zip(row.weights, row.steps, strict=True))
                             error = float((forecast + row.bias - truth).norm() / truth.norm())
                             largest[context, step] = error
-                            known = active.expected_of(context).get(step)
-                            if known is not None and deviation(error, known, 1e-16) > tolerance:
-                                active = joined(plan, step, held_at(plan, step))
-                                assert saw.last[0] == step
+                            known = active.expected_of(context).get(step) if step < plan.num_steps - 1 else None
+                            if found < 0 and known is not None and deviation(error, known, 1e-16) > tolerance:
+                                found = step
                         kept[context].append(truth)
+                        if active is plan and found >= 0 and (not late or found < step):
+                            active = joined(plan, step, held_at(plan, step))
+                            assert saw.last[0] == found
             assert saw.switches - before == (active is not plan)
             switches += active is not plan
             for (context, step), error in largest.items():

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from lesa import ops  # noqa: E402
 from lesa.kernels.errors import ErrorsConfig, launch_forecast_errors  # noqa: E402
 
-SMALL = ErrorsConfig(block=64, programs=5)
+SMALL = ErrorsConfig(block=64, alone=1, programs=5)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_every_window(window: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(), (1,), (63,), (64,), (320,), (2, 3, 701)])
 def test_over_several_tiles_and_programs(shape: tuple[int, ...]) -> None:
     row = random_row(5, *shape)
-    for config in (SMALL, SMALL._replace(programs=1), SMALL._replace(block=16, programs=200)):
+    for config in (SMALL, SMALL._replace(programs=1), SMALL._replace(alone=9), SMALL._replace(block=16, programs=200)):
         check(launch_forecast_errors(*row, config=config), row)
 
 

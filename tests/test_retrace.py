@@ -11,7 +11,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from pipelines import CASES_BY_NAME, Case
 from test_dropin import counted, untouched
-from test_guard import COMPUTED, ESTIMATE, STEPS, checked_plan, enabled, measured, scaled
+from test_guard import COMPUTED, ESTIMATE, STEPS, answers_later, checked_plan, enabled, measured, scaled
 
 import lesa
 from lesa import hooks
@@ -57,6 +57,26 @@ def test_ends_where_the_full_request_ends(case: Case, step: int, site: str) -> N
     # The next request is on its plan again.
     case.call(pipe, steps=STEPS)
     assert stats.guard.switches == 2 and stats.guard.retraced == 2 * step
+
+
+@pytest.mark.parametrize(("step", "settled"), [(4, 7), (7, 10), (10, 11)])
+@pytest.mark.parametrize("contexts", [("*",), ("cond", "uncond")], ids=["one context", "two"])
+def test_on_a_gpu_it_begins_where_the_answer_is_read(
+    step: int, settled: int, contexts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is the next computed step, or the last; the request ends where the full one does all the same."""
+    request = GUIDED if len(contexts) > 1 else {}
+    plan = strict(FLUX, "output", step, contexts, **request)
+    full = untouched(FLUX, steps=STEPS, **request)
+    answers_later(monkeypatch)
+    pipe = enabled(FLUX, plan)
+    for number in (1, 2):
+        assert apart(FLUX.call(pipe, steps=STEPS, **request), full) < 1e-5
+        stats = lesa.stats(pipe)
+        assert stats.guard.switches == number
+        assert stats.guard.retraced == number * len(contexts) * (settled - 1)
+        assert stats.computed == number * len(contexts) * (sum(s < settled for s in COMPUTED) + STEPS - settled)
+    assert not stats.refused
 
 
 def test_guidance_is_seen() -> None:

@@ -17,12 +17,13 @@ from .forecast import sum_parts
 
 
 class ErrorsConfig(NamedTuple):
-    """How the sums are cut: elements a tile, programs at most, warps a program.
+    """How the sums are cut: elements a tile, tiles that one program takes alone, programs at most, warps a program.
 
     Nothing here follows the machine: the order of the additions is part of the result.
     """
 
     block: int = 1024
+    alone: int = 16  # a second launch takes longer
     programs: int = 1024
     warps: int = 4
 
@@ -85,7 +86,8 @@ def launch_forecast_errors(
     length = truth.numel()
     if length == 0:
         return torch.zeros(2, dtype=torch.float32, device=history.device)
-    programs = min(triton.cdiv(length, config.block), config.programs)
+    tiles = triton.cdiv(length, config.block)
+    programs = 1 if tiles <= config.alone else min(tiles, config.programs)
     parts = torch.empty(programs, 2, dtype=torch.float32, device=history.device)
     with guard(history):
         _forecast_errors_kernel[(programs,)](
@@ -101,4 +103,4 @@ def launch_forecast_errors(
             BLOCK=config.block,
             num_warps=config.warps,
         )
-        return sum_parts(parts, config.warps)
+        return parts[0] if programs == 1 else sum_parts(parts, config.warps)
