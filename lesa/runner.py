@@ -15,7 +15,7 @@ from .history import History
 from .plan import MAX_READS, Plan, PlanError
 from .retrace import Retrace
 from .stats import GuardStats, Stats
-from .vigil import Vigil
+from .vigil import Vigil, at_once
 
 # Beyond this the weights were made for a visibly different schedule of noise levels.
 _SIGMA_TOLERANCE = 0.05
@@ -25,8 +25,8 @@ _ELSEWHERE = "enable a plan made for yours; of a fitted one, lesa.transfer.adapt
 class PlanRunner:
     """Runs one plan: a history for every context, a row for every forecast step.
 
-    With a guard, a computed step waits for what the device was asked at the one before (see `Vigil`), and a forecast
-    that may overflow its dtype waits for itself. Without one nothing waits, and checks take no memory.
+    With a guard, a computed step waits at its end for what the device was asked at the one before (see `Vigil`), and a
+    forecast that may overflow its dtype waits for itself. Without one nothing waits, and checks take no memory.
 
     Args:
         plan: the plan to run.
@@ -133,8 +133,7 @@ class PlanRunner:
             vigil.check(call, feature, history, self._active)
         history.store(call.step, feature)
         if vigil is not None:
-            if vigil.due(call, feature):
-                self._settle(vigil)
+            self._settle(vigil, call.step, vigil.is_last(call) or at_once(feature))
             if self._must_leave(vigil):
                 self._leave(vigil, call.step)
 
@@ -170,8 +169,8 @@ class PlanRunner:
 
     def _look(self, vigil: Vigil, call: Call) -> Retrace | None:
         """What a call must wait for; a request that must leave its plan does so here, or at a computed step's end."""
-        if vigil.due(call):
-            self._settle(vigil)
+        if vigil.is_last(call):
+            self._settle(vigil, call.step - 1, own=True)
         retrace = vigil.look(call)
         if retrace is not None:
             if self._active.rows_of(call.context):
@@ -180,8 +179,8 @@ class PlanRunner:
             self._leave(vigil, call.step - 1)
         return retrace
 
-    def _settle(self, vigil: Vigil) -> None:
-        if vigil.settle():
+    def _settle(self, vigil: Vigil, ran: int, own: bool) -> None:
+        if vigil.settle(ran, own):
             self._warn("forecasts are worse than in fitting, so the guard has the request leave its plan")
 
     def _must_leave(self, vigil: Vigil) -> bool:

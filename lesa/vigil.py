@@ -30,7 +30,7 @@ class _Check:
 
     Args:
         context, step: of the feature.
-        sums: [2] on the device, see `Ring.errors`.
+        answer: waits for the device and returns the two sums of `Ring.errors`.
         history: where the feature is stored.
         made: whether there was a forecast to compare with.
         expected: its error, if a request may leave its plan here.
@@ -39,7 +39,7 @@ class _Check:
 
     context: str
     step: int
-    sums: torch.Tensor
+    answer: Callable[[], list[float]]
     history: History
     made: bool
     expected: Expected | None
@@ -50,9 +50,9 @@ class Vigil:
     """Watches the requests of one plan.
 
     Of each computed feature that is read or checked the device is asked for its size and for the error of the forecast
-    that would have been made. A GPU is not waited for: its answer is read where the next step is computed, or the last
-    one comes, when it has long been there. From the sizes it follows that forecasts are finite; while a size is not
-    known it is taken to be one that float32 or bfloat16 can hold many times. In float16 it is waited for.
+    that would have been made. A GPU is not waited for: its answer is read once the next computed step is under way, or
+    the last one comes, when it has long been there. From the sizes it follows that forecasts are finite; while a size
+    is not known it is taken to be one that float32 or bfloat16 can hold many times. In float16 it is waited for.
 
     Args:
         guard: when a request leaves its plan.
@@ -66,7 +66,6 @@ class Vigil:
         # No element of a step's feature is larger than this, by context and step.
         self._bounds: dict[tuple[str, int], float] = {}
         self._checks: list[_Check] = []
-        self._settling = {*plan.computed, plan.num_steps - 1}
         self._checked = self._strange = False
         self.left: int | None = None
         judged = (step for expected in plan.expected.values() for step in expected)
@@ -113,8 +112,8 @@ class Vigil:
         """A call ended with an output."""
         if self._past is not None:
             self._past.saw(call, output)
-            # In no context can it leave any more.
-            if self.left is None and call.step > self._last_judged and not self._checks:
+            judged = call.step > self._last_judged and not any(check.expected for check in self._checks)
+            if self.left is None and judged:  # in no context can it leave any more
                 self._past = None
         elif self._retrace is not None:
             self._saw().retraced += self._retrace.ran
@@ -153,40 +152,40 @@ class Vigil:
         made = wanted and row is not None and history.holds(row)
         if not made or measures or step == plan.num_steps - 1:  # after it nothing can be made up for
             expected = None
-        sums = ring.errors(step, feature.detach())
+        answer = _asked(ring.errors(step, feature.detach()))
         # An error as small as the rounding of features says nothing.
         least = torch.finfo(feature.dtype).eps
-        self._checks.append(_Check(call.context, step, sums, history, made, expected, least))
+        self._checks.append(_Check(call.context, step, answer, history, made, expected, least))
         self._bounds[call.context, step] = _LARGEST
 
-    def due(self, call: Call, feature: torch.Tensor | None = None) -> bool:
-        """Whether what was asked must be known, as a call comes or, with its feature, once that is stored."""
-        if not self._checks:
-            return False
-        if feature is None:
-            return call.step in self._settling and self._checks[0].step < call.step
-        return call.step == self._plan.num_steps - 1 or _at_once(feature)
+    def is_last(self, call: Call) -> bool:
+        """Whether there is no later step to read answers at."""
+        return call.step == self._plan.num_steps - 1
 
-    def settle(self) -> bool:
+    def settle(self, ran: int, own: bool) -> bool:
         """Read what was asked, which waits for the device; whether the request has to leave its plan, found just now.
 
         Features that are not finite are dropped from their histories.
+
+        Args:
+            ran: the last step that ran.
+            own: whether to read what was asked at that step too.
         """
-        before, checks = self.left, self._checks.copy()
-        self._checks.clear()
-        for check in checks:
-            squares, size = check.sums.tolist()
+        before, due = self.left, [check for check in self._checks if check.step < ran + own]
+        self._checks = [check for check in self._checks if check.step >= ran + own]
+        for check in due:
+            squares, size = check.answer()
             if math.isfinite(size):
                 self._bounds[check.context, check.step] = math.sqrt(size)
                 if check.made:
-                    self._judge(check, relative_error(squares, size))
+                    self._judge(check, relative_error(squares, size), ran)
             else:
                 self._bounds[check.context, check.step] = math.inf
                 check.history.drop(check.step)
                 self._saw().dropped += 1
         return before is None and self.left is not None
 
-    def _judge(self, check: _Check, error: float) -> None:
+    def _judge(self, check: _Check, error: float, ran: int) -> None:
         saw, expected = self._saw(), check.expected
         saw.note(check.context, check.step, error)
         if expected is None or self.left is not None:
@@ -195,7 +194,7 @@ class Vigil:
         tolerance = min(self.guard.alert, self.guard.tolerance) if saw.alert or self._strange else self.guard.tolerance
         if deviation(error, expected, check.least) > tolerance:
             ratio = error / expected.error if expected.error else math.inf
-            saw.switches, saw.last, saw.alert, self.left = saw.switches + 1, (check.step, ratio), True, check.step
+            saw.switches, saw.last, saw.alert, self.left = saw.switches + 1, (check.step, ratio), True, ran
 
     def keeps(self, step: int, contexts: Collection[str]) -> bool:
         """Whether no feature of a step was found not to be finite; that of a context to come will be."""
@@ -215,6 +214,21 @@ class Vigil:
         self._saw().strange += 1
 
 
-def _at_once(feature: torch.Tensor) -> bool:
+def at_once(feature: torch.Tensor) -> bool:
     """Whether to wait for what was asked of a feature: a CPU has answered, and float16 overflows at large weights."""
     return feature.device.type == "cpu" or feature.dtype == torch.float16
+
+
+def _asked(sums: torch.Tensor) -> Callable[[], list[float]]:
+    """What waits for some numbers, but for nothing that the device is told to do after them."""
+    if sums.device.type == "cpu":
+        return sums.tolist
+    copy = sums.to("cpu", non_blocking=True)  # into pinned memory
+    done = torch.get_device_module(sums.device).current_stream(sums.device).record_event()
+
+    def answer() -> list[float]:
+        done.synchronize()
+        numbers: list[float] = copy.tolist()
+        return numbers
+
+    return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lesa
-from lesa import assets, hooks, learning, ops
+from lesa import assets, learning, ops
 from lesa.exchange import Stands
 from lesa.learning import Learner, TrainingConfig
+from lesa.plan import Expected
 from lesa.predictor import Predictor
 
 pytestmark = pytest.mark.gpu
@@ -150,33 +152,48 @@ def test_no_step_waits_for_the_device(pipe: Any, fused: bool, monkeypatch: pytes
     assert lesa.stats(pipe).requests == 2
 
 
-def test_a_guarded_request_waits_only_where_the_next_step_is_computed() -> None:
+def test_a_guarded_request_waits_for_nothing_that_is_under_way() -> None:
     pipe, plan = load(torch.float32), lesa.Plan.load(assets.fitted_path(10))
     lesa.enable(pipe, plan, guard=True)
     run(pipe)
-    driver, forward = hooks.attached(pipe).driver, pipe.transformer.forward
-    waits: list[bool] = []
+    forward, steps = pipe.transformer.forward, []
 
     def strict(*args: Any, **kwargs: Any) -> Any:
-        waits.append(len(waits) == 0 or len(waits) in (*plan.computed, plan.num_steps - 1))
-        torch.cuda.set_sync_debug_mode("default" if waits[-1] else "error")
+        steps.append(len(steps))
+        if len(steps) > 1:  # before its first step a request's noise levels, prompt and weights are looked at
+            torch.cuda.set_sync_debug_mode("error")  # of the stream; not of an event that has long come
         try:
             return forward(*args, **kwargs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def keep(*args: Any) -> None:
-        torch.cuda.set_sync_debug_mode("error")
-        kept(*args)
-
-    kept, driver.keep = driver.keep, keep
     pipe.transformer.forward = strict
     try:
         run(pipe, 1)
     finally:
-        pipe.transformer.forward, driver.keep = forward, kept
+        pipe.transformer.forward = forward
+        lesa.disable(pipe)
+    assert len(steps) == plan.num_steps
+
+
+def test_a_guarded_request_leaves_its_plan_and_ends_where_the_full_one_does() -> None:
+    pipe, plan = load(torch.float32), lesa.Plan.load(assets.fitted_path(10))
+    full = run(pipe)
+    first = min(plan.expected["*"])
+    off = replace(plan, expected={"*": {**plan.expected["*"], first: Expected(1e-9, 0.1)}})
+    lesa.enable(pipe, off, guard=lesa.Guard(retrace=False))
+    estimated = (run(pipe) - full).norm()
+    lesa.enable(pipe, off)
+    with pytest.warns(lesa.LesaWarning, match="leave its plan"):
+        found = (run(pipe) - full).norm()
     saw = lesa.stats(pipe).guard
-    assert (saw.checks, saw.switches) == (2 * len(plan.expected["*"]), 0)
+    lesa.enable(pipe, plan, guard=False)
+    alone = (run(pipe) - full).norm()
+    lesa.disable(pipe)
+    ran = next(step for step in plan.computed if step > first)  # where its answer is read
+    assert (saw.switches, saw.last[0], saw.retraced) == (1, first, ran)
+    assert found < 1e-3 * full.norm()
+    assert found < 0.1 * estimated and estimated < alone, (found, estimated, alone)
 
 
 @pytest.mark.parametrize("fused", [True, False])

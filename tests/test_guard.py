@@ -24,7 +24,8 @@ from test_plan import random_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lesa
-from lesa import exchange, hooks, vigil
+from lesa import exchange, hooks
+from lesa import runner as runner_module
 from lesa.clock import Call, Request, sigmas_of
 from lesa.forecasters import check_rows, plan_of
 from lesa.guard import ALERT, TOLERANCE, Guard, GuardOption, deviation, foreign, guard_for, leaving, relative_error
@@ -85,7 +86,7 @@ def joined(plan: Plan, step: int, held: tuple[int, ...]) -> Plan:
 
 def answers_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU is asked as a GPU is."""
-    monkeypatch.setattr(vigil, "_at_once", lambda feature: False)
+    monkeypatch.setattr(runner_module, "at_once", lambda feature: False)
 
 
 # Where a request leaves its plan
@@ -576,7 +577,7 @@ def requests_of(runner: PlanRunner, plan: Plan) -> Iterator[tuple[Request, list[
 @pytest.mark.parametrize("tolerance", [math.inf, 0.5])
 @pytest.mark.parametrize("late", [False, True], ids=["cpu", "gpu"])
 def test_runner_equals_brute_force(tolerance: float, late: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU answers are read where the next step is computed, or the last one comes."""
+    """On a GPU answers are read once the next step is computed, or the last one comes."""
     if late:
         answers_later(monkeypatch)
     rng = random.Random(seed)
