@@ -50,9 +50,9 @@ def enable(
             computed: what ran of it over again, in one go, so that it ends where the full request ends, as long as the
             sampler makes Euler steps; under another one step repays an estimate of what went wrong. So is a request
             with guidance under a plan fitted without. Forecasts that are not finite are replaced by computed steps.
-            Computed steps then wait for the device once, and a request at its start. None: on where the plan knows its
-            expected errors; True, a number or a `lesa.Guard` needs them; infinity only measures and replaces what
-            is not finite; False: off.
+            A request waits for the device at its start; a check is read when it is long done. None: on where the plan
+            knows its expected errors; True, a number or a `lesa.Guard` needs them; infinity only measures and replaces
+            what is not finite; False: off.
 
     Raises:
         PlanError: the plan cannot be read, or it or the statistics do not fit the denoiser; or they do not say which

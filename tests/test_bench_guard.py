@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lesa
-from benchmarks import guard
+from benchmarks import guard, guard_cost
 from lesa import assets
 
 STEPS, REQUESTS = 9, 10
@@ -45,6 +45,17 @@ def test_a_run(plan, tmp_path):
             assert (float(row["computed_mean"]), row["switches"]) == (4.0, "0")
         else:
             assert float(row["computed_mean"]) > 4 or row["switches"] == "0"
+
+
+def test_a_run_of_the_cost(plan, tmp_path):
+    results = tmp_path / "cost.csv"
+    guard_cost.main(
+        ["--plan", str(plan), "--results", str(results), "--requests", "2", "--batches", "1", "3", "--device", "cpu"]
+    )
+    with results.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["model"], row["batch"], row["requests"]) for row in rows] == [("emoji-flux", b, "2") for b in "13"]
+    assert all(float(row[name]) > 0 for row in rows for name in ("off_ms", "on_ms", "time_ratio"))
 
 
 def test_weights_are_altered_by_as_much_as_said_and_restored():
