@@ -148,7 +148,7 @@ def leaving(plan: Plan, step: int, held: Collection[int]) -> Plan:
     """The plan for the rest of a request whose forecasts are off, where no retrace is made.
 
     What the request was given at forecast steps is known by then to be wrong: between computed steps the truth is
-    interpolated, with the step computed last on the far side, many times more exactly than it was foretold. The step
+    interpolated, with the step just computed on the far side, many times more exactly than it was foretold. The step
     after `step` is forecast once more, and to that forecast is added what is owed,
 
         1 / h_t  sum_(i < t) h_i (F~_i - F^_i),    h: the response of the final sample to each step's output,
@@ -158,7 +158,7 @@ def leaving(plan: Plan, step: int, held: Collection[int]) -> Plan:
 
     Args:
         plan: what the request ran by.
-        step: the last step that it ran.
+        step: the last step that it ran, computed.
         held: computed steps up to `step` whose features are held.
 
     Returns:
@@ -166,14 +166,14 @@ def leaving(plan: Plan, step: int, held: Collection[int]) -> Plan:
         over, and count as computed.
 
     Raises:
-        ValueError: `step` is no step of the plan.
+        ValueError: `step` is no computed step of the plan.
     """
-    if not 0 <= step < plan.num_steps:
-        raise ValueError(f"step={step}: expected a step of the plan, 0 to {plan.num_steps - 1}")
-    target, last = step + 1, max(s for s in plan.computed if s <= step)
+    if step not in plan.computed:
+        raise ValueError(f"step={step}: expected a computed step of the plan, one of {plan.computed}")
+    target = step + 1
     repaid: dict[str, Row] = {}
-    if plan.site == "output" and last in held and target < plan.num_steps:
-        found = {context: _repayment(plan, context, target, held) for context in plan.rows}
+    if plan.site == "output" and step in held and target < plan.num_steps:
+        found = {context: _repayment(plan, context, step, held) for context in plan.rows}
         repaid = {context: row for context, row in found.items() if row is not None}
     rest = rest_of(plan)
     if not len(repaid) == len(plan.rows) > 0:
@@ -183,15 +183,16 @@ def leaving(plan: Plan, step: int, held: Collection[int]) -> Plan:
     return replace(rest, computed=computed, rows=rows, forecaster="repayment")
 
 
-def _repayment(plan: Plan, context: str, target: int, held: Collection[int]) -> Row | None:
-    """The row of a step that repays; None where what it needs is not held."""
-    known = sorted(s for s in held if s in plan.computed and s < target)
+def _repayment(plan: Plan, context: str, step: int, held: Collection[int]) -> Row | None:
+    """The row of the step after `step`; None where what it needs is not held."""
+    known = sorted(s for s in held if s in plan.computed and s <= step)
     response = np.diff(plan.sigmas) if plan.response is None else plan.response
+    target = step + 1
     if response[target] == 0 or any(row.bias for row in plan.rows_of(context).values()):
         return None
     given = written_out(plan, context)
     weights = _interpolated(known, target, plan.num_steps)
-    for i in sorted(set(range(target)) - set(plan.computed)):
+    for i in sorted(set(range(step)) - set(plan.computed)):
         owed = _interpolated(known, i, plan.num_steps) - given[i]
         weights += response[i] / response[target] * owed
     reads = [int(j) for j in np.flatnonzero(np.abs(weights) > _TINY)]

@@ -15,7 +15,7 @@ from .history import History
 from .plan import MAX_READS, Plan, PlanError
 from .retrace import Retrace
 from .stats import GuardStats, Stats
-from .vigil import Vigil, at_once
+from .vigil import Vigil
 
 # Beyond this the weights were made for a visibly different schedule of noise levels.
 _SIGMA_TOLERANCE = 0.05
@@ -25,8 +25,8 @@ _ELSEWHERE = "enable a plan made for yours; of a fitted one, lesa.transfer.adapt
 class PlanRunner:
     """Runs one plan: a history for every context, a row for every forecast step.
 
-    With a guard, a computed step waits at its end for what the device was asked at the one before (see `Vigil`), and a
-    forecast that may overflow its dtype waits for itself. Without one nothing waits, and checks take no memory.
+    With a guard, computed steps read what the device was asked, a GPU at the step before (see `Vigil`), and a forecast
+    that may overflow its dtype waits for itself. Without one nothing waits, and checks take no memory.
 
     Args:
         plan: the plan to run.
@@ -132,10 +132,8 @@ class PlanRunner:
         if vigil is not None:
             vigil.check(call, feature, history, self._active)
         history.store(call.step, feature)
-        if vigil is not None:
-            self._settle(vigil, call.step, vigil.is_last(call) or at_once(feature))
-            if self._must_leave(vigil):
-                self._leave(vigil, call.step)
+        if vigil is not None and vigil.settle_after(call, feature):
+            self._leave(vigil, call.step)
 
     def refuse(self, call: Call, reason: str) -> None:
         """Count a step that had to be computed although the plan forecasts it, and say so once for each reason."""
@@ -168,26 +166,17 @@ class PlanRunner:
         return finite
 
     def _look(self, vigil: Vigil, call: Call) -> Retrace | None:
-        """What a call must wait for; a request that must leave its plan does so here, or at a computed step's end."""
-        if vigil.is_last(call):
-            self._settle(vigil, call.step - 1, own=True)
-        retrace = vigil.look(call)
-        if retrace is not None:
-            if self._active.rows_of(call.context):
-                self._follow(rest_of(self.plan), call.step - 1)
-        elif self._must_leave(vigil) and call.step not in self._computed:
+        """What a call must wait for; a request may have to leave its plan before it."""
+        if vigil.settle_before(call):
             self._leave(vigil, call.step - 1)
+        retrace = vigil.look(call)
+        if retrace is not None and any(self._active.rows.values()):  # what would have repaid
+            self._follow(rest_of(self.plan), call.step - 1)
         return retrace
 
-    def _settle(self, vigil: Vigil, ran: int, own: bool) -> None:
-        if vigil.settle(ran, own):
-            self._warn("forecasts are worse than in fitting, so the guard has the request leave its plan")
-
-    def _must_leave(self, vigil: Vigil) -> bool:
-        return vigil.left is not None and self._active is self._sparse
-
     def _leave(self, vigil: Vigil, step: int) -> None:
-        """Run what comes after a step, in all contexts, by what the guard makes of the plan."""
+        """Run what comes after a computed step, in all contexts, by what the guard makes of the plan."""
+        self._warn("forecasts are worse than in fitting, so the guard has the request leave its plan")
         slot = self._active.slots[step]
         held = set.intersection(*(self._history(context).computed(slot) for context in self._inputs))
         # Contexts that have not run this step yet will hold it too.

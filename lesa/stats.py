@@ -21,13 +21,15 @@ class GuardStats:
     Args:
         checks: forecasts compared with the truth.
         switches: requests that left their plan; the rest of them was computed.
-        last: of the last of them, the step and how many times its expected error the forecast had.
+        last: of the last of them, the step that was checked and how many times its expected error the forecast had.
         retraced: denoiser calls of steps that had run, computed over again for requests that left.
         alert: whether the next request is watched more closely, because one left its plan.
         strange: requests watched more closely because their prompt or the weights are unlike those of fitting.
         replaced: forecasts that were not finite; a computed step took their place.
-        dropped: computed features that were not finite; no forecast reads them.
+        dropped: computed features that were not finite; no forecast reads them (on a GPU after the next computed step).
         errors: the largest finite relative error of each check, for each context.
+
+    Of a request that stops before its last step a GPU's last checks are not counted.
     """
 
     checks: int = 0

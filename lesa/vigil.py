@@ -20,6 +20,7 @@ _ALTERED = (
     "the denoiser's weights are not those that the plan was fitted to (a LoRA, other precision?): the guard watches "
     "closely; fit again with these weights"
 )
+_LATER = "cuda"  # the device, ROCm's too, that answers while it has other things to do
 # A larger feature in a dtype that holds it has spoiled its request, as one that is not finite has.
 _LARGEST = 2.0**60
 
@@ -50,9 +51,10 @@ class Vigil:
     """Watches the requests of one plan.
 
     Of each computed feature that is read or checked the device is asked for its size and for the error of the forecast
-    that would have been made. A GPU is not waited for: its answer is read once the next computed step is under way, or
-    the last one comes, when it has long been there. From the sizes it follows that forecasts are finite; while a size
-    is not known it is taken to be one that float32 or bfloat16 can hold many times. In float16 it is waited for.
+    that would have been made. A GPU is not waited for: its answer is read once the next computed step is under way, as
+    it has long been there, and only that of the last one which a request can leave at, as the step after it comes.
+    From the sizes it follows that forecasts are finite. While a size is not known it is taken to be one that float32
+    or bfloat16 can hold many times; float16 cannot, so there it is waited for.
 
     Args:
         guard: when a request leaves its plan.
@@ -68,6 +70,8 @@ class Vigil:
         self._checks: list[_Check] = []
         self._checked = self._strange = False
         self.left: int | None = None
+        # The last computed step after which a request can leave its plan: no later one is there to read answers at.
+        self._last = max((step for step in plan.computed if step < plan.num_steps - 1), default=-1)
         judged = (step for expected in plan.expected.values() for step in expected)
         self._last_judged = max((step for step in judged if step < plan.num_steps - 1), default=-1)
         self._past: Past | None = None
@@ -112,8 +116,8 @@ class Vigil:
         """A call ended with an output."""
         if self._past is not None:
             self._past.saw(call, output)
-            judged = call.step > self._last_judged and not any(check.expected for check in self._checks)
-            if self.left is None and judged:  # in no context can it leave any more
+            over = call.step > self._last_judged and not any(check.expected for check in self._checks)
+            if self.left is None and over:  # in no context can it leave any more
                 self._past = None
         elif self._retrace is not None:
             self._saw().retraced += self._retrace.ran
@@ -158,19 +162,20 @@ class Vigil:
         self._checks.append(_Check(call.context, step, answer, history, made, expected, least))
         self._bounds[call.context, step] = _LARGEST
 
-    def is_last(self, call: Call) -> bool:
-        """Whether there is no later step to read answers at."""
-        return call.step == self._plan.num_steps - 1
+    def settle_before(self, call: Call) -> bool:
+        """As a call comes, read what was asked at the last computed step; whether the request must leave its plan.
 
-    def settle(self, ran: int, own: bool) -> bool:
-        """Read what was asked, which waits for the device; whether the request has to leave its plan, found just now.
-
-        Features that are not finite are dropped from their histories.
-
-        Args:
-            ran: the last step that ran.
-            own: whether to read what was asked at that step too.
+        This and `settle_after` wait for the device, and drop features that are not finite from their histories.
         """
+        return call.step > self._last and self._settle(call.step - 1, own=True)
+
+    def settle_after(self, call: Call, feature: torch.Tensor) -> bool:
+        """Once the feature of a computed step is stored, read what is due; whether the request must leave its plan."""
+        own = call.step == self._plan.num_steps - 1 or _at_once(feature)
+        return self._settle(call.step, own)
+
+    def _settle(self, ran: int, own: bool) -> bool:
+        """Read what was asked before the last step that ran and, if `own`, at that one."""
         before, due = self.left, [check for check in self._checks if check.step < ran + own]
         self._checks = [check for check in self._checks if check.step >= ran + own]
         for check in due:
@@ -214,14 +219,14 @@ class Vigil:
         self._saw().strange += 1
 
 
-def at_once(feature: torch.Tensor) -> bool:
-    """Whether to wait for what was asked of a feature: a CPU has answered, and float16 overflows at large weights."""
-    return feature.device.type == "cpu" or feature.dtype == torch.float16
+def _at_once(feature: torch.Tensor) -> bool:
+    """Whether to wait for what was asked of a feature: there is nothing to wait for, or its size is needed."""
+    return feature.device.type != _LATER or feature.dtype == torch.float16
 
 
 def _asked(sums: torch.Tensor) -> Callable[[], list[float]]:
     """What waits for some numbers, but for nothing that the device is told to do after them."""
-    if sums.device.type == "cpu":
+    if sums.device.type != _LATER:
         return sums.tolist
     copy = sums.to("cpu", non_blocking=True)  # into pinned memory
     done = torch.get_device_module(sums.device).current_stream(sums.device).record_event()

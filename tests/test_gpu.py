@@ -152,7 +152,7 @@ def test_no_step_waits_for_the_device(pipe: Any, fused: bool, monkeypatch: pytes
     assert lesa.stats(pipe).requests == 2
 
 
-def test_a_guarded_request_waits_for_nothing_that_is_under_way() -> None:
+def test_a_guarded_request_waits_for_events_only() -> None:
     pipe, plan = load(torch.float32), lesa.Plan.load(assets.fitted_path(10))
     lesa.enable(pipe, plan, guard=True)
     run(pipe)
@@ -161,7 +161,7 @@ def test_a_guarded_request_waits_for_nothing_that_is_under_way() -> None:
     def strict(*args: Any, **kwargs: Any) -> Any:
         steps.append(len(steps))
         if len(steps) > 1:  # before its first step a request's noise levels, prompt and weights are looked at
-            torch.cuda.set_sync_debug_mode("error")  # of the stream; not of an event that has long come
+            torch.cuda.set_sync_debug_mode("error")  # of the stream, not of an event
         try:
             return forward(*args, **kwargs)
         finally:

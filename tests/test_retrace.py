@@ -17,6 +17,7 @@ import lesa
 from lesa import hooks
 from lesa.clock import Call, Request, sigmas_of
 from lesa.forecasters import check_rows, plan_of
+from lesa.guard import leaving
 from lesa.inputs import Inputs
 from lesa.plan import Expected, Plan
 from lesa.retrace import Past
@@ -77,6 +78,74 @@ def test_on_a_gpu_it_begins_where_the_answer_is_read(
         assert stats.guard.retraced == number * len(contexts) * ran
         assert stats.computed == number * len(contexts) * (sum(s <= ran for s in COMPUTED) + STEPS - 1 - ran)
     assert not stats.refused
+
+
+@pytest.mark.parametrize("computed", [(0, 4, 7, 10), (0, 4, 7, 11), (0, 3, 9)], ids=str)
+def test_on_a_gpu_the_last_check_that_can_act_does_so_as_on_a_cpu(
+    computed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a sampler that is not Euler's too, whether or not the last step is computed."""
+    pipe = FLUX.make()
+    FLUX.call(pipe, steps=STEPS)
+    plan = plan_of("taylor-1", computed, sigmas_of(pipe.scheduler)[-STEPS - 1 :], "output")
+    checks = check_rows("taylor-1", computed, STEPS)
+    last = max(step for step in checks if step < STEPS - 1)
+    plan = replace(plan, checks={"*": checks}, expected={"*": {last: Expected(1e-12, 1.0)}})
+    found = []
+    for late in (False, True):
+        if late:
+            answers_later(monkeypatch)
+        pipe = FLUX.make()
+        pipe.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+        lesa.enable(pipe, plan)
+        found.append(FLUX.call(pipe, steps=STEPS))
+        stats = lesa.stats(pipe)
+        assert (stats.guard.switches, stats.guard.last[0], stats.guard.retraced) == (1, last, 0)
+        assert stats.computed == sum(s <= last for s in computed) + STEPS - last - 1  # step 0 is not held
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], FLUX.call(enabled(FLUX, plan, False), steps=STEPS))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("first", ["cond", "uncond"])
+def test_where_one_context_has_no_rows_all_is_counted(first: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, computed = FLUX.make(), (0, 5, 11)  # at step 5 one step could repay
+    FLUX.call(pipe, steps=STEPS)
+    plan = plan_of("taylor-1", computed, sigmas_of(pipe.scheduler)[-STEPS - 1 :], "output")
+    own, check = "uncond" if first == "cond" else "cond", check_rows("taylor-1", computed, STEPS)[5]
+    plan = replace(plan, rows={own: plan.rows["*"]}, checks={own: {5: check}}, expected={own: {5: Expected(1e-9, 1.0)}})
+    assert leaving(plan, 5, {0, 5}).forecaster == "repayment"
+    if late:
+        answers_later(monkeypatch)
+    pipe = enabled(FLUX, plan)
+    full = untouched(FLUX, steps=STEPS, **GUIDED)
+    assert apart(FLUX.call(pipe, steps=STEPS, **GUIDED), full) < 1e-5
+    stats = lesa.stats(pipe)
+    assert stats.guard.switches == 1 and stats.guard.retraced == 2 * 5
+    assert stats.computed + stats.forecast + sum(stats.refused.values()) == 2 * STEPS
+
+
+@pytest.mark.parametrize("guard", [None, ESTIMATE], ids=["retrace", "estimate"])
+@pytest.mark.parametrize("at", [4, 5, 7])
+def test_on_a_gpu_an_interrupted_request_leaves_nothing_behind(
+    at: int, guard: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers_later(monkeypatch)
+    plan = strict(FLUX, "output", 4)
+    expected = FLUX.call(enabled(FLUX, plan, guard), steps=STEPS)
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == at:
+            raise KeyboardInterrupt
+        return {}
+
+    pipe = enabled(FLUX, plan, guard)
+    with pytest.raises(KeyboardInterrupt):
+        FLUX.call(pipe, steps=STEPS, callback_on_step_end=stop)
+    switches = lesa.stats(pipe).guard.switches
+    assert switches == (at == 7)
+    assert torch.equal(FLUX.call(pipe, steps=STEPS), expected)
+    assert lesa.stats(pipe).guard.switches == switches + 1
 
 
 def test_guidance_is_seen() -> None:
