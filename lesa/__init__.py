@@ -34,3 +34,8 @@ def __getattr__(name: str) -> Any:
 
         return fit
     raise AttributeError(f"module 'lesa' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What people use."""
+    return sorted([*__all__, "__version__"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .clock import Request
-from .driver import Driver, Relay
+from .driver import Driver, LesaWarning, Relay
 from .forecasters import plan_of
 from .plan import Plan, PlanError
 from .response import response_of
@@ -140,10 +141,19 @@ class Adaptive(Relay):
 
     def _made(self, sigmas: Sequence[float] | None = None, response: np.ndarray | None = None) -> Plan:
         if isinstance(self._source, Plan):
-            return adapted(self._source, self._budget, sigmas, response)
-        if self._budget is None:
+            made = adapted(self._source, self._budget, sigmas, response)
+        elif self._budget is None:
             raise ValueError("budget=None: with statistics say how many steps to compute, e.g. budget=10")
-        return plan_for(self._source, self._budget, sigmas, response, site=self.site)
+        else:
+            made = plan_for(self._source, self._budget, sigmas, response, site=self.site)
+        if made.budget == made.num_steps:
+            warnings.warn(
+                f"lesa forecasts nothing in requests of {made.num_steps} steps: all of them are within its budget; "
+                "enable it with a smaller budget=",
+                LesaWarning,
+                stacklevel=2,
+            )
+        return made
 
     def _serves(self, sigmas: Sequence[float], response: np.ndarray | None) -> bool:
         """Whether a fitted plan, or the one made of it for its own noise levels, is the request's."""

@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lesa {options.name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"lesa {options.name}: interrupted", file=sys.stderr)
+        kept = "; run it again with the same --out to go on" if options.name in ("fit", "train") else ""
+        print(f"lesa {options.name}: interrupted{kept}", file=sys.stderr)
         return 130
 
 
@@ -48,7 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_pipeline(fit)
     fit.add_argument("--prompts", type=Path, required=True, help="text file with one prompt a line; 8 suffice")
     fit.add_argument(
-        "--out", type=Path, required=True, help="folder of the statistics and plans; a rerun goes on there"
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the statistics and plans; a rerun records again, and keeps what it finds",
     )
     fit.add_argument("--steps", type=int, default=50, help="steps of a full request (default: %(default)s)")
     fit.add_argument("--budget", type=int, nargs="+", help="computed steps, one or more numbers of them")

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import __version__, assets, ops
 from .describe import describe
+from .files import check_folder
 from .guard import TOLERANCE, GuardOption, guard_for
 from .plan import Plan
 
@@ -44,16 +45,14 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {str(out)!r} is a file: give a folder")
-
-
 def _request(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     if steps < 1:
         raise ValueError(f"--steps {steps}: expected at least 1")
     names = ("height", "width", "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a finite number")
     defaults = assets.REQUEST if options.pipeline == assets.PIPELINE.name else {}
     return {**defaults, **given, "num_inference_steps": steps}
 
@@ -62,7 +61,7 @@ def demo(options: argparse.Namespace) -> int:
     """Compare methods on the bundled pipeline."""
     from . import demo as comparison
 
-    _check_out(options.out)
+    check_folder(options.out, "--out")
     rows = comparison.demo(options.out, options.prompts, _device(options.device))
     print(f"\n{comparison.table(rows)}\n\n{comparison.headline(rows)}\n")
     print(f"results.json, grid.png and steps.png are in {options.out}/")
@@ -75,7 +74,7 @@ def fit(options: argparse.Namespace) -> int:
     from .requests import read_prompts
 
     # What can be wrong with the options is found before a model is loaded and recorded.
-    _check_out(options.out)
+    check_folder(options.out, "--out")
     prompts, request, goal = read_prompts(options.prompts), _request(options, options.steps), _goal(options)
     if options.batch < 1:
         raise ValueError(f"--batch {options.batch}: expected at least 1")
@@ -108,6 +107,8 @@ def _goal(options: argparse.Namespace) -> dict[str, Any]:
         value = getattr(options, name)
         if value is not None and not low < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value:g}: expected a number above {low}")
+    if options.target_ssim is not None and options.target_ssim > 1:
+        raise ValueError(f"--target-ssim {options.target_ssim:g}: expected at most 1, that of the same picture")
     budgets = sorted(set(options.budget or ()))
     if budgets and budgets[0] < 1:
         raise ValueError(f"--budget {budgets[0]}: expected at least 1 computed step")
@@ -132,7 +133,7 @@ def train(options: argparse.Namespace) -> int:
     from .training import TrainingConfig
 
     # What can be wrong with the options is found before a model is loaded and recorded.
-    _check_out(options.out)
+    check_folder(options.out, "--out")
     prompts = read_prompts(options.prompts)
     config = TrainingConfig(batch=options.batch, seed=options.seed)
     request, stages = _request(options, options.steps), paper_stages(*options.cuts)
@@ -172,7 +173,7 @@ def generate(options: argparse.Namespace) -> int:
             guard_for(guard, plan)
     steps = options.steps if options.steps is not None else plan.num_steps if plan else 50
     request = _request(options, steps)
-    _check_out(options.out)
+    check_folder(options.out, "--out")
     pipe = _load(options)
     if plan:
         api.enable(pipe, plan, budget=options.budget, guard=guard)
@@ -182,7 +183,9 @@ def generate(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for prompt, seed, result in zip(options.prompt, seeds, results, strict=True):
         frames = result if isinstance(result, list) else [result]
-        path = _free(options.out, _name(prompt, seed, options.plan), "png" if len(frames) == 1 else "gif")
+        path = _free(
+            options.out, _name(prompt, seed, options.plan, options.budget), "png" if len(frames) == 1 else "gif"
+        )
         frames[0].save(path, **({"save_all": True, "append_images": frames[1:]} if len(frames) > 1 else {}))
         print(path)
     if plan:
@@ -192,7 +195,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def _guard(given: str | None) -> GuardOption:
     """The guard that `lesa.enable` is asked for."""
-    if given is None or given == "off":
+    if given is None or given.lower() == "off":
         return None if given is None else False
     try:
         spreads = float(given)
@@ -203,11 +206,11 @@ def _guard(given: str | None) -> GuardOption:
     return spreads
 
 
-def _name(prompt: str, seed: int, plan: str | None) -> str:
-    """A picture's name: its prompt and seed, and the plan's file, folder or repository."""
+def _name(prompt: str, seed: int, plan: str | None, budget: int | None) -> str:
+    """A picture's name: its prompt and seed, the plan's file, folder or repository, and the budget."""
     words = "".join(c if c.isalnum() else "-" for c in prompt)[:60]
     stem = "" if plan is None else f"-{Path(plan).resolve().name.removesuffix('.safetensors')}"
-    return f"{words}-{seed}{stem}"
+    return f"{words}-{seed}{stem}{'' if budget is None else f'-budget-{budget}'}"
 
 
 def _free(folder: Path, name: str, suffix: str) -> Path:

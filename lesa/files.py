@@ -135,3 +135,26 @@ def replace_file(path: Path, data: bytes) -> None:
 def _description(file: Any) -> dict[str, Any]:
     description = json.loads((file.metadata() or {}).get(_KEY, "null"))
     return description if isinstance(description, dict) else {}
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Check that files can be written to a folder, which is made to see it and taken away again.
+
+    Args:
+        folder: it need not be there.
+        name: of the argument or option, for the error.
+
+    Raises:
+        ValueError: it is a file, or cannot be made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{name} {str(folder)!r} is a file: give a folder")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{name} {str(folder)!r} cannot be made ({error.strerror}): give another folder") from error
+    finally:
+        for path in made:
+            if path.exists():
+                path.rmdir()

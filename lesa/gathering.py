@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,10 +147,15 @@ class _Sums:
             raise StatisticsError(
                 f"{gatherer.labels[0]} ran {len(gatherer.timesteps)} steps of {len(levels) - 1}: run whole requests"
             )
+        wrong = next((step for step, level in enumerate(levels) if not math.isfinite(level)), None)
+        if wrong is not None:
+            raise StatisticsError(
+                f"{gatherer.labels[0]} ran step {wrong} at sigma {levels[wrong]}: give finite sigmas or timesteps"
+            )
         now = _Found(gatherer.contexts, tuple(levels), tuple(gatherer.timesteps))
         if self.found is None:
             self.found = now
-        _check_alike(self.found, now, gatherer.labels[0])
+        check_alike(self.found, now, gatherer.labels[0])
         count = len(gatherer.labels)
         for site in gatherer.sites:
             gram = gatherer.gram(site)
@@ -183,7 +189,12 @@ def _bare_sigmas(timesteps: Sequence[float], sigmas: Sequence[float] | None) -> 
     return (*(timestep / scale for timestep in timesteps), 0.0)
 
 
-def _check_alike(first: _Found, now: _Found, label: str) -> None:
+def check_alike(first: _Found | Statistics, now: _Found | Statistics, label: str) -> None:
+    """Check that requests run the same steps in the same contexts.
+
+    Raises:
+        StatisticsError: they do not; `label` says which.
+    """
     same = len(first.sigmas) == len(now.sigmas) and np.allclose(first.sigmas, now.sigmas, 0, _SAME)
     if not same or first.contexts != now.contexts:
         raise StatisticsError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -87,9 +88,9 @@ def guard_for(option: GuardOption, plan: Plan) -> Guard | None:
     return guard
 
 
-def _guard_of(option: float) -> Guard:
+def _guard_of(option: Any) -> Guard:
     try:
-        tolerance = float(option)
+        tolerance = math.nan if isinstance(option, str) else float(option)
     except (TypeError, ValueError):
         tolerance = math.nan
     if not tolerance > 0:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import hooks
@@ -66,15 +67,31 @@ def check_prompts(prompts: Sequence[str]) -> None:
     """Check a list of prompts before anything runs.
 
     Raises:
-        ValueError: it is one string, empty, or holds something else than strings.
+        ValueError: it is one string or no list, empty, or holds something else than strings.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts={prompts!r:.200} is one string: give a list, e.g. prompts=[{prompts!r:.80}]")
+    if not isinstance(prompts, (Sequence, np.ndarray)):
+        raise ValueError(f"prompts is a {type(prompts).__name__}: give a list, e.g. list(prompts)")
     if not len(prompts):
         raise ValueError("prompts is empty: give at least one prompt")
     wrong = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
     if wrong is not None:
         raise ValueError(f"prompts holds {wrong!r:.80} of type {type(wrong).__name__}: expected strings only")
+
+
+def check_request(request: Any) -> dict[str, Any]:
+    """The keyword arguments of a pipeline call, checked before anything runs.
+
+    Raises:
+        ValueError: they are no dictionary by names.
+    """
+    if not isinstance(request, Mapping) or not all(isinstance(name, str) for name in request):
+        raise ValueError(
+            f"request={request!r:.200}: expected keyword arguments of the pipeline call, e.g. "
+            '{"num_inference_steps": 50}'
+        )
+    return dict(request)
 
 
 def read_prompts(path: str | Path) -> list[str]:

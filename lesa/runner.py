@@ -231,7 +231,7 @@ class PlanRunner:
         expected, now = timesteps[call.step], float(torch.as_tensor(call.timestep).max())
         neighbours = [timesteps[i] for i in (call.step - 1, call.step + 1) if 0 <= i < total]
         tolerance = min((abs(expected - t) for t in neighbours), default=abs(expected)) / 2
-        if abs(now - expected) > tolerance:
+        if not abs(now - expected) <= tolerance:  # NaN is not
             raise PlanError(
                 f"step {call.step} came with timestep {now:g} but the plan, made for {total} steps, expects "
                 f"{expected:g}: run the {total} timesteps of the plan or {_ELSEWHERE}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .candidates import Given
 from .climbing import Climber
 from .finishing import finished, remembered
 from .gatherer import Gatherer
-from .gathering import gather_works
+from .gathering import check_alike, gather_works
 from .kept import Kept, digest
 from .plan import Plan, PlanError
 from .promises import promises_of
@@ -67,12 +67,14 @@ class Session:
         seeds: of the noise of all of them.
         given: plans to run besides those searched.
         names: of forecasters to run besides, on the published schedule and on the searched one.
+        check: given the steps of the first request, once it ran; raises where no plan can be made.
         prompts: of the fitting requests, for training; None where they are functions of the user's.
 
     A session is a context manager: at its end what training wrote is removed.
 
     Raises:
-        ValueError: a given plan is not for these requests.
+        ValueError: a given plan is not for these requests, or what `check` raises.
+        StatisticsError: requests are not of one kind.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Session:
         given: Sequence[Given] = (),
         names: Sequence[str] = (),
         prompts: Sequence[str] | None = None,
+        check: Callable[[int], None] = lambda num_steps: None,
     ) -> None:
         self._effort, self._seed, self._folder, self._seeds, self._given = effort, seed, folder, list(seeds), given
         self._names = list(names)
@@ -99,6 +102,8 @@ class Session:
             references: list[Reference] = []
 
             def visit(gatherer: Gatherer, result: Any) -> None:
+                if not references and gatherer.timesteps:
+                    check(len(gatherer.timesteps))
                 references.append(reference_of(gatherer, result))
 
             begin = time.perf_counter()
@@ -108,6 +113,8 @@ class Session:
         self.trials = record(fitting)
         candidates.check_requests(given, self.trials.statistics)
         self.held = record(held) if held else None
+        if self.held is not None:
+            check_alike(self.trials.statistics, self.held.statistics, held[0].labels[0])
         self._likeness = remembered(target, [part for part in (self.trials, self.held) if part is not None])
         if folder is not None:
             self.trials.statistics.save(folder / "statistics.safetensors")
@@ -132,7 +139,7 @@ class Session:
         """The plan for one budget; what lies in the folder is not made again.
 
         Raises:
-            ValueError: the budget is no number of computed steps.
+            ValueError: the budget is no number of computed steps, or the folder holds a plan of other requests.
         """
         if not 1 <= budget <= self.num_steps:
             raise ValueError(f"budget={budget}: expected 1 to {self.num_steps} computed steps")
@@ -228,10 +235,14 @@ class Session:
             plan = Plan.load(path)
         except PlanError:  # none, or damaged
             return None
+        reason = candidates.misfit(plan, self.trials.statistics)
+        if reason is not None:
+            raise ValueError(
+                f"folder={str(path.parent)!r} holds {path.name} of other requests ({reason}): name another"
+            )
         wanted = json.loads(json.dumps(self.identity(budget)))  # as the file has it, where tuples are lists
         found = {name: plan.training.get(name) for name in wanted}
-        fits = candidates.misfit(plan, self.trials.statistics) is None and self._is_of(plan)
-        return plan if fits and plan.budget == budget and found == wanted else None
+        return plan if self._is_of(plan) and plan.budget == budget and found == wanted else None
 
     def _is_of(self, plan: Plan) -> bool:
         """Whether a plan was fitted to what was recorded; weights may have changed since."""

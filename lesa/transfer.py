@@ -58,7 +58,7 @@ def adapted(
             f"the plan serves its own {plan.num_steps} steps only: it does not hold what it was fitted from; fit it "
             "again with this version of lesa.fit, or adapt the statistics of its requests"
         )
-    native, levels = sigmas is None and response is None, plan.sigmas if sigmas is None else tuple(sigmas)
+    native, levels = sigmas is None and response is None, plan.sigmas if sigmas is None else tuple(map(float, sigmas))
     total = len(levels) - 1
     number = min(plan.budget, total) if budget is None else computed_steps(budget, total)
     if native and number == plan.budget:

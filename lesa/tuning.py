@@ -12,8 +12,9 @@ import torch
 
 from . import candidates as own
 from .denoisers import denoiser_of
+from .goals import check_folder, check_goal, check_held_out, check_steps
 from .plan import Plan
-from .requests import check_prompts
+from .requests import check_prompts, check_request
 from .session import EFFORTS, Session
 from .works import Work, check_functions, works_of
 
@@ -91,9 +92,10 @@ def fit(
         batch: prompts run in one pipeline call.
         seed: of the order in which moves are tried, and of training.
         folder: keeps the statistics, each budget's plan and, in trials-<budget>, what was measured of each plan that
-            was run. Budgets that lie there already are not fitted again. A fit that was interrupted, or one with more
-            effort, records again, but runs nothing again that it finds there, as long as the recording is bit-equal.
-            So does training, in training/, where its recording lies until the fit is done; else in a temporary folder.
+            was run. Budgets that lie there already are not fitted again, and a folder with plans of other requests is
+            refused. A fit that was interrupted, or one with more effort, records again, but runs nothing again that it
+            finds there, as long as the recording is bit-equal. So does training, in training/, where its recording lies
+            until the fit is done; else in a temporary folder.
 
     Returns:
         A `Plan`, or for several budgets a dictionary of plans by budget. Its `training` says what it took and reached:
@@ -101,15 +103,14 @@ def fit(
         include the time that these and training once took.
 
     Raises:
-        ValueError: an argument is out of place, a candidate cannot be read, is for other requests or has none of the
-            budgets, or no budget reaches `target_psnr`.
+        ValueError: an argument is out of place, the folder holds plans of other requests, a candidate cannot be read,
+            is for other requests or has none of the budgets, or no budget reaches `target_psnr`.
         StatisticsError: the requests are not of one kind, or their features are not finite.
         RecordingError: training that was asked for cannot record, e.g. since the disk is full.
     """
     if effort not in EFFORTS:
         raise ValueError(f"effort={effort!r}: expected one of {tuple(EFFORTS)}")
-    if sum(option is not None for option in (budget, target_psnr, speedup)) != 1:
-        raise ValueError("give one of budget, target_psnr and speedup")
+    wanted = check_goal(budget, target_psnr, speedup)
     if target_psnr is not None and effort == "quick":
         raise ValueError("target_psnr with effort='quick', which runs nothing that could reach it: take another effort")
     names = own.names_of(candidates)
@@ -123,21 +124,15 @@ def fit(
             f"candidates names {own.TRAINED!r}, which is trained on prompts of a pipeline, not on requests: train it "
             "apart and give its plan, candidates=[plan]"
         )
-    if speedup is not None and not speedup >= 1:
-        raise ValueError(f"speedup={speedup}: expected at least 1")
     if prompts is not None:
         check_prompts(prompts)
     if requests is not None:
         check_functions(requests)
     count = len(prompts if prompts is not None else requests or ())
-    if held_out is None:
-        held_out = max(1, count // 8) if count > 1 else 0
-    if not 0 <= held_out < max(count, 1):
-        raise ValueError(f"held_out={held_out} of {count} requests: at least one must be left to fit to")
-    wanted = None if budget is None else _budgets(budget)
+    held_out = check_held_out(held_out, count)
     plans = own.read(candidates, effort, wanted)
     own.check_denoiser(plans, denoiser_of(target))
-    given, kept = request or {}, count - held_out
+    given, kept = check_request(request or {}), count - held_out
     numbers = list(range(count)) if seeds is None else list(seeds)
     if count and len(numbers) != count:
         raise ValueError(f"{len(numbers)} seeds for {count} requests: give one seed a request")
@@ -146,37 +141,34 @@ def fit(
         some, functions = None if prompts is None else prompts[part], None if requests is None else requests[part]
         return works_of(target, some, functions, given, numbers[part], batch, **_pictures(target))
 
+    fitting, held = works(slice(kept)), works(slice(kept, None)) if held_out else []
+    if folder is not None:
+        folder = Path(folder)
+        check_folder(folder, wanted, [label for work in fitting for label in work.labels], numbers, given)
     with Session(
         target,
-        works(slice(kept)),
-        works(slice(kept, None)) if held_out else [],
+        fitting,
+        held,
         given,
         sigmas=sigmas,
         guidance=guidance,
         effort=effort,
         seed=seed,
-        folder=None if folder is None else Path(folder),
+        folder=folder,
         seeds=numbers,
         given=plans,
         names=names,
         prompts=None if prompts is None else prompts[:kept],
+        check=lambda num_steps: check_steps(num_steps, wanted, speedup),
     ) as session:
         if target_psnr is not None:
             return session.reach(target_psnr)
+        budgets = wanted or []
         if speedup is not None:
-            wanted = [max(1, round(session.num_steps / speedup))]
-            own.check_budgets(plans, wanted)
-        assert wanted is not None
-        fitted = {one: session.plan(one) for one in wanted}
+            budgets = [max(1, round(session.num_steps / speedup))]
+            own.check_budgets(plans, budgets)
+        fitted = {one: session.plan(one) for one in budgets}
     return next(iter(fitted.values())) if isinstance(budget, (int, np.integer)) or speedup is not None else fitted
-
-
-def _budgets(budget: int | Sequence[int]) -> list[int]:
-    several = [budget] if isinstance(budget, (int, np.integer)) else budget
-    listed = isinstance(several, (Sequence, np.ndarray)) and not isinstance(several, str)
-    if not listed or not len(several) or any(not isinstance(one, (int, np.integer)) or one < 1 for one in several):
-        raise ValueError(f"budget={budget!r}: expected 1 or more computed steps, or a list of such numbers")
-    return [int(one) for one in several]
 
 
 def _pictures(target: Any) -> dict[str, Any]:

@@ -150,11 +150,12 @@ def test_generate_with_a_plan_in_a_folder(folder: Path, plan: Path, tmp_path: Pa
 def test_generate_at_another_step_count_and_budget(tmp_path: Path, capsys: Any) -> None:
     """A fitted plan serves what it was not fitted to, and its guard can be turned off."""
     start = ["generate", "--plan", str(assets.fitted_path(10)), "--out", str(tmp_path), "--device", "cpu"]
-    for more, said in ((["--guard", "off"], "guard: off"), ([], "guard")):
+    for more, said in ((["--guard", "OFF"], "guard: off"), ([], "guard")):
         assert cli.main([*start, "--steps", "12", "--budget", "5", *more, "snow"]) == 0
         *_, printed = capsys.readouterr().out.partition("requests 1, ")
         assert printed.startswith("computed 5, forecast 7 ")
         assert said in printed and ("guard: off" in printed) == bool(more)
+    assert len(list(tmp_path.glob("snow-0-emoji-flux-fitted-10-budget-5*.png"))) == 2
 
 
 def test_generate_by_statistics(folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -329,6 +330,8 @@ def test_fit_frontier_that_reaches_too_little(fit: Any, tmp_path: Path, capsys: 
         (["--speedup", "inf"], "--speedup inf: expected a number above 1"),
         (["--target-psnr", "nan"], "--target-psnr nan: expected a number above 0"),
         (["--budget", 3, "--target-ssim", 0.9], "--target-ssim 0.9 is chosen on a frontier: add --frontier"),
+        (["--frontier", "--target-ssim", 2], "--target-ssim 2: expected at most 1"),
+        (["--budget", 3, "--true-cfg-scale", "nan"], "--true-cfg-scale nan: expected a finite number"),
         (["--frontier", "--speedup", 2], "--speedup 2 names one budget: leave out it or --frontier"),
         (["--frontier", "--steps", 4], "num_steps=4: a frontier begins at 4 computed steps; name the budgets"),
         (["--budget", 3, "--held-out", 1], "--held-out 1: expected 0 to 0"),

@@ -677,7 +677,7 @@ def test_which_guard_is_asked_for() -> None:
         with pytest.raises(PlanError, match="does not say"):
             lesa.enable(FLUX.make(), small((0, 2), 4), guard=option)
     assert guard_for(Guard(3.0, 0.5), known) == Guard(3.0, 0.5)
-    for tolerance in (0, -2.0, math.nan, "a"):
+    for tolerance in (0, -2.0, math.nan, "a", "5"):
         with pytest.raises(ValueError, match=f"guard={tolerance!r}: expected .* above 0.*False is off"):
             guard_for(tolerance, known)
     with pytest.raises(ValueError, match="tolerance=0.*more than 0"):

@@ -1,12 +1,14 @@
 """`lesa.fit` on a tiny pipeline and a bare denoiser: what it says is what runs, and never worse than the floor."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from pipelines import flux_dev
 
 import lesa
-from lesa import metrics, refining, session
+from lesa import metrics, refining, session, statistics, tuning
 from lesa.forecasters import plan_of
 from lesa.plan import Plan
 from lesa.requests import run
@@ -78,14 +80,64 @@ def test_folder_keeps_plan_and_statistics(pipe, plan, monkeypatch):
     assert again[5].computed == plan.computed
 
 
-def test_folder_of_another_request_is_not_taken(pipe, plan):
+def test_folder_of_other_requests_is_refused_before_anything_runs(pipe, plan, monkeypatch):
     _, folder = plan
-    other = lesa.fit(
-        pipe, PROMPTS, budget=5, request={**REQUEST, "num_inference_steps": 9}, folder=folder, effort="quick"
-    )
-    assert other.num_steps == 9
-    again = lesa.fit(pipe, PROMPTS, budget=5, request=REQUEST, folder=folder, effort="quick")
+    before = (folder / "plan-5.safetensors").read_bytes()
+    again = lesa.fit(pipe, PROMPTS, budget=5, request=REQUEST, folder=folder, effort="quick")  # the same requests
     assert again.num_steps == 12
+    (folder / "plan-5.safetensors").write_bytes(before)
+    monkeypatch.setattr(tuning, "Session", None)
+    for prompts, options, what in (
+        (PROMPTS, {"request": {**REQUEST, "num_inference_steps": 9}}, "request"),
+        (["other", *PROMPTS[1:]], {}, "prompts"),
+        (PROMPTS, {"seeds": [7, 1, 2, 3, 4]}, "seeds"),
+    ):
+        with pytest.raises(ValueError, match=rf"folder='.*' holds plan-5.safetensors, .* \(another {what}\): name"):
+            lesa.fit(pipe, prompts, budget=5, folder=folder, **{"request": REQUEST, **options})
+    assert (folder / "plan-5.safetensors").read_bytes() == before
+
+
+def test_folder_of_other_functions_is_refused(pipe, tmp_path):
+    def fit(steps):
+        run = lambda: pipe("a", **{**REQUEST, "num_inference_steps": steps})  # noqa: E731
+        return lesa.fit(pipe.transformer, requests=[run], budget=3, effort="quick", folder=tmp_path)
+
+    fit(6)
+    before = (tmp_path / "plan-3.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"holds plan-3.safetensors of other requests \(.*6 steps, they have 8\)"):
+        fit(8)
+    assert (tmp_path / "plan-3.safetensors").read_bytes() == before
+
+
+def test_folder_that_cannot_be_made(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "Session", None)
+    (tmp_path / "file").write_text("")
+    for folder, message in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "x", "cannot be made")):
+        with pytest.raises(ValueError, match=f"folder '.*' {message}.*: give"):
+            lesa.fit(pipe, PROMPTS, budget=5, request=REQUEST, folder=folder)
+    with pytest.raises(TypeError):  # as far as the session
+        lesa.fit(pipe, PROMPTS, budget=5, request=REQUEST, folder=tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("goal", [{"budget": 13}, {"speedup": 12.5}])
+def test_a_goal_beyond_the_steps_is_refused_after_one_request(pipe, goal):
+    ran = []
+
+    def run():
+        ran.append(None)
+        pipe("a", **REQUEST)
+
+    with pytest.raises(ValueError, match=r"budget=13: expected 1 to 12|speedup=12\.5: a request has 12 steps"):
+        lesa.fit(pipe.transformer, requests=[run] * 5, **goal)
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize(("fitted", "held"), [(12, 6), (6, 12)])
+def test_held_out_requests_are_of_the_same_kind(pipe, fitted, held):
+    runs = [lambda steps=steps: pipe("a", **{**REQUEST, "num_inference_steps": steps}) for steps in (fitted, held)]
+    with pytest.raises(statistics.StatisticsError, match=f"not of one kind .* {held} steps .* not {fitted}"):
+        lesa.fit(pipe.transformer, requests=runs, budget=3, effort="quick")
 
 
 def test_same_seed_same_plan(pipe):
@@ -170,7 +222,16 @@ def test_speedup_is_a_budget(pipe):
         ({"budget": 4, "request": {"prompt": "a"}}, "request holds prompt='a': give prompts="),
         ({"budget": 13}, r"budget=13: expected 1 to 12"),
         ({"budget": 4, "effort": "lazy"}, r"effort='lazy': expected one of"),
-        ({"speedup": 0.5}, r"speedup=0\.5: expected at least 1"),
+        ({"budget": True}, "budget=True: expected 1 or more"),
+        ({"speedup": 0.5}, r"speedup=0\.5: expected a number above 1"),
+        ({"speedup": 1}, "speedup=1: expected a number above 1"),
+        ({"speedup": math.inf}, "speedup=inf: expected a number above 1"),
+        ({"speedup": "5"}, "speedup='5': expected a number above 1"),
+        ({"target_psnr": math.nan}, "target_psnr=nan: expected a number of dB above 0"),
+        ({"target_psnr": "40"}, "target_psnr='40': expected a number of dB above 0"),
+        ({"target_psnr": -3}, "target_psnr=-3: expected a number of dB above 0"),
+        ({"budget": 4, "request": ["x"]}, r"request=\['x'\]: expected keyword arguments"),
+        ({"budget": 4, "held_out": "x"}, "held_out='x' of 5 requests"),
         ({"budget": 4, "held_out": 5}, r"held_out=5 of 5 requests"),
     ],
 )
@@ -191,6 +252,23 @@ def test_bad_arguments(pipe, options, message):
 def test_bad_requests(pipe, requests, message):
     with pytest.raises(ValueError, match=message):
         lesa.fit(pipe.transformer, requests=requests, budget=2, held_out=0)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_noise_levels_that_are_not_finite(pipe, bare):
+    levels = [1.0, 0.8, math.nan, 0.4]
+    request = {**{name: REQUEST[name] for name in ("height", "width", "max_sequence_length")}, "sigmas": levels}
+    request["num_inference_steps"] = len(levels)
+    with pytest.raises(statistics.StatisticsError, match=r"0.* ran step 2 at sigma nan: give finite"):
+        if bare:
+            lesa.fit(pipe.transformer, requests=[lambda: pipe("a", **request)] * 2, budget=2, effort="quick")
+        else:
+            lesa.fit(pipe, PROMPTS[:2], budget=2, effort="quick", request=request)
+
+
+def test_a_generator_is_no_list_of_prompts(pipe):
+    with pytest.raises(ValueError, match=r"prompts is a generator: give a list, e.g. list\(prompts\)"):
+        lesa.fit(pipe, (prompt for prompt in PROMPTS), budget=2, request=REQUEST)
 
 
 def test_one_string_is_no_list_of_prompts(pipe):
