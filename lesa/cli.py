@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__, assets, commands
+from .driver import LesaWarning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return options.command(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _shown(warnings.showwarning)
+            return options.command(options)
     except ImportError as error:
         print(f"lesa {options.name}: {error}; pip install 'lesa[demo]' brings what this command needs", file=sys.stderr)
         return 1
@@ -31,6 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = "; run it again with the same --out to go on" if options.name in ("fit", "train") else ""
         print(f"lesa {options.name}: interrupted{kept}", file=sys.stderr)
         return 130
+
+
+def _shown(usual: Callable[..., None]) -> Callable[..., None]:
+    """Shows what lesa warns of without the lines of code it comes from."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, LesaWarning):
+            print(f"lesa: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *where, **more)
+
+    return show
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -35,7 +35,7 @@ def save_pretrained(plan: Plan, folder: str | os.PathLike[str], filename: str = 
         The path of the plan's file.
 
     Raises:
-        PlanError: `filename` is not a .safetensors file inside the folder.
+        PlanError: `filename` is not a .safetensors file inside the folder, or the folder is a file.
     """
     return _write(plan, Path(folder), filename, Path(folder).resolve().name)
 
@@ -111,7 +111,7 @@ def from_pretrained(
         PlanError: there is no such plan, it cannot be read or fetched; the message says what is missing and what to do.
     """
     path = Path(name_or_path)
-    if path.is_dir():
+    if name_or_path != "" and path.is_dir():  # "" would be the folder one is in
         return Plan.load(_in_folder(path, filename))
     if path.is_file():
         return Plan.load(path)
@@ -182,6 +182,8 @@ def _mark(filename: str) -> str:
 
 def _write(plan: Plan, folder: Path, filename: str, name: str) -> Path:
     _check_filename("filename", filename)
+    if folder.exists() and not folder.is_dir():
+        raise PlanError(f"folder={str(folder)!r} is a file: give a folder, or save the plan with plan.save(path)")
     path = plan.save(folder / filename)
     card = folder / CARD_FILE
     # somebody's own words, or the card of another plan, are not ours to replace

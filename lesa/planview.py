@@ -20,6 +20,7 @@ from .grid import DPI, FAINT, INK, MUTED, write_png
 from .plan import ANY_CONTEXT, Expected, Plan, Row
 
 _SHADE, _UNREAD = "#F1F1F1", "#E2E2E2"
+_FIXED = "\u00a0"  # a space at which no line breaks
 _COLORS, _LINEAR = "RdBu_r", 0.05
 _STRIP, _SQUARE, _ERRORS, _HEAD = 0.95, 4.2, 1.5, 0.9
 
@@ -72,9 +73,9 @@ def _draw_schedule(axes: Axes, plan: Plan, width: float) -> None:
     computed = np.isin(np.arange(plan.num_steps), plan.computed)
     size = min(4.0, 0.6 * 72 * width / plan.num_steps)
     facts = [f"site {plan.site}", *(f"{name} {value}" for name, value in figures(plan.training))]
-    # a letter is about 0.075 inches wide at this size
-    words = textwrap.fill(" · ".join(facts), int(width / 0.075))
-    axes.set_title(words, loc="left", fontsize=9, color=MUTED, linespacing=1.4)
+    # a letter is about 0.075 inches wide at this size; lines break between facts only
+    words = textwrap.fill(f"{_FIXED}· ".join(fact.replace(" ", _FIXED) for fact in facts), int(width / 0.075))
+    axes.set_title(words.replace(_FIXED, " "), loc="left", fontsize=9, color=MUTED, linespacing=1.4)
     _sigma_axis(axes, plan.sigmas)
     axes.plot(sigmas[~computed], np.zeros((~computed).sum()), "o", color="white", mec=MUTED, mew=size / 4, ms=size)
     axes.vlines(sigmas[computed], -0.5, 0.5, color=INK, linewidth=size / 2)
@@ -138,7 +139,7 @@ def _draw_weights(figure: Figure, maps: Sequence[Axes], plan: Plan, contexts: Se
         axes.set_facecolor(_UNREAD)
         size = min(3.5, 0.5 * 72 * _SQUARE / plan.num_steps)
         axes.plot(plan.computed, plan.computed, "s", color=INK, markersize=size, markeredgewidth=0)
-        axes.set_xlabel("forecast step  (■ computed)")
+        axes.set_xlabel("forecast step  (■ computed, grey: not read)")
         axes.set_title("all contexts" if context == ANY_CONTEXT else context, fontsize=10, color=INK)
         _step_axis(axes, plan)
         axes.yaxis.set_major_locator(_whole_numbers())
@@ -180,7 +181,7 @@ def _draw_errors(axes: Axes, plan: Plan, errors: Mapping[int, Expected], *, firs
     axes.set_axisbelow(True)
     axes.set_xlabel("computed step")
     if first:
-        axes.set_ylabel("expected\nrelative error")
+        axes.set_ylabel("expected relative\nerror and spread")
     axes.tick_params(labelleft=first)
     _step_axis(axes, plan)
 

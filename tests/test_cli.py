@@ -158,6 +158,15 @@ def test_generate_at_another_step_count_and_budget(tmp_path: Path, capsys: Any) 
     assert len(list(tmp_path.glob("snow-0-emoji-flux-fitted-10-budget-5*.png"))) == 2
 
 
+def test_a_warning_is_one_line(tmp_path: Path, capsys: Any) -> None:
+    start = ["generate", "--plan", str(assets.fitted_path(10)), "--out", str(tmp_path), "--device", "cpu"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert cli.main([*start, "--steps", "3", "snow"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "forecasts nothing" in line]
+    assert len(told) == 1 and told[0].startswith("lesa: lesa forecasts nothing in requests of 3 steps")
+
+
 def test_generate_by_statistics(folder: Path, tmp_path: Path, capsys: Any) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("snow\nrain\n")

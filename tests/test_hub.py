@@ -20,6 +20,7 @@ from pipelines import CASES_BY_NAME
 
 import lesa
 from lesa import PlanError, hub
+from lesa.forecasters import plan_of
 from lesa.plan import PLAN_FILE, Plan, Row
 
 NAME = "someone/a-plan"
@@ -386,3 +387,13 @@ def test_the_calls_of_push_are_those_of_the_real_hub() -> None:
     signature(api.file_exists).bind(None, NAME, "README.md")
     signature(api.hf_hub_download).bind(None, NAME, "README.md")
     signature(api.upload_folder).bind(None, repo_id=NAME, folder_path=Path(), commit_message="")
+
+
+def test_a_folder_that_is_a_file_and_no_name(tmp_path: Path) -> None:
+    plan = plan_of("reuse", (0, 2), (1.0, 0.6, 0.3, 0.0), "output")
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(PlanError, match="folder='.*file' is a file: give a folder"):
+        plan.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    with pytest.raises(PlanError, match="plan '' does not exist"):
+        Plan.from_pretrained("")
