@@ -43,7 +43,8 @@ def _shown(usual: Callable[..., None]) -> Callable[..., None]:
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, LesaWarning):
-            print(f"lesa: {message}", file=sys.stderr)
+            bars = sys.modules.get("tqdm")  # where one is drawn, the line stands above it
+            (bars.tqdm.write if bars else print)(f"lesa: {message}", file=sys.stderr)
         else:
             usual(message, category, *where, **more)
 
