@@ -38,6 +38,8 @@ def describe(plan: Plan) -> str:
     errors = [expected.error for steps in plan.expected.values() for expected in steps.values()]
     if errors:
         lines.append(f"expected     relative error {min(errors):.3g} to {max(errors):.3g} at computed steps")
+    else:
+        lines.append("guard        none: the plan does not say which errors to expect")
     if plan.surrogate is not None:
         size = sum(array.nbytes for array in packed(plan.surrogate).values()) / 1000
         lines.append(
@@ -84,4 +86,4 @@ def _known(key: str, value: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else textwrap.shorten(str(value), 80, placeholder=" ...")
+    return f"{value:.4g}" if isinstance(value, float) else textwrap.shorten(str(value), 80, placeholder=" ...")

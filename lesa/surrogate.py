@@ -112,11 +112,6 @@ class Surrogate:
         segments = self.on(computed)
         return segments.outcome(segments.priced(segments.reads(weights)))
 
-    def carry(self, computed: Sequence[int], weights: np.ndarray) -> np.ndarray:
-        """[Q, P, N]: what one unit, added to all forecasts of segment k, does to each target."""
-        segments = self.on(computed)
-        return segments.carried(segments.priced(segments.reads(weights)))
-
     def step(self, computed: Sequence[int], weights: np.ndarray, outcome: Outcome, damping: float) -> np.ndarray:
         """One damped step of Gauss-Newton on `Outcome.objective`, from an outcome predicted or measured.
 

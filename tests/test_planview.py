@@ -228,7 +228,7 @@ def test_describe_tells_known_figures_and_scalars_only() -> None:
         "prompts      2",
         "seconds      41.2",
         "interval     7",
-        "rate         0.123457",
+        "rate         0.1235",
     ]
     assert told[first + 7].startswith("a name that is long ") and len(told[first + 7]) < 120
     assert told[-1] == "written by   lesa (not saved yet)" and len(told) == first + 9

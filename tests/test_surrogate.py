@@ -68,11 +68,12 @@ def test_exact_for_a_linear_denoiser(contexts, generator):
 
 
 @pytest.mark.parametrize("contexts", [1, 2])
-def test_carry_is_the_derivative(contexts, generator):
+def test_what_is_carried_is_the_derivative(contexts, generator):
     """One unit added to the forecasts of a segment, here times an output: what finite differences give."""
     surrogate, run, samples = world(contexts, generator)
     weights = some_rows(contexts, generator)
-    carried = surrogate.carry(COMPUTED, weights)
+    segments = surrogate.on(COMPUTED)
+    carried = segments.carried(segments.priced(segments.reads(weights)))
     outputs, base = run(weights)
     k, j, tiny = 2, 1, 1e-6
     moved = weights.copy()
