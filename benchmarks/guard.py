@@ -84,7 +84,7 @@ class Bench:
 
     def run(self, case: Case) -> None:
         """Each request without and with the guard, one after the other; who goes first takes turns."""
-        ways = {guard: self._driver(guard) for guard in (False, True)}
+        ways = {guard: driver_of(self.pipe, self.plan, guard) for guard in (False, True)}
         runs = {False: case.off, True: case.on}
         with altered(self.pipe.transformer, case.altered):
             for i in range(len(case.prompts)):
@@ -92,19 +92,8 @@ class Bench:
                     runs[guard].append(self._run(case, i, ways[guard]))
         lesa.disable(self.pipe)
 
-    def _driver(self, guard: bool) -> Driver:
-        """What runs requests by the plan; it lives on while another one takes its place."""
-        lesa.enable(self.pipe, self.plan, guard=guard)
-        return self._root.driver
-
-    @property
-    def _root(self) -> hooks.RootHook:
-        root = hooks.attached(self.pipe)
-        assert root is not None
-        return root
-
     def _run(self, case: Case, i: int, driver: Driver) -> Run:
-        self._root.driver = driver
+        root_of(self.pipe).driver = driver
         before, start = _counts(driver.stats), self._now()
         image = self._images(case, slice(i, i + 1))
         seconds = self._now() - start
@@ -116,6 +105,19 @@ class Bench:
     def _images(self, case: Case, part: slice) -> np.ndarray:
         more = {**case.request, "output_type": "np"}
         return run(self.pipe, list(case.prompts[part]), list(case.seeds[part]), assets.REQUEST, **more).images
+
+
+def driver_of(target: Any, plan: lesa.Plan, guard: bool) -> Driver:
+    """What runs requests by a plan; it lives on while another one takes its place."""
+    lesa.enable(target, plan, guard=guard)
+    return root_of(target).driver
+
+
+def root_of(target: Any) -> hooks.RootHook:
+    """The hook that asks a driver, which may be changed between requests."""
+    root = hooks.attached(target)
+    assert root is not None
+    return root
 
 
 def _counts(stats: Stats) -> tuple[int, int, int, int]:

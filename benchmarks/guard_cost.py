@@ -26,14 +26,14 @@ from diffusers import FluxTransformer2DModel
 from tqdm import tqdm
 
 import lesa
-from lesa import assets, hooks
-from lesa.driver import Driver
+from lesa import assets
 from lesa.forecasters import check_rows, plan_of
 from lesa.likeness import likeness_of
 from lesa.plan import Expected, Plan
 from lesa.requests import run
 
 from . import captions
+from .guard import driver_of, root_of
 from .measuring import append_row, hardware
 
 COLUMNS = ["hardware", "commit", "date", "model", "batch", "requests", "off_ms", "on_ms", "time_ratio", "between"]
@@ -46,12 +46,12 @@ class Emoji:
 
     def __init__(self, plan: Path, batch: int, device: str) -> None:
         self.host, self.plan, self.batch = captions.load(device), lesa.Plan.load(plan), batch
-        self.name = "emoji-flux"
+        self.name, self._captions = "emoji-flux", [*assets.held_out_prompts(), *assets.fitting_prompts()]
 
     def run(self, number: int) -> None:
         """One request."""
-        every = [*assets.held_out_prompts(), *assets.fitting_prompts()]
-        prompts = [every[(number * self.batch + i) % len(every)] for i in range(self.batch)]
+        first = number * self.batch
+        prompts = [self._captions[(first + i) % len(self._captions)] for i in range(self.batch)]
         run(self.host, prompts, range(number, number + self.batch), assets.REQUEST, output_type="np")
 
 
@@ -103,16 +103,12 @@ class Flux:
 
 def measure(subject: Emoji | Flux, requests: int) -> list[str]:
     """Batch, requests, medians without and with the guard in ms, and both ratios."""
-    drivers: dict[str, Driver] = {}
-    for name, guard in (("off", False), ("on", True), ("again", False)):
-        lesa.enable(subject.host, subject.plan, guard=guard)
-        root = hooks.attached(subject.host)
-        assert root is not None
-        drivers[name] = root.driver
+    ways = {"off": False, "on": True, "again": False}
+    drivers = {name: driver_of(subject.host, subject.plan, guard) for name, guard in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in drivers}
     for number in tqdm(range(requests + _WARM), desc=f"{subject.name}, {subject.batch} a request"):
         for name in list(drivers)[:: (-1) ** number]:
-            root.driver = drivers[name]
+            root_of(subject.host).driver = drivers[name]
             seconds[name].append(_timed(lambda number=number: subject.run(number)))
     saw = drivers["on"].stats.guard
     assert saw is not None and saw.checks > 0

@@ -50,14 +50,15 @@ def check_held_out(held_out: Any, count: int) -> int:
     return int(held_out)
 
 
-def check_steps(num_steps: int, budgets: Sequence[int] | None, speedup: float | None) -> None:
+def check_steps(num_steps: int, budgets: Sequence[int] | None, speedup: float | None = None) -> None:
     """Check a goal against the steps of a request.
 
     Raises:
         ValueError: it computes more steps than there are, or none.
     """
-    if budgets is not None and max(budgets) > num_steps:
-        raise ValueError(f"budget={max(budgets)}: expected 1 to {num_steps} computed steps, as many as a request has")
+    wrong = next((budget for budget in budgets or () if not 1 <= budget <= num_steps), None)
+    if wrong is not None:
+        raise ValueError(f"budget={wrong}: expected 1 to {num_steps} computed steps, as many as a request has")
     if speedup is not None and speedup > num_steps:
         raise ValueError(f"speedup={speedup:g}: a request has {num_steps} steps, one of which has to be computed")
 

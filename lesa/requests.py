@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,18 +81,23 @@ def check_prompts(prompts: Sequence[str]) -> None:
         raise ValueError(f"prompts holds {wrong!r:.80} of type {type(wrong).__name__}: expected strings only")
 
 
-def check_request(request: Any) -> dict[str, Any]:
-    """The keyword arguments of a pipeline call, checked before anything runs.
+def check_request(request: Any) -> None:
+    """Check the keyword arguments of a pipeline call before anything runs.
 
     Raises:
-        ValueError: they are no dictionary by names.
+        ValueError: they are no dictionary by names, cannot be kept as JSON, or hold a prompt.
     """
     if not isinstance(request, Mapping) or not all(isinstance(name, str) for name in request):
         raise ValueError(
             f"request={request!r:.200}: expected keyword arguments of the pipeline call, e.g. "
             '{"num_inference_steps": 50}'
         )
-    return dict(request)
+    try:
+        json.dumps(dict(request))
+    except TypeError as error:
+        raise ValueError(f"request={request!r:.200} cannot be kept as JSON ({error}): give plain values") from error
+    if "prompt" in request:
+        raise ValueError(f"request holds prompt={request['prompt']!r:.80}: give prompts=, one for each request")
 
 
 def read_prompts(path: str | Path) -> list[str]:

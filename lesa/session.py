@@ -18,6 +18,7 @@ from .climbing import Climber
 from .finishing import finished, remembered
 from .gatherer import Gatherer
 from .gathering import check_alike, gather_works
+from .goals import check_steps
 from .kept import Kept, digest
 from .plan import Plan, PlanError
 from .promises import promises_of
@@ -141,8 +142,7 @@ class Session:
         Raises:
             ValueError: the budget is no number of computed steps, or the folder holds a plan of other requests.
         """
-        if not 1 <= budget <= self.num_steps:
-            raise ValueError(f"budget={budget}: expected 1 to {self.num_steps} computed steps")
+        check_steps(self.num_steps, [budget])
         path = None if self._folder is None else self._folder / f"plan-{budget}.safetensors"
         made = None if path is None else self._made(path, budget)
         if made is not None:

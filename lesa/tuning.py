@@ -14,7 +14,7 @@ from . import candidates as own
 from .denoisers import denoiser_of
 from .goals import check_folder, check_goal, check_held_out, check_steps
 from .plan import Plan
-from .requests import check_prompts, check_request
+from .requests import check_prompts
 from .session import EFFORTS, Session
 from .works import Work, check_functions, works_of
 
@@ -132,7 +132,7 @@ def fit(
     held_out = check_held_out(held_out, count)
     plans = own.read(candidates, effort, wanted)
     own.check_denoiser(plans, denoiser_of(target))
-    given, kept = check_request(request or {}), count - held_out
+    given, kept = request or {}, count - held_out
     numbers = list(range(count)) if seeds is None else list(seeds)
     if count and len(numbers) != count:
         raise ValueError(f"{len(numbers)} seeds for {count} requests: give one seed a request")

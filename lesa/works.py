@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from . import hooks
-from .requests import check_prompts, run
+from .requests import check_prompts, check_request, run
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,7 @@ def works_of(
     """
     if (prompts is None) == (requests is None):
         raise ValueError("give either prompts, for a pipeline, or requests, functions each of which runs one request")
-    try:
-        json.dumps(dict(request))
-    except TypeError as error:
-        raise ValueError(f"request={request!r:.200} cannot be kept as JSON ({error}): give plain values") from error
-    if "prompt" in request:
-        raise ValueError(f"request holds prompt={request['prompt']!r:.80}: give prompts=, one for each request")
+    check_request(request)
     if requests is not None:
         check_functions(requests)
         return [Work((f"request {i}",), _own(target, function)) for i, function in enumerate(requests)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -125,19 +126,14 @@ def test_forecasts_end_in_the_fused_head(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (plain - own).square().mean() < 1e-4 * away
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_no_step_waits_for_the_device(pipe: Any, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    lesa.enable(pipe, plan())
-    if not fused:
-        monkeypatch.setattr(Stands, "fuses", lambda *args: False)
-    run(pipe)
-    forward = pipe.transformer.forward
-
-    steps: list[int] = []
+@contextmanager
+def no_waiting(pipe: Any) -> Iterator[list[int]]:
+    """No denoiser call but the first may wait for the stream; an event may be waited for. Gives the calls made."""
+    forward, steps = pipe.transformer.forward, []
 
     def strict(*args: Any, **kwargs: Any) -> Any:
         steps.append(len(steps))
-        if len(steps) > 1:  # a request's noise levels are read once, before its first step
+        if len(steps) > 1:  # before its first step a request's noise levels, prompt and weights are looked at
             torch.cuda.set_sync_debug_mode("error")
         try:
             return forward(*args, **kwargs)
@@ -146,9 +142,19 @@ def test_no_step_waits_for_the_device(pipe: Any, fused: bool, monkeypatch: pytes
 
     pipe.transformer.forward = strict
     try:
-        run(pipe, 1)
+        yield steps
     finally:
         pipe.transformer.forward = forward
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_step_waits_for_the_device(pipe: Any, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    lesa.enable(pipe, plan())
+    if not fused:
+        monkeypatch.setattr(Stands, "fuses", lambda *args: False)
+    run(pipe)
+    with no_waiting(pipe):
+        run(pipe, 1)
     assert lesa.stats(pipe).requests == 2
 
 
@@ -156,23 +162,9 @@ def test_a_guarded_request_waits_for_events_only() -> None:
     pipe, plan = load(torch.float32), lesa.Plan.load(assets.fitted_path(10))
     lesa.enable(pipe, plan, guard=True)
     run(pipe)
-    forward, steps = pipe.transformer.forward, []
-
-    def strict(*args: Any, **kwargs: Any) -> Any:
-        steps.append(len(steps))
-        if len(steps) > 1:  # before its first step a request's noise levels, prompt and weights are looked at
-            torch.cuda.set_sync_debug_mode("error")  # of the stream, not of an event
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    pipe.transformer.forward = strict
-    try:
+    with no_waiting(pipe) as steps:
         run(pipe, 1)
-    finally:
-        pipe.transformer.forward = forward
-        lesa.disable(pipe)
+    lesa.disable(pipe)
     assert len(steps) == plan.num_steps
 
 

@@ -41,11 +41,16 @@ ESTIMATE = Guard(retrace=False)
 ON_SITES = pytest.mark.parametrize("site", ["hidden", "output"])
 
 
-def checked_plan(case: Case, site: str, contexts: tuple[str, ...] = ("*",)) -> Plan:
-    """Taylor's first order, checked by itself from the third computed step on, its errors of spread 1."""
+def taylor_plan(case: Case, computed: tuple[int, ...] = COMPUTED, site: str = "output") -> Plan:
+    """Taylor's first order at the noise levels of a request."""
     pipe = case.make()
     case.call(pipe, steps=STEPS)
-    plan = plan_of("taylor-1", COMPUTED, sigmas_of(pipe.scheduler)[-STEPS - 1 :], site)
+    return plan_of("taylor-1", computed, sigmas_of(pipe.scheduler)[-STEPS - 1 :], site)
+
+
+def checked_plan(case: Case, site: str, contexts: tuple[str, ...] = ("*",)) -> Plan:
+    """Taylor's first order, checked by itself from the third computed step on, its errors of spread 1."""
+    plan = taylor_plan(case, site=site)
     checks = {step: row for step, row in check_rows("taylor-1", COMPUTED, STEPS).items() if step in CHECKED}
     return replace(plan, rows=dict.fromkeys(contexts, plan.rows["*"]), checks=dict.fromkeys(contexts, checks))
 

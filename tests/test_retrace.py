@@ -11,12 +11,12 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from pipelines import CASES_BY_NAME, Case
 from test_dropin import counted, untouched
-from test_guard import COMPUTED, ESTIMATE, STEPS, answers_later, checked_plan, enabled, measured, scaled
+from test_guard import COMPUTED, ESTIMATE, STEPS, answers_later, checked_plan, enabled, measured, scaled, taylor_plan
 
 import lesa
 from lesa import hooks
-from lesa.clock import Call, Request, sigmas_of
-from lesa.forecasters import check_rows, plan_of
+from lesa.clock import Call, Request
+from lesa.forecasters import check_rows
 from lesa.guard import leaving
 from lesa.inputs import Inputs
 from lesa.plan import Expected, Plan
@@ -85,9 +85,7 @@ def test_on_a_gpu_the_last_check_that_can_act_does_so_as_on_a_cpu(
     computed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under a sampler that is not Euler's too, whether or not the last step is computed."""
-    pipe = FLUX.make()
-    FLUX.call(pipe, steps=STEPS)
-    plan = plan_of("taylor-1", computed, sigmas_of(pipe.scheduler)[-STEPS - 1 :], "output")
+    plan = taylor_plan(FLUX, computed)
     checks = check_rows("taylor-1", computed, STEPS)
     last = max(step for step in checks if step < STEPS - 1)
     plan = replace(plan, checks={"*": checks}, expected={"*": {last: Expected(1e-12, 1.0)}})
@@ -109,9 +107,8 @@ def test_on_a_gpu_the_last_check_that_can_act_does_so_as_on_a_cpu(
 @pytest.mark.parametrize("late", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("first", ["cond", "uncond"])
 def test_where_one_context_has_no_rows_all_is_counted(first: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, computed = FLUX.make(), (0, 5, 11)  # at step 5 one step could repay
-    FLUX.call(pipe, steps=STEPS)
-    plan = plan_of("taylor-1", computed, sigmas_of(pipe.scheduler)[-STEPS - 1 :], "output")
+    computed = (0, 5, 11)  # at step 5 one step could repay
+    plan = taylor_plan(FLUX, computed)
     own, check = "uncond" if first == "cond" else "cond", check_rows("taylor-1", computed, STEPS)[5]
     plan = replace(plan, rows={own: plan.rows["*"]}, checks={own: {5: check}}, expected={own: {5: Expected(1e-9, 1.0)}})
     assert leaving(plan, 5, {0, 5}).forecaster == "repayment"
@@ -166,9 +163,7 @@ def test_guidance_is_seen() -> None:
 @pytest.mark.parametrize("computed", [COMPUTED, (0, 3, 6, 9)], ids=["steps 0 and 1", "step 1 is reused"])
 def test_other_samplers_are_seen(computed: tuple[int, ...]) -> None:
     """Under a sampler that takes several steps' outputs the estimate stands; its first step is one of Euler's."""
-    pipe = FLUX.make()
-    FLUX.call(pipe, steps=STEPS)
-    plan = plan_of("taylor-1", computed, sigmas_of(pipe.scheduler)[-STEPS - 1 :], "output")
+    plan = taylor_plan(FLUX, computed)
     checks = {s: row for s, row in check_rows("taylor-1", computed, STEPS).items() if s > 3}
     plan = replace(plan, checks={"*": checks}, expected={"*": {min(checks): Expected(1e-12, 1.0)}})
     for euler in (True, False):
