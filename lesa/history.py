@@ -46,6 +46,7 @@ class Ring(torch.nn.Module):
         }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.to(feature.device), persistent=False)
+        self._cut: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.follow(plan, context)
 
     def follow(self, plan: Plan, context: str) -> None:
@@ -90,7 +91,9 @@ class Ring(torch.nn.Module):
         See `ops.forecast_errors`.
         """
         with torch.inference_mode():  # what autograd does about an operator takes longer than its launch
-            row = (self.slots[step], self.weights[step], self.bias[step])
+            row = self._cut.get(step)
+            if row is None:  # to cut a row takes long too
+                row = self._cut[step] = (self.slots[step], self.weights[step], self.bias[step])
             return ops.forecast_errors(self.history, *row, truth, self.backend)
 
     def fill(self, slot: int) -> torch.Tensor:

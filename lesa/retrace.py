@@ -48,8 +48,13 @@ class Past:
 
     def note(self, call: Call) -> None:
         """A call begins."""
-        if not self._given_up and not self._takes(call):
+        if self._given_up:
+            return
+        if call.inputs is None or (call.step <= _SEEN and not self._takes(call, call.inputs)):
             self._forget(True)
+            return
+        self._calls.append((call.step, call.context, call.timestep))
+        self._latest[call.context] = call.inputs
 
     def saw(self, call: Call, output: Tensor) -> None:
         """A call ended with what it gave the pipeline."""
@@ -75,8 +80,8 @@ class Past:
             given more that changes than sample and timestep, its sample has a gradient or changed its shape, or `call`
             is none of step 2 or later.
         """
-        contexts, sample = set(self.inputs), call.sample
-        if self._given_up or call.step < _SEEN or any(called != contexts for called in self._called[: call.step]):
+        sample = call.sample
+        if self._given_up or call.step < _SEEN or not self._is_orderly(call.step):
             return None
         if any((x.shape, x.device) != (sample.shape, sample.device) for x in (*self.samples, *self._moves.values())):
             return None
@@ -116,27 +121,36 @@ class Past:
         known = dict(zip(others, found.tolist(), strict=True))
         return {**known, last: 1.0 - sum(known.values())}
 
-    def _takes(self, call: Call) -> bool:
-        """Keep what is needed of a call; whether its request may still be retraced."""
-        step, inputs = call.step, call.inputs
-        if inputs is None or step > len(self.times):
+    def _takes(self, call: Call, inputs: Inputs) -> bool:
+        """Keep what is needed of one of the first calls; whether its request may be retraced."""
+        step, context = call.step, call.context
+        if step > len(self.samples):
             return False
         if step == 0:
-            self.inputs[call.context], self._versions[call.context] = inputs, inputs.versions()
-        elif call.context not in self.inputs:
+            self.inputs[context], self._versions[context] = inputs, inputs.versions()
+        elif context not in self.inputs:
             return False
-        elif step == 1 and inputs.renews(self.inputs[call.context], _anew(inputs)):
+        elif step == 1 and inputs.renews(self.inputs[context], _anew(inputs)):
             return False  # so that nothing large is kept; at the end all is compared
-        if step == len(self.times):
-            if self.times and isinstance(call.timestep, Tensor) and call.timestep is self.times[-1]:
-                return False  # its memory is used again
-            self.times.append(call.timestep)
-            self._called.append(set())
-            if step <= _SEEN:
-                self.samples.append(call.sample.detach().clone())
-        self._called[step].add(call.context)
-        self._latest[call.context] = inputs
+        if step == len(self.samples):
+            self.samples.append(call.sample.detach().clone())
         return True
+
+    def _is_orderly(self, steps: int) -> bool:
+        """Whether each of so many steps ran the same contexts, at a time that is still known."""
+        contexts = set(self.inputs)
+        called: list[set[str]] = []
+        self.times.clear()
+        for step, context, time in self._calls:
+            if step == len(called):
+                if step and isinstance(time, Tensor) and time is self.times[-1]:
+                    return False  # its memory is used again
+                self.times.append(time)
+                called.append(set())
+            if step >= len(called):
+                return False
+            called[step].add(context)
+        return called[steps] <= contexts and all(own == contexts for own in called[:steps])
 
     def _forget(self, given_up: bool) -> None:
         self._given_up = given_up
@@ -146,7 +160,7 @@ class Past:
         self.times: list[object] = []
         self._versions: dict[str, list[int]] = {}
         self._latest: dict[str, Inputs] = {}
-        self._called: list[set[str]] = []
+        self._calls: list[tuple[int, str, object]] = []
         self._moves: dict[str, Tensor] = {}
 
 

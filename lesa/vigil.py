@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +12,7 @@ from .clock import Call, Request
 from .guard import Guard, deviation, relative_error
 from .history import History
 from .likeness import FAR, Weights, embedding_of
+from .mailbox import Mailbox, answers_later
 from .plan import Expected, Plan, Row
 from .retrace import Past, Retrace
 from .stats import GuardStats
@@ -20,13 +21,11 @@ _ALTERED = (
     "the denoiser's weights are not those that the plan was fitted to (a LoRA, other precision?): the guard watches "
     "closely; fit again with these weights"
 )
-_LATER = "cuda"  # the device, ROCm's too, that answers while it has other things to do
 # A larger feature in a dtype that holds it has spoiled its request, as one that is not finite has.
 _LARGEST = 2.0**60
 
 
-@dataclass(frozen=True)
-class _Check:
+class _Check(NamedTuple):
     """A computed feature whose size, and the error of the forecast of it, are under way on the device.
 
     Args:
@@ -68,6 +67,7 @@ class Vigil:
         # No element of a step's feature is larger than this, by context and step.
         self._bounds: dict[tuple[str, int], float] = {}
         self._checks: list[_Check] = []
+        self._mailbox = Mailbox()
         self._checked = self._strange = False
         self.left: int | None = None
         # The last computed step after which a request can leave its plan: no later one is there to read answers at.
@@ -127,8 +127,9 @@ class Vigil:
 
     def bound(self, call: Call, row: Row) -> float:
         """No element of the forecast of a row is larger; infinity where that is not known."""
-        reads = (self._bounds.get((call.context, step), math.inf) for step in row.steps)
-        bound = abs(row.bias) + sum(abs(w) * size for w, size in zip(row.weights, reads, strict=True))
+        bound = abs(row.bias)
+        for step, weight in zip(row.steps, row.weights, strict=True):
+            bound += abs(weight) * self._bounds.get((call.context, step), math.inf)
         self._bounds[call.context, call.step] = bound
         return bound
 
@@ -156,7 +157,7 @@ class Vigil:
         made = wanted and row is not None and history.holds(row)
         if not made or measures or step == plan.num_steps - 1:  # after it nothing can be made up for
             expected = None
-        answer = _asked(ring.errors(step, feature.detach()))
+        answer = self._mailbox.ask(ring.errors(step, feature.detach()))
         # An error as small as the rounding of features says nothing.
         least = torch.finfo(feature.dtype).eps
         self._checks.append(_Check(call.context, step, answer, history, made, expected, least))
@@ -221,19 +222,4 @@ class Vigil:
 
 def _at_once(feature: torch.Tensor) -> bool:
     """Whether to wait for what was asked of a feature: there is nothing to wait for, or its size is needed."""
-    return feature.device.type != _LATER or feature.dtype == torch.float16
-
-
-def _asked(sums: torch.Tensor) -> Callable[[], list[float]]:
-    """What waits for some numbers, but for nothing that the device is told to do after them."""
-    if sums.device.type != _LATER:
-        return sums.tolist
-    copy = sums.to("cpu", non_blocking=True)  # into pinned memory
-    done = torch.get_device_module(sums.device).current_stream(sums.device).record_event()
-
-    def answer() -> list[float]:
-        done.synchronize()
-        numbers: list[float] = copy.tolist()
-        return numbers
-
-    return answer
+    return not answers_later(feature) or feature.dtype == torch.float16

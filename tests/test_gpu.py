@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ import lesa
 from lesa import assets, learning, ops
 from lesa.exchange import Stands
 from lesa.learning import Learner, TrainingConfig
+from lesa.mailbox import Mailbox
 from lesa.plan import Expected
 from lesa.predictor import Predictor
 
@@ -156,6 +158,20 @@ def test_no_step_waits_for_the_device(pipe: Any, fused: bool, monkeypatch: pytes
     with no_waiting(pipe):
         run(pipe, 1)
     assert lesa.stats(pipe).requests == 2
+
+
+def test_a_mailbox_waits_for_what_it_was_asked_only() -> None:
+    mailbox, numbers = Mailbox(), torch.tensor([2.0, 3.0], device=DEVICE)
+    for again in range(3):  # the second and third time in the memory of the first
+        answers = [mailbox.ask(numbers * i + again) for i in (1, 2)]
+        torch.cuda._sleep(10**9)
+        late = torch.cuda.Event()
+        late.record()
+        assert [answer() for answer in answers] == [[2.0 + again, 3.0 + again], [4.0 + again, 6.0 + again]]
+        assert not late.query()
+        torch.cuda.synchronize()
+    assert [len(free) for free in mailbox._free.values()] == [2]
+    assert copy.deepcopy(mailbox)._free == {}
 
 
 def test_a_guarded_request_waits_for_events_only() -> None:

@@ -22,7 +22,7 @@ MATHEMATICS = {
 }
 RUNTIME = {
     *("clock", "inputs", "driver", "runner", "history", "stats", "adapting", "response"),
-    *("guard", "vigil", "retrace", "likeness"),
+    *("guard", "vigil", "mailbox", "retrace", "likeness"),
 }
 MAY_IMPORT_DIFFUSERS = {"hooks", "roothook", "denoisers", "recording", "commands", "demo", "assets"}
 FOREIGN = {"diffusers", "transformers", "triton", "lesa.kernels"}

@@ -348,7 +348,7 @@ def test_calls_that_change_are_left(wrong: str) -> None:
         loop.past.inputs["cond"].get("more").mul_(1.0)
     call = loop.call("cond", 5, sample)
     if wrong == "one buffer of times":
-        call = replace(call, timestep=loop.past.times[-1])
+        call = replace(call, timestep=loop.past._calls[-1][2])
     loop.past.note(call)
     assert loop.past.retrace(call) is None
 
