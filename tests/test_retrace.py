@@ -60,6 +60,21 @@ def test_ends_where_the_full_request_ends(case: Case, step: int, site: str) -> N
     assert stats.guard.switches == 2 and stats.guard.retraced == 2 * step
 
 
+@pytest.mark.parametrize("site", ["hidden", "output"])
+@pytest.mark.parametrize("step", [4, 10])
+def test_narrow_dtypes_too(step: int, site: str) -> None:
+    """Samplers round at each step what a retrace and its proof do not."""
+    plan, found = strict(FLUX, site, step), []
+    for guard in (2.0, False):
+        pipe = FLUX.make().to(torch.bfloat16)
+        full = FLUX.call(pipe, steps=STEPS)
+        lesa.enable(pipe, plan, guard=guard)
+        found.append(apart(FLUX.call(pipe, steps=STEPS).double(), full.double()))
+        if guard:
+            assert lesa.stats(pipe).guard.retraced == step
+    assert found[0] < 0.1 * found[1], found
+
+
 @pytest.mark.parametrize(("step", "ran"), [(4, 7), (7, 10), (10, 10)])
 @pytest.mark.parametrize("contexts", [("*",), ("cond", "uncond")], ids=["one context", "two"])
 def test_on_a_gpu_it_begins_where_the_answer_is_read(

@@ -12,10 +12,12 @@ FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """The device to launch on: that of `tensor`; nothing to choose for the interpreter's CPU tensors."""
+    """The device to launch on: that of `tensor`; nothing to choose where it is already, nor for the interpreter."""
     if tensor.device.type == "cpu":
         return contextlib.nullcontext()
     module = torch.get_device_module(tensor.device)
+    if tensor.device.index == module.current_device():
+        return contextlib.nullcontext()
     context: contextlib.AbstractContextManager[object] = module.device(tensor.device)
     return context
 
@@ -31,7 +33,7 @@ def check_history(history: Tensor) -> None:
     """
     if history.dtype not in FEATURE_DTYPES:
         raise ValueError(f"history has dtype {history.dtype}; expected float32, float16 or bfloat16")
-    if history.dim() < 1 or (history.numel() and not history[0].is_contiguous()):
+    if history.dim() < 1 or not (history.is_contiguous() or not history.numel() or history[0].is_contiguous()):
         raise ValueError(
             f"history of shape {tuple(history.shape)} has strides {history.stride()}; expected contiguous features "
             "(history[i]); call .contiguous() on the ring"
