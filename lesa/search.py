@@ -114,42 +114,45 @@ def price(
 
 
 def _prices(gram: np.ndarray, response: np.ndarray, sensitivity: np.ndarray, ridge: float) -> list[np.ndarray]:
-    """For each q the prices of the segments (p, q, n), [p, n - q - 1]; q = 0 has one row, which is reuse."""
+    """For each q the prices of the segments (p, q, n), [n - q - 1, p]; q = 0 has one column, which is reuse."""
+    every = np.arange(len(response))
     sums = _prefix(response, 0)
     cross = _prefix(response[:, None] * gram, 0)  # <sum of h_t F_t over t < k, F_s>
     both = _prefix(_prefix(np.outer(response, response) * gram, 0), 1)
     squares, norms = both.diagonal(), gram.diagonal()
+    # Of all q and n, those of n <= q left unread: H, <D_n, F_q> and || D_n - H F_q ||^2.
+    size = sums - sums[1:, None]
+    onward = cross.T - cross[every + 1, every][:, None]
+    reuse = squares - 2.0 * both[1:] + squares[1:, None] - 2.0 * size * onward + size**2 * norms[:, None]
     # With c = B / ((1 + ridge) C), || E - c d ||^2 = || E ||^2 - gain B^2 / C.
     gain = (1.0 + 2.0 * ridge) / (1.0 + ridge) ** 2
+    apart = norms[:, None] - 2.0 * gram + norms  # C, of q and p
+    least = _ROUNDING * np.abs(both).max()
     prices = []
-    for q in range(len(response)):
+    for q in every:
         k = q + 1
-        size = sums[k:] - sums[k]
-        dots = cross[k:, :k] - cross[k, :k]  # <D_n, F_p>
-        reuse = squares[k:] - 2.0 * both[k, k:] + both[k, k] - 2.0 * size * dots[:, q] + size**2 * norms[q]
-        if q == 0:
-            price = reuse[None]
-        else:
-            along = (dots[:, q : q + 1] - dots[:, :q]).T - np.outer(norms[q] - gram[q, :q], size)  # B
-            norm = norms[q] - 2.0 * gram[q, :q] + norms[:q]  # C
-            known = norm > _ROUNDING * norms.max()
-            price = reuse - along**2 * np.divide(gain, norm, out=np.zeros(q), where=known)[:, None]
-        price[price <= _ROUNDING * np.abs(both).max()] = 0.0
-        prices.append(price * sensitivity[q:])
+        price = reuse[q, k:, None]
+        if q:
+            along = onward[q, k:, None] - (cross[k:, :q] - cross[k, :q])
+            along -= np.outer(size[q, k:], norms[q] - gram[q, :q])  # B
+            norm = apart[q, :q]
+            known = norm > _ROUNDING * norm.max()
+            price = price - along**2 * np.divide(gain, norm, out=np.zeros(q), where=known)
+        prices.append(np.where(price > least, price, 0.0) * sensitivity[q:, None])
     return prices
 
 
 def _table(prices: list[np.ndarray], most: int, lowest: int) -> np.ndarray:
-    """Least price from here on, [r, p, q]: q is computed, p was the one before, r computed steps are left, q included.
+    """Least price from here on, [q, r, p]: q is computed, p was the one before, r computed steps are left, q included.
 
     Step T stands for the end of the request, where none is left. Filled for r <= `most` and q >= `lowest`.
     """
     total = len(prices)
-    table = np.full((most + 1, total, total + 1), np.inf)
-    table[0, :, total] = 0.0
+    table = np.full((total + 1, most + 1, total), np.inf)
+    table[total, 0] = 0.0
     for q in reversed(range(lowest, total)):
-        own = prices[q]  # [p, n - q - 1]; where too few steps follow n, the table is infinite
-        table[1:, : len(own), q] = (own + table[:-1, q, None, q + 1 :]).min(axis=2)
+        own = prices[q][:, None]  # [n - q - 1, 1, p]; where too few steps follow n, the table is infinite
+        table[q, 1:, : own.shape[2]] = (own + table[q + 1 :, :-1, q, None]).min(axis=0)
     return table
 
 
@@ -158,7 +161,7 @@ def _read(prices: list[np.ndarray], table: np.ndarray, budget: int, first: int) 
     steps = list(range(first))
     p, q = max(first - 2, 0), first - 1
     for left in range(budget - first, 0, -1):
-        after = prices[q][p] + table[left, q, q + 1 :]
+        after = prices[q][:, p] + table[q + 1 :, left, q]
         p, q = q, q + 1 + int(after.argmin())
         steps.append(q)
     return tuple(steps)
