@@ -48,10 +48,10 @@ def expectations(
 
 def relative_errors(gram: np.ndarray, step: int, row: Row) -> np.ndarray:
     """[P]: ||F^ - F|| / ||F|| of a row at a step, out of inner products [P, T, T]."""
-    off = np.zeros(gram.shape[-1])
-    off[list(row.steps)] = row.weights
-    off[step] -= 1.0
-    squares = np.maximum(np.einsum("i,pij,j->p", off, gram, off), 0.0)
+    involved = [*row.steps, step]
+    own = gram[:, involved][:, :, involved]
+    off = np.array([*row.weights, -1.0])
+    squares = np.maximum(own @ off @ off, 0.0)
     return np.sqrt(squares / np.maximum(gram[:, step, step], _TINY))
 
 

@@ -92,9 +92,11 @@ class Surrogate:
             raise ValueError(f"{len(sigmas)} sigmas for a surrogate of {self.num_steps} steps: expected one more")
         weights = interpolation(sigmas[:-1], others[:-1])
         C, T, P = self.slopes.shape
-        gram = np.einsum("pcicj->ij", self.grams.reshape(P, C, T, C, T)) / (P * C)
-        every = np.kron(np.eye(C), learned(weights, sigmas[:-1], others[:-1], gram))
-        return replace(self, grams=every @ self.grams @ every.T, response=response, slopes=weights @ self.slopes)
+        blocks = self.grams.reshape(P, C, T, C, T).swapaxes(2, 3)  # [P, C, C, T, T]
+        gram = np.einsum("pccij->ij", blocks) / (P * C)
+        every = learned(weights, sigmas[:-1], others[:-1], gram)
+        grams = (every @ blocks @ every.T).swapaxes(2, 3).reshape(P, C * len(every), -1)
+        return replace(self, grams=grams, response=response, slopes=weights @ self.slopes)
 
     def thinned(self, most: int = 8) -> Surrogate:
         """At most so many of the requests, evenly spaced: a plan that carries them stays small."""
