@@ -40,6 +40,10 @@ def _device(name: str | None) -> str:
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: expected cpu, cuda or e.g. cuda:1") from error
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch {torch.__version__} finds no CUDA device; use --device cpu")
     return name
@@ -230,6 +234,8 @@ def info(options: argparse.Namespace) -> int:
         return 0
     if options.out is not None and (options.out.suffix.lower() != ".png" or options.out.is_dir()):
         raise ValueError(f"--out {str(options.out)!r}: expected a file name that ends in .png")
+    if options.out is not None:
+        check_folder(options.out.parent, "--out")
     plan = Plan.from_pretrained(options.plan)
     print(describe(plan))
     if options.out is not None:

@@ -9,12 +9,17 @@ from typing import Any
 from .plan import Plan
 from .planfile import packed
 
+# Figures of fitting, as people want to read them.
 _LABELS = {
-    "effort": "effort",
-    "fitting_psnr": "fitting",
-    "held_out_psnr": "held out",
-    "prompts": "prompts",
-    "seconds": "seconds",
+    "effort": ("effort", "{}"),
+    "fitting_psnr": ("fitting", "{:.2f} dB PSNR"),
+    "held_out_psnr": ("held out", "{:.2f} dB PSNR"),
+    "prompts": ("prompts", "{}"),
+    "seconds": ("took", "{:.1f} s"),
+    "generations": ("that is", "the time of {:.1f} full requests"),
+    "evaluations": ("ran", "{} plans on the fitting prompts"),
+    "found": ("of them", "{} kept from an earlier fit"),
+    "schedule": ("best was", "{}"),
 }
 # what the lines above the figures say already
 _SAID = {"alphas", "budget", "stages"}
@@ -68,7 +73,9 @@ def figures(training: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     Lists and tables are left out: they are for programs.
     """
-    known = [(label, _known(key, training[key])) for key, label in _LABELS.items() if training.get(key) is not None]
+    known = [
+        (label, _known(form, training[key])) for key, (label, form) in _LABELS.items() if training.get(key) is not None
+    ]
     others = [
         (name, _plain(value))
         for name, value in training.items()
@@ -77,12 +84,10 @@ def figures(training: Mapping[str, Any]) -> list[tuple[str, str]]:
     return known + others
 
 
-def _known(key: str, value: Any) -> str:
-    if key == "prompts" and isinstance(value, Sized) and not isinstance(value, str):
-        return str(len(value))
-    if isinstance(value, (int, float)) and key.endswith("psnr"):
-        return f"{value:.2f} dB PSNR"
-    return f"{value:.1f}" if key == "seconds" and isinstance(value, (int, float)) else _plain(value)
+def _known(form: str, value: Any) -> str:
+    if isinstance(value, Sized) and not isinstance(value, str):  # the prompts themselves
+        value = len(value)
+    return form.format(value) if ":" not in form or isinstance(value, (int, float)) else _plain(value)
 
 
 def _plain(value: Any) -> str:

@@ -211,6 +211,7 @@ def _draw(axes: Axes, points: Sequence[tuple[int, float | None]], label: str, **
 
 def _finish(axes: Axes, entries: Sequence[Entry]) -> None:
     total = entries[0].computed / entries[0].share
+    axes.set_title("Fidelity of fitted plans by computed steps", loc="left", fontsize=11, color=INK)
     axes.set_xlabel("computed steps")
     axes.set_ylabel("PSNR, dB")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

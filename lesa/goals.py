@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from . import files
+from .driver import LesaWarning
+from .expectations import ENOUGH
 from .plan import Plan, PlanError
 
 
@@ -48,6 +51,17 @@ def check_held_out(held_out: Any, count: int) -> int:
     if not isinstance(held_out, (int, np.integer)) or not 0 <= held_out < max(count, 1):
         raise ValueError(f"held_out={held_out!r} of {count} requests: at least one must be left to fit to")
     return int(held_out)
+
+
+def warn_if_few(count: int) -> None:
+    """Say so where a fit learns no errors for the guard to expect, out of so many requests."""
+    if 0 < count < ENOUGH:
+        warnings.warn(
+            f"the plan will have no guard: it takes {ENOUGH} requests to learn which errors to expect, here are "
+            f"{count}; 8 prompts suffice for all",
+            LesaWarning,
+            stacklevel=3,
+        )
 
 
 def check_steps(num_steps: int, budgets: Sequence[int] | None, speedup: float | None = None) -> None:

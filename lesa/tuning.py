@@ -12,7 +12,7 @@ import torch
 
 from . import candidates as own
 from .denoisers import denoiser_of
-from .goals import check_folder, check_goal, check_held_out, check_steps
+from .goals import check_folder, check_goal, check_held_out, check_steps, warn_if_few
 from .plan import Plan
 from .requests import check_prompts
 from .session import EFFORTS, Session
@@ -130,6 +130,7 @@ def fit(
         check_functions(requests)
     count = len(prompts if prompts is not None else requests or ())
     held_out = check_held_out(held_out, count)
+    warn_if_few(count if EFFORTS[effort].share else count - held_out)
     plans = own.read(candidates, effort, wanted)
     own.check_denoiser(plans, denoiser_of(target))
     given, kept = request or {}, count - held_out

@@ -401,6 +401,9 @@ def test_info_of_no_plan(tmp_path: Path, capsys: Any) -> None:
 def test_info_with_a_bad_picture(plan: Path, tmp_path: Path, capsys: Any) -> None:
     for out in (tmp_path / "plan.jpg", tmp_path / "plan"):
         fails(["info", plan, "--out", out], f"--out '{out}': expected a file name that ends in .png", out, capsys)
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "plan.png"
+    fails(["info", plan, "--out", out], f"--out '{tmp_path / 'file'}' is a file: give a folder", out, capsys)
     fails(["info", "--out", "plan.png"], "--out 'plan.png': name the plan to draw", tmp_path / "plan.png", capsys)
 
 
@@ -411,7 +414,7 @@ def test_info_with_a_bad_picture(plan: Path, tmp_path: Path, capsys: Any) -> Non
         (["--steps", 0], "--steps 0: expected at least 1"),
         (["--steps", -3], "--steps -3: expected at least 1"),
         (["--pipeline", "no/such/folder"], "no/such/folder"),
-        (["--device", "nonsense"], "nonsense"),
+        (["--device", "nonsense"], "--device nonsense: expected cpu, cuda or e.g. cuda:1"),
         (["--budget", 4], "--budget and --guard are of a plan: name one with --plan"),
         (["--guard", "off"], "--budget and --guard are of a plan: name one with --plan"),
         (["--plan", N5, "--guard", "wide"], "--guard wide: expected a number above 0, e.g. 5, inf or off"),

@@ -226,7 +226,7 @@ def test_describe_tells_known_figures_and_scalars_only() -> None:
         "fitting      inf dB PSNR",
         "held out     32.50 dB PSNR",
         "prompts      2",
-        "seconds      41.2",
+        "took         41.2 s",
         "interval     7",
         "rate         0.1235",
     ]

@@ -133,6 +133,15 @@ def test_a_goal_beyond_the_steps_is_refused_after_one_request(pipe, goal):
     assert len(ran) == 1
 
 
+@pytest.mark.parametrize(("count", "effort", "few"), [(3, "default", True), (4, "default", False), (4, "quick", True)])
+def test_where_there_will_be_no_guard_it_is_said(pipe, count, effort, few, recwarn):
+    """Quick fits learn what to expect without the request that is held out."""
+    plan = lesa.fit(pipe, PROMPTS[:count], budget=4, request=REQUEST, effort=effort)
+    said = [str(w.message) for w in recwarn if issubclass(w.category, lesa.LesaWarning)]
+    assert bool(any(plan.expected.values())) != few
+    assert ["here are 3" in message and "no guard" in message for message in said] == [True] * few
+
+
 @pytest.mark.parametrize(("fitted", "held"), [(12, 6), (6, 12)])
 def test_held_out_requests_are_of_the_same_kind(pipe, fitted, held):
     runs = [lambda steps=steps: pipe("a", **{**REQUEST, "num_inference_steps": steps}) for steps in (fitted, held)]
