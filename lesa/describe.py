@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from typing import Any
 
 from .plan import Plan
@@ -85,9 +85,9 @@ def figures(training: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _known(form: str, value: Any) -> str:
-    if isinstance(value, Sized) and not isinstance(value, str):  # the prompts themselves
+    if isinstance(value, (list, tuple)):  # the prompts themselves
         value = len(value)
-    return form.format(value) if ":" not in form or isinstance(value, (int, float)) else _plain(value)
+    return form.format(value) if isinstance(value, (int, float)) else _plain(value)
 
 
 def _plain(value: Any) -> str:
