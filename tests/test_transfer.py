@@ -547,7 +547,8 @@ def test_what_does_not_fit_changes_nothing(pipe):
 
 def test_a_fit_attaches_what_it_was_fitted_from(pipe):
     request = {"num_inference_steps": 8, "height": 32, "width": 32, "max_sequence_length": 8}
-    plan = lesa.fit(pipe, ["a", "b", "c"], budget=3, request=request, effort="quick")
+    with pytest.warns(lesa.LesaWarning, match="no guard"):
+        plan = lesa.fit(pipe, ["a", "b", "c"], budget=3, request=request, effort="quick")
     surrogate = plan.surrogate
     assert (surrogate.requests, surrogate.num_steps, surrogate.contexts) == (2, 8, ("cond",))
     lesa.enable(pipe, plan)
