@@ -21,6 +21,7 @@ from .plan import ANY_CONTEXT, Expected, Plan, Row
 
 _SHADE, _UNREAD = "#F1F1F1", "#E2E2E2"
 _FIXED = "\u00a0"  # a space at which no line breaks
+_UNTOLD = {"generations", "evaluations", "found", "schedule", "held_out", "seed"}  # of fitting: `lesa info` says it
 _COLORS, _LINEAR = "RdBu_r", 0.05
 _STRIP, _SQUARE, _ERRORS, _HEAD = 0.95, 4.2, 1.5, 0.9
 
@@ -72,7 +73,8 @@ def _draw_schedule(axes: Axes, plan: Plan, width: float) -> None:
     sigmas = np.asarray(plan.sigmas[:-1])
     computed = np.isin(np.arange(plan.num_steps), plan.computed)
     size = min(4.0, 0.6 * 72 * width / plan.num_steps)
-    facts = [f"site {plan.site}", *(f"{name} {value}" for name, value in figures(plan.training))]
+    told = {name: value for name, value in plan.training.items() if name not in _UNTOLD}
+    facts = [f"site {plan.site}", *(f"{name} {value}" for name, value in figures(told))]
     # a letter is about 0.075 inches wide at this size; lines break between facts only
     words = textwrap.fill(f"{_FIXED}· ".join(fact.replace(" ", _FIXED) for fact in facts), int(width / 0.075))
     axes.set_title(words.replace(_FIXED, " "), loc="left", fontsize=9, color=MUTED, linespacing=1.4)
