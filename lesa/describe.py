@@ -15,11 +15,12 @@ _LABELS = {
     "fitting_psnr": ("fitting", "{:.2f} dB PSNR"),
     "held_out_psnr": ("held out", "{:.2f} dB PSNR"),
     "prompts": ("prompts", "{}"),
+    "held_out": ("besides", "{} held out"),
     "seconds": ("took", "{:.1f} s"),
-    "generations": ("that is", "the time of {:.1f} full requests"),
-    "evaluations": ("ran", "{} plans on the fitting prompts"),
-    "found": ("of them", "{} kept from an earlier fit"),
-    "schedule": ("best was", "{}"),
+    "generations": ("cost", "the time of {:.1f} full requests"),
+    "evaluations": ("plans run", "{}"),
+    "found": ("of these", "{} in an earlier fit"),
+    "schedule": ("best plan", "{}"),
 }
 # what the lines above the figures say already
 _SAID = {"alphas", "budget", "stages"}

@@ -32,10 +32,10 @@ def check_goal(budget: Any, target_psnr: Any, speedup: Any) -> list[int] | None:
         raise ValueError(f"speedup={speedup!r}: expected a number above 1, e.g. 5.0 for a fifth of the steps")
     if budget is None:
         return None
-    several = [budget] if isinstance(budget, (int, np.integer)) else budget
-    listed = isinstance(several, (Sequence, np.ndarray)) and not isinstance(several, str)
+    listed = isinstance(budget, (Sequence, np.ndarray)) and not isinstance(budget, str)
+    several = list(budget) if listed else [budget]
     whole = (isinstance(one, (int, np.integer)) and not isinstance(one, bool) and one >= 1 for one in several)
-    if not listed or not len(several) or not all(whole):
+    if not several or not all(whole):
         raise ValueError(f"budget={budget!r}: expected 1 or more computed steps, or a list of such numbers")
     return [int(one) for one in several]
 
@@ -53,12 +53,29 @@ def check_held_out(held_out: Any, count: int) -> int:
     return int(held_out)
 
 
-def warn_if_few(count: int) -> None:
-    """Say so where a fit learns no errors for the guard to expect, out of so many requests."""
-    if 0 < count < ENOUGH:
+def check_seed(seed: Any) -> int:
+    """The seed of a search.
+
+    Raises:
+        ValueError: it is no whole number of at least 0.
+    """
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"seed={seed!r}: expected a whole number of at least 0")
+    return int(seed)
+
+
+def warn_if_few(count: int, held_out: int) -> None:
+    """Say so where a fit learns no errors for the guard to expect.
+
+    Args:
+        count: requests that it could learn them from.
+        held_out: others, which it does not.
+    """
+    if count < ENOUGH:
+        besides = f" besides {held_out} held out (held_out=)" if held_out else ""
         warnings.warn(
             f"the plan will have no guard: it takes {ENOUGH} requests to learn which errors to expect, here are "
-            f"{count}; 8 prompts suffice for all",
+            f"{count}{besides}; 8 prompts suffice for all",
             LesaWarning,
             stacklevel=3,
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,8 @@ class Guard:
     def __post_init__(self) -> None:
         for name, usual in (("tolerance", TOLERANCE), ("alert", ALERT)):
             value = getattr(self, name)
-            if not value > 0:
-                raise ValueError(f"{name}={value}: expected more than 0, e.g. {usual}, times the spread of the error")
+            if not isinstance(value, Real) or not float(value) > 0:
+                raise ValueError(f"{name}={value!r}: expected more than 0, e.g. {usual}, times the spread of the error")
 
     @property
     def measures(self) -> bool:

@@ -57,6 +57,12 @@ class Likeness:
     prompts: Mapping[str, Prompts] = field(default_factory=dict)
     weights: tuple[tuple[float, ...], ...] | None = None
 
+    def is_finite(self) -> bool:
+        """Whether all its numbers are, and each scatter is above 0."""
+        known = [number for prompts in self.prompts.values() for number in (*prompts.center, prompts.scatter)]
+        known += [number for matrix in self.weights or () for number in matrix]
+        return all(map(math.isfinite, known)) and all(prompts.scatter > 0 for prompts in self.prompts.values())
+
     def distance(self, context: str, embedding: Tensor) -> float:
         """How many times the scatter the farthest of some embeddings [N, D] lies from the center; waits for the device.
 

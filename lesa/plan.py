@@ -120,6 +120,8 @@ class Plan:
             self._check_expected(context, errors)
         if self.surrogate is not None:
             self._check_surrogate(self.surrogate)
+        if self.likeness is not None and not self.likeness.is_finite():
+            raise PlanError("likeness holds numbers that are not finite, or a scatter not above 0: fit the plan again")
 
     @property
     def num_steps(self) -> int:
@@ -276,8 +278,8 @@ class Plan:
             raise PlanError(f"site={self.site!r}: expected one of {SITES}")
         for name in ("timesteps", "response"):
             values = getattr(self, name)
-            if values is not None and len(values) != total:
-                raise PlanError(f"{name} has {len(values)} entries: expected {total}, one a step")
+            if values is not None and (len(values) != total or not all(map(math.isfinite, values))):
+                raise PlanError(f"{name} has {len(values)} entries: expected {total} finite numbers, one a step")
         if len(self.computed) < total and not self.rows:
             raise PlanError("rows is empty: every step that is not computed needs a row")
 

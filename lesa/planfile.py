@@ -204,5 +204,5 @@ def _expected(arrays: Mapping[str, np.ndarray], contexts: Sequence[str]) -> dict
     expected: dict[str, dict[int, Expected]] = {}
     for i, context in enumerate(contexts):
         both = zip(arrays["error"][i].tolist(), arrays["spread"][i].tolist(), strict=True)
-        expected[context] = {step: Expected(*pair) for step, pair in enumerate(both) if not math.isnan(pair[0])}
+        expected[context] = {step: Expected(*pair) for step, pair in enumerate(both) if not all(map(math.isnan, pair))}
     return expected

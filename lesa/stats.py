@@ -53,8 +53,7 @@ class GuardStats:
         where = f" (last at step {self.last[0]}, {self.last[1]:.2g} x the expected error)" if self.last else ""
         return (
             f"guard: checks {self.checks}, switches {self.switches}{where}, retraced {self.retraced} calls, "
-            f"unlike the fitted {self.strange}, not finite {self.replaced} forecasts and "
-            f"{self.dropped} features"
+            f"requests unlike the fitted {self.strange}, not finite: forecasts {self.replaced}, features {self.dropped}"
         )
 
 
@@ -103,7 +102,7 @@ class Stats:
         return self._timers[kind].start(device)
 
     def __str__(self) -> str:
-        refused = ", ".join(f"{count} {reason}" for reason, count in self.refused.items()) or "none"
+        refused = ", ".join(f"{count} ({reason})" for reason, count in self.refused.items()) or "none"
         operators = ", ".join(self.operators)
         return (
             f"requests {self.requests}, computed {self.computed}, forecast {self.forecast}"

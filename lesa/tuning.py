@@ -12,7 +12,7 @@ import torch
 
 from . import candidates as own
 from .denoisers import denoiser_of
-from .goals import check_folder, check_goal, check_held_out, check_steps, warn_if_few
+from .goals import check_folder, check_goal, check_held_out, check_seed, check_steps, warn_if_few
 from .plan import Plan
 from .requests import check_prompts
 from .session import EFFORTS, Session
@@ -130,7 +130,7 @@ def fit(
         check_functions(requests)
     count = len(prompts if prompts is not None else requests or ())
     held_out = check_held_out(held_out, count)
-    warn_if_few(count if EFFORTS[effort].share else count - held_out)
+    seed = check_seed(seed)
     plans = own.read(candidates, effort, wanted)
     own.check_denoiser(plans, denoiser_of(target))
     given, kept = request or {}, count - held_out
@@ -144,8 +144,12 @@ def fit(
 
     fitting, held = works(slice(kept)), works(slice(kept, None)) if held_out else []
     if folder is not None:
+        if not isinstance(folder, (str, os.PathLike)):
+            raise ValueError(f"folder={folder!r}: expected a path")
         folder = Path(folder)
         check_folder(folder, wanted, [label for work in fitting for label in work.labels], numbers, given)
+    unlearned = 0 if EFFORTS[effort].share else held_out  # what is not run by the plan
+    warn_if_few(count - unlearned, unlearned)
     with Session(
         target,
         fitting,

@@ -24,7 +24,7 @@ from test_plan import random_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lesa
-from lesa import exchange, hooks, vigil
+from lesa import assets, exchange, hooks, vigil
 from lesa.clock import Call, Request, sigmas_of
 from lesa.forecasters import check_rows, plan_of
 from lesa.guard import ALERT, TOLERANCE, Guard, GuardOption, deviation, foreign, guard_for, leaving, relative_error
@@ -130,7 +130,8 @@ def test_no_switch_where_the_errors_are_as_expected(site: str) -> None:
     assert stats.guard is not None
     assert (stats.guard.checks, stats.guard.switches, stats.guard.replaced, stats.guard.dropped) == (3, 0, 0, 0)
     assert str(stats).endswith(
-        "guard: checks 3, switches 0, retraced 0 calls, unlike the fitted 0, not finite 0 forecasts and 0 features"
+        "guard: checks 3, switches 0, retraced 0 calls, requests unlike the fitted 0, "
+        "not finite: forecasts 0, features 0"
     )
 
 
@@ -689,6 +690,8 @@ def test_which_guard_is_asked_for() -> None:
         Guard(0)
     with pytest.raises(ValueError, match="alert=0.*more than 0"):
         Guard(alert=0)
+    with pytest.raises(ValueError, match="tolerance='x': expected more than 0"):
+        Guard("x")
 
 
 def test_deviation() -> None:
@@ -746,6 +749,20 @@ def test_round_trip_and_joining(tmp_path: Path, seed: int) -> None:
         for context in plan.rows:
             assert again.checks_of(context) == plan.checks_of(context)
             assert again.expected_of(context) == plan.expected_of(context)
+
+
+@pytest.mark.parametrize(
+    "name", ["error", "spread", "timesteps", "likeness_center_0", "likeness_scatter", "likeness_weights"]
+)
+def test_a_damaged_file_blinds_no_guard(name: str, tmp_path: Path) -> None:
+    plan = Plan.load(assets.fitted_path(10))
+    path = replace(plan, timesteps=plan.sigmas[:-1]).save(tmp_path / "plan.safetensors")
+    with safe_open(path, framework="np") as file:
+        metadata, arrays = file.metadata(), {key: file.get_tensor(key).copy() for key in file.keys()}  # noqa: SIM118
+    arrays[name][...] = math.nan
+    path.write_bytes(serialize(arrays, metadata))
+    with pytest.raises(PlanError):
+        Plan.load(path)
 
 
 def test_files_from_before_there_was_a_guard(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_in_words() -> None:
     stats = Stats(requests=2, computed=10, forecast=6)
     assert str(stats) == "requests 2, computed 10, forecast 6, refused none, 0.000 s saved, guard: off"
     stats.refused["no row"] += 3
-    assert "refused 3 no row," in str(stats)
+    assert "refused 3 (no row)," in str(stats)
 
 
 @pytest.mark.gpu
