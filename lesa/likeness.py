@@ -57,8 +57,9 @@ class Likeness:
     prompts: Mapping[str, Prompts] = field(default_factory=dict)
     weights: tuple[tuple[float, ...], ...] | None = None
 
+    @cached_property
     def is_finite(self) -> bool:
-        """Whether all its numbers are, and each scatter is above 0."""
+        """Whether all its numbers are, and each scatter is above 0; many plans share one likeness."""
         known = [number for prompts in self.prompts.values() for number in (*prompts.center, prompts.scatter)]
         known += [number for matrix in self.weights or () for number in matrix]
         return all(map(math.isfinite, known)) and all(prompts.scatter > 0 for prompts in self.prompts.values())

@@ -120,7 +120,7 @@ class Plan:
             self._check_expected(context, errors)
         if self.surrogate is not None:
             self._check_surrogate(self.surrogate)
-        if self.likeness is not None and not self.likeness.is_finite():
+        if self.likeness is not None and not self.likeness.is_finite:
             raise PlanError("likeness holds numbers that are not finite, or a scatter not above 0: fit the plan again")
 
     @property
