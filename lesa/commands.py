@@ -232,9 +232,9 @@ def info(options: argparse.Namespace) -> int:
         for name, state in ops.describe().items():
             print(f"{name:<8}{state}")
         return 0
-    if options.out is not None and (options.out.suffix.lower() != ".png" or options.out.is_dir()):
-        raise ValueError(f"--out {str(options.out)!r}: expected a file name that ends in .png")
     if options.out is not None:
+        if options.out.suffix.lower() != ".png" or options.out.is_dir():
+            raise ValueError(f"--out {str(options.out)!r}: expected a file name that ends in .png")
         check_folder(options.out.parent, "--out")
     plan = Plan.from_pretrained(options.plan)
     print(describe(plan))

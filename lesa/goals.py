@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -95,8 +96,8 @@ def check_steps(num_steps: int, budgets: Sequence[int] | None, speedup: float | 
 
 
 def check_folder(
-    folder: Path, budgets: Sequence[int] | None, labels: Sequence[str], seeds: Sequence[int], request: Mapping[str, Any]
-) -> None:
+    folder: Any, budgets: Sequence[int] | None, labels: Sequence[str], seeds: Sequence[int], request: Mapping[str, Any]
+) -> Path:
     """Check that a fit can write to a folder, and that nothing in it would be lost.
 
     Args:
@@ -106,9 +107,15 @@ def check_folder(
         seeds: of all requests.
         request: keyword arguments of the pipeline call.
 
+    Returns:
+        The folder.
+
     Raises:
-        ValueError: the folder cannot be made, or a plan there was fitted to other requests.
+        ValueError: it is no path, the folder cannot be made, or a plan there was fitted to other requests.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ValueError(f"folder={folder!r}: expected a path")
+    folder = Path(folder)
     files.check_folder(folder, "folder")
     which = ["*"] if budgets is None else budgets
     paths = [path for one in which for path in folder.glob(f"plan-{one}.safetensors")]
@@ -124,6 +131,7 @@ def check_folder(
                 f"folder={str(folder)!r} holds {path.name}, fitted to other requests (another {', '.join(other)}): "
                 "name another folder, or move that file away"
             )
+    return folder
 
 
 def _is_number(value: Any) -> bool:

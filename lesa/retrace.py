@@ -80,8 +80,8 @@ class Past:
             given more that changes than sample and timestep, its sample has a gradient or changed its shape, or `call`
             is none of step 2 or later.
         """
-        sample = call.sample
-        if self._given_up or call.step < _SEEN or not self._is_orderly(call.step):
+        sample, times = call.sample, self._times_of(call.step)
+        if self._given_up or call.step < _SEEN or times is None:
             return None
         if any((x.shape, x.device) != (sample.shape, sample.device) for x in (*self.samples, *self._moves.values())):
             return None
@@ -91,7 +91,7 @@ class Past:
             if first.versions() != self._versions[context] or self._latest[context].differs(first, _anew(first)):
                 return None
         weights = self._guidance(call)
-        return None if weights is None or self.rates[call.step] == 0 else Retrace(self, call, weights)
+        return None if weights is None or self.rates[call.step] == 0 else Retrace(self, call, weights, times)
 
     def _guidance(self, call: Call) -> dict[str, float] | None:
         """The weight of each context in what the sampler was given; None where it made no Euler steps of it.
@@ -136,28 +136,28 @@ class Past:
             self.samples.append(call.sample.detach().clone())
         return True
 
-    def _is_orderly(self, steps: int) -> bool:
-        """Whether each of so many steps ran the same contexts, at a time that is still known."""
+    def _times_of(self, steps: int) -> list[object] | None:
+        """The times of the steps so far; None where one is not known any more or so many did not run all contexts."""
         contexts = set(self.inputs)
+        times: list[object] = []
         called: list[set[str]] = []
-        self.times.clear()
         for step, context, time in self._calls:
             if step == len(called):
-                if step and isinstance(time, Tensor) and time is self.times[-1]:
-                    return False  # its memory is used again
-                self.times.append(time)
+                if times and isinstance(time, Tensor) and time is times[-1]:
+                    return None  # its memory is used again
+                times.append(time)
                 called.append(set())
             if step >= len(called):
-                return False
+                return None
             called[step].add(context)
-        return called[steps] <= contexts and all(own == contexts for own in called[:steps])
+        together = called[:steps] == [contexts] * steps and set().union(*called[steps:]) <= contexts
+        return times if together else None
 
     def _forget(self, given_up: bool) -> None:
         self._given_up = given_up
         self.inputs: dict[str, Inputs] = {}
         self.samples: list[Tensor] = []
         self.outputs: list[dict[str, Tensor]] = [{} for _ in range(_SEEN)]
-        self.times: list[object] = []
         self._versions: dict[str, list[int]] = {}
         self._latest: dict[str, Inputs] = {}
         self._calls: list[tuple[int, str, object]] = []
@@ -171,10 +171,11 @@ class Retrace:
         past: of the request.
         call: up to which step, and the pipeline's sample there.
         weights: of each context in what the sampler is given.
+        times: of the steps so far.
     """
 
-    def __init__(self, past: Past, call: Call, weights: dict[str, float]) -> None:
-        self.step = call.step
+    def __init__(self, past: Past, call: Call, weights: dict[str, float], times: Sequence[object]) -> None:
+        self.step, self._times = call.step, times
         self._past, self._rates, self._weights = past, past.rates, weights
         self._dtype, self._name = call.sample.dtype, next(iter(past.inputs.values())).sample_name
         self._sample = self._moved(past.samples[0], past.rates[0], past.outputs[0])
@@ -190,7 +191,7 @@ class Retrace:
         if not self._todo:
             return None
         step, context = self._todo[0]
-        return self._past.inputs[context].given(**{self._name: self._sample, "timestep": self._past.times[step]})
+        return self._past.inputs[context].given(**{self._name: self._sample, "timestep": self._times[step]})
 
     def take(self, output: Tensor) -> None:
         """What `next` gave."""

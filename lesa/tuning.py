@@ -144,10 +144,7 @@ def fit(
 
     fitting, held = works(slice(kept)), works(slice(kept, None)) if held_out else []
     if folder is not None:
-        if not isinstance(folder, (str, os.PathLike)):
-            raise ValueError(f"folder={folder!r}: expected a path")
-        folder = Path(folder)
-        check_folder(folder, wanted, [label for work in fitting for label in work.labels], numbers, given)
+        folder = check_folder(folder, wanted, [label for work in fitting for label in work.labels], numbers, given)
     unlearned = 0 if EFFORTS[effort].share else held_out  # what is not run by the plan
     warn_if_few(count - unlearned, unlearned)
     with Session(
