@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 
 from . import ops
+from .mailbox import Question
 from .plan import Plan, Row
 
 
@@ -46,8 +50,20 @@ class Ring(torch.nn.Module):
         }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.to(feature.device), persistent=False)
-        self._cut: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._forget()
         self.follow(plan, context)
+
+    def _forget(self) -> None:
+        """Forget what was prepared for the memory there was."""
+        self._forecast: Callable[[], None] | None = None
+        self._questions: dict[tuple[int, int], Question] = {}
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Ring:
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy has memory of its own
+        return {**self.__dict__, "_forecast": None, "_questions": {}}
 
     def follow(self, plan: Plan, context: str) -> None:
         """Take the rows and checks of a plan into the tables, in place: a compiled step sees no other ring.
@@ -85,25 +101,33 @@ class Ring(torch.nn.Module):
         row = (self.history, self.slots, self.weights, self.bias, self.keep, self.step)
         return ops.forecast_head(*row, scale, shift, weight, bias, eps, self.backend)
 
-    def errors(self, step: int, truth: torch.Tensor) -> torch.Tensor:
-        """[2] on the device: the squared error of the row of `step`, and the square of the truth.
+    def ask(self, step: int, slot: int, truth: torch.Tensor) -> Callable[[], list[float]]:
+        """Ask how far the row of `step` is from its true feature, and store that in a slot, if it has one.
 
-        See `ops.forecast_errors`.
+        Returns:
+            What waits for the two sums of `ops.forecast_errors`.
         """
-        with torch.inference_mode():  # what autograd does about an operator takes longer than its launch
-            row = self._cut.get(step)
-            if row is None:  # to cut a row takes long too
-                row = self._cut[step] = (self.slots[step], self.weights[step], self.bias[step])
-            return ops.forecast_errors(self.history, *row, truth, self.backend)
+        question = self._questions.get((step, slot))
+        if question is None:
+            row = self.slots[step], self.weights[step], self.bias[step]
+            kept = self.history[slot] if slot >= 0 else None
+            compare = ops.prepared_errors(self.history, *row, kept, self.backend)
+            question = Question(compare, truth.device, ops.wide_dtype(truth))
+            self._questions[step, slot] = question
+        return question.ask(truth)
 
     def fill(self, slot: int) -> torch.Tensor:
         """Write the forecast of the current step into its slot; where it has none, into a spare one made once."""
         if slot < 0:
             slot = self._capacity
             if len(self.history) == slot:
+                self._forget()
                 with torch.inference_mode(False):
                     self.history = torch.cat([self.history, torch.empty_like(self.history[:1])])
-        ops.forecast_into_(self.history, self.slots, self.weights, self.bias, self.target, self.step, self.backend)
+        if self._forecast is None:
+            row = (self.slots, self.weights, self.bias, self.target, self.step)
+            self._forecast = ops.prepared_forecast(self.history, *row, self.backend)
+        self._forecast()
         return self.history[slot]
 
 
@@ -137,6 +161,16 @@ class History:
         """Whether every feature that `row` reads is here."""
         return all(self._steps[self._plan.slots[step]] == step for step in row.steps)
 
+    def weighted(self, weights: Mapping[int, float]) -> torch.Tensor | None:
+        """The sum of features by step, each times its weight, in float32 or wider; None where one is not here."""
+        if self.ring is None or not all(step in self._steps for step in weights):
+            return None
+        features = self.ring.history
+        total = torch.zeros_like(features[0], dtype=ops.wide_dtype(features))
+        for step, weight in weights.items():
+            total.add_(features[self._steps.index(step)], alpha=weight)
+        return total
+
     def prepare(self, feature: torch.Tensor) -> Ring:
         """A ring for features like this one; a new shape, dtype or device starts a new ring."""
         if self.ring is None or not self.ring.fits(feature):
@@ -150,9 +184,28 @@ class History:
     def store(self, step: int, feature: torch.Tensor) -> None:
         """Copy the feature of a computed step, of any shape."""
         slot = self._plan.slots[step]
-        if slot < 0:
-            return
-        self.prepare(feature).history[slot].copy_(feature.detach())
+        if slot >= 0:
+            self.prepare(feature).history[slot].copy_(feature.detach())
+            self._hold(step, slot)
+
+    def ask(self, step: int, feature: torch.Tensor) -> Callable[[], list[float]]:
+        """Store the feature of a computed step, for which there is a ring, and ask how far its check is from it.
+
+        Args:
+            step: whose row stands for the check; what it reads is taken as it is.
+            feature: of the step.
+
+        Returns:
+            What waits for the two sums of `ops.forecast_errors`.
+        """
+        assert self.ring is not None
+        slot = self._plan.slots[step]
+        answer = self.ring.ask(step, slot, feature)
+        if slot >= 0:
+            self._hold(step, slot)
+        return answer
+
+    def _hold(self, step: int, slot: int) -> None:
         self._steps[slot] = step
         self._computed.add(step)
 

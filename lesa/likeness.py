@@ -11,9 +11,11 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .expectations import ENOUGH
 from .inputs import Inputs
@@ -82,6 +84,8 @@ class Likeness:
         if self.weights is None or weights is None:
             return False
         before, allowed = self._before
+        if torch.equal(before, weights):  # nearly always
+            return False
         if before.shape != weights.shape:
             return True
         return bool(((weights - before).norm(dim=1) > allowed).any())
@@ -148,14 +152,14 @@ class Weights:
         Returns:
             None where there are none, or they are not at hand (offloaded, sharded, quantised).
         """
-        found = [getattr(module, name, None) for module, name in self._places]
-        taken = [p.detach() for p in found if isinstance(p, Tensor)]
-        if not found or len(taken) < len(found) or not all(map(_is_whole, taken)):
+        taken: list[Any] = [getattr(module, name, None) for module, name in self._places]
+        if not taken or not all(map(_is_whole, taken)):
             return None
-        entries = [_entries(p) for p in taken]
-        if len({(e.dtype, e.device) for e in entries}) > 1:
-            entries = [e.to(entries[0].device, torch.float32) for e in entries]
-        return torch.stack(entries).cpu().float()  # one copy from the device
+        with torch.no_grad():
+            entries = [_entries(p) for p in taken]
+            if len({(e.dtype, e.device) for e in entries}) > 1:
+                entries = [e.to(entries[0].device, torch.float32) for e in entries]
+            return torch.stack(entries).cpu().float()  # one copy from the device
 
 
 def _kind(denoiser: torch.nn.Module) -> tuple[int, bool]:
@@ -163,8 +167,14 @@ def _kind(denoiser: torch.nn.Module) -> tuple[int, bool]:
     return id(denoiser), bool(getattr(denoiser, "_hf_peft_config_loaded", False))
 
 
-def _is_whole(p: Tensor) -> bool:
-    return type(p) is Tensor and p.is_floating_point() and p.is_contiguous() and not p.is_meta and p.numel() > 0
+def _is_whole(p: Any) -> bool:
+    return (
+        type(p) in (Parameter, Tensor)
+        and p.is_floating_point()
+        and p.is_contiguous()
+        and not p.is_meta
+        and p.numel() > 0
+    )
 
 
 def _entries(matrix: Tensor) -> Tensor:

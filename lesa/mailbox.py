@@ -2,56 +2,70 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 _LATER = "cuda"  # the device, ROCm's too, that answers while it has other things to do
+_UNWRITTEN = -1.0
+_NAP = 5e-5  # seconds
 
 
-def answers_later(tensor: torch.Tensor) -> bool:
-    """Whether the device of a tensor can be asked without waiting for it."""
-    return tensor.device.type == _LATER
+def answers_later(device: torch.device) -> bool:
+    """Whether a device can be asked without waiting for it."""
+    return device.type == _LATER
 
 
-class Mailbox:
-    """Copies small results to the host without waiting for the device.
+class Question:
+    """What a device is asked again and again, for two numbers that are not below 0 (NaN they may be).
 
-    What it copies into is used again: to pin memory takes longer than all else that is done with it.
+    It has its own memory for the answer, as to pin memory takes longer than all else that is done with it. Until both
+    numbers are written there it holds others: an event to wait for would take longer to record than the question.
+
+    Args:
+        put: is given the memory [2], pinned if the device answers later, and what the question is about, and has the
+            device write to it.
+        device: that is asked.
+        dtype: of the numbers.
     """
 
-    def __init__(self) -> None:
-        self._free: dict[tuple[torch.dtype, torch.device, torch.Size], list[tuple[torch.Tensor, Any]]]
-        self._free = defaultdict(list)
+    def __init__(
+        self, put: Callable[[torch.Tensor, torch.Tensor], None], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        with torch.inference_mode(False):  # later requests may run outside inference mode
+            self._memory = torch.empty(2, dtype=dtype, device="cpu", pin_memory=answers_later(device))
+        self._numbers = self._memory.numpy()
+        self._put, self._device, self._waits = put, device, False
 
-    def __reduce__(self) -> tuple[type[Mailbox], tuple[()]]:
-        return Mailbox, ()  # a copy starts empty: events belong to who recorded them
+    def ask(self, about: torch.Tensor) -> Callable[[], list[float]]:
+        """Ask; returns what waits for the answer, but for nothing that the device is told to do later.
 
-    def ask(self, numbers: torch.Tensor) -> Callable[[], list[float]]:
-        """What returns the numbers [N]; it waits for them, but for nothing that the device is told to do later.
-
-        To be called once. Where the device cannot be asked like this, it waits for all.
+        To be read before the question is put again.
         """
-        if not answers_later(numbers):
-            return numbers.tolist
-        free = self._free[numbers.dtype, numbers.device, numbers.shape]
-        copy, copied = free.pop() if free else _place(numbers)
-        copy.copy_(numbers, non_blocking=True)
-        copied.record(torch.get_device_module(numbers.device).current_stream(numbers.device))
+        self._numbers[:] = _UNWRITTEN
+        self._waits = True
+        self._put(self._memory, about)
+        return self._read
 
-        def answer() -> list[float]:
-            copied.synchronize()
-            found: list[float] = copy.tolist()
-            free.append((copy, copied))
-            return found
+    def _read(self) -> list[float]:
+        found: list[float] = self._numbers.tolist()
+        while _UNWRITTEN in found:
+            self._wait()
+            found = self._numbers.tolist()
+        self._waits = False
+        return found
 
-        return answer
+    def _wait(self) -> None:
+        """Wait a little, or for a device that has nothing else to do."""
+        module = torch.get_device_module(self._device)
+        if not module.current_stream(self._device).query():  # raises the device's errors
+            time.sleep(_NAP)
+            return
+        module.synchronize(self._device)  # it was asked on another stream
+        if _UNWRITTEN in self._numbers.tolist():
+            raise RuntimeError(f"{self._device} did not answer a question")
 
-
-def _place(numbers: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Pinned memory for such numbers, and an event."""
-    with torch.inference_mode(False):  # later requests may run outside inference mode
-        copy = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
-    return copy, torch.get_device_module(numbers.device).Event()
+    def __del__(self) -> None:
+        if self._waits and answers_later(self._device):  # the memory must not be another's when it is written to
+            torch.get_device_module(self._device).synchronize(self._device)

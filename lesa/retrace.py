@@ -16,7 +16,7 @@ tells whether somebody else moved the sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -40,10 +40,12 @@ class Past:
 
     Args:
         sigmas: [T + 1] of the request.
+        adds: whether each output is added up as it comes; else what they come to is told once, by `catch_up`.
     """
 
-    def __init__(self, sigmas: Sequence[float]) -> None:
+    def __init__(self, sigmas: Sequence[float], adds: bool = True) -> None:
         self.rates = [after - now for now, after in zip(sigmas, sigmas[1:], strict=False)]
+        self._adds = adds
         self._forget(False)
 
     def note(self, call: Call) -> None:
@@ -60,10 +62,31 @@ class Past:
         """A call ended with what it gave the pipeline."""
         if self._given_up:
             return
-        if output.requires_grad:
-            output = output.detach()
         if call.step < _SEEN:
-            self.outputs[call.step][call.context] = output.clone()
+            self.outputs[call.step][call.context] = output.detach().clone()
+        if self._adds:
+            self._add(call, output.detach())
+        else:
+            self._ran[call.context] = call.step + 1
+
+    def catch_up(self, moved: Callable[[str, Sequence[float]], Tensor | None]) -> None:
+        """Add up each output from here on.
+
+        Args:
+            moved: what the first outputs of a context, each times its rate, come to, in float32 or wider; None, with
+                which the request is given up, where that is not known any more.
+        """
+        if self._given_up or self._adds:
+            return
+        self._adds = True
+        for context, steps in self._ran.items():
+            known = moved(context, self.rates[:steps])
+            if known is None:
+                self._forget(True)
+                return
+            self._moves[context] = known
+
+    def _add(self, call: Call, output: Tensor) -> None:
         moves = self._moves.get(call.context)
         if moves is None:
             self._moves[call.context] = self.rates[call.step] * _wide(output)
@@ -162,6 +185,7 @@ class Past:
         self._latest: dict[str, Inputs] = {}
         self._calls: list[tuple[int, str, object]] = []
         self._moves: dict[str, Tensor] = {}
+        self._ran: dict[str, int] = {}  # steps that are not added up
 
 
 class Retrace:

@@ -129,16 +129,19 @@ class PlanRunner:
         if feature is None or self._lost:  # nothing reads it
             return
         history, vigil = self._history(call.context), self._vigil
-        if vigil is not None:
-            vigil.check(call, feature, history, self._active)
-        history.store(call.step, feature)
-        if vigil is not None and vigil.settle_after(call, feature):
+        if vigil is None:
+            history.store(call.step, feature)
+            return
+        vigil.keep(call, feature, history, self._active)
+        if vigil.settle_after(call, feature):
             self._leave(vigil, call.step)
 
     def refuse(self, call: Call, reason: str) -> None:
         """Count a step that had to be computed although the plan forecasts it, and say so once for each reason."""
         self._warn(reason)
         self.stats.refused[reason] += 1
+        if self._vigil is not None:
+            self._vigil.catch_up(self._histories)
 
     def observe(self, call: Call, output: torch.Tensor) -> None:
         """What a plan does depends on no output, but a retrace does."""
@@ -182,6 +185,7 @@ class PlanRunner:
         # Contexts that have not run this step yet will hold it too.
         if slot >= 0 and vigil.keeps(step, self._inputs):
             held.add(step)
+        vigil.catch_up(self._histories)
         self._follow(leaving(self._sparse, step, held), step)
 
     def _follow(self, plan: Plan, step: int) -> None:

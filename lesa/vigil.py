@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from .clock import Call, Request
 from .guard import Guard, deviation, relative_error
 from .history import History
 from .likeness import FAR, Weights, embedding_of
-from .mailbox import Mailbox, answers_later
+from .mailbox import answers_later
 from .plan import Expected, Plan, Row
 from .retrace import Past, Retrace
 from .stats import GuardStats
@@ -30,11 +31,11 @@ class _Check(NamedTuple):
 
     Args:
         context, step: of the feature.
-        answer: waits for the device and returns the two sums of `Ring.errors`.
+        answer: waits for the device and returns the two sums of `History.ask`.
         history: where the feature is stored.
         made: whether there was a forecast to compare with.
         expected: its error, if a request may leave its plan here.
-        least: errors below it say nothing.
+        dtype: of the feature; errors as small as its rounding say nothing.
     """
 
     context: str
@@ -43,17 +44,18 @@ class _Check(NamedTuple):
     history: History
     made: bool
     expected: Expected | None
-    least: float
+    dtype: torch.dtype
 
 
 class Vigil:
     """Watches the requests of one plan.
 
-    Of each computed feature that is read or checked the device is asked for its size and for the error of the forecast
-    that would have been made. A GPU is not waited for: its answer is read once the next computed step is under way, as
-    it has long been there, and only that of the last one which a request can leave at, as the step after it comes.
-    From the sizes it follows that forecasts are finite. While a size is not known it is taken to be one that float32
-    or bfloat16 can hold many times; float16 cannot, so there it is waited for.
+    Of each computed feature that is checked the device is asked for its size and for the error of the forecast that
+    would have been made. A GPU is not waited for: its answer is read once the next computed step is under way, as it
+    has long been there, and only that of the last one which a request can leave at, as the step after it comes.
+    From the sizes it follows that forecasts are finite. A size that is not known is taken to be one that float32 or
+    bfloat16 can hold many times. float16 cannot: there the sizes of all that is read are asked for and waited for, as
+    on a device that answers at once. All are asked for, too, where no request may leave its plan.
 
     Args:
         guard: when a request leaves its plan.
@@ -63,11 +65,12 @@ class Vigil:
 
     def __init__(self, guard: Guard, plan: Plan, saw: Callable[[], GuardStats]) -> None:
         self.guard, self._plan, self._saw = guard, plan, saw
+        self.judges = not guard.measures  # whether a request may leave its plan
         self._weights: Weights | None = None
-        # No element of a step's feature is larger than this, by context and step.
-        self._bounds: dict[tuple[str, int], float] = {}
-        self._checks: list[_Check] = []
-        self._mailbox = Mailbox()
+        # No element of a context's features, as far as they are finite, is larger than this.
+        self._largest: dict[str, float] = {}
+        self._spoiled: set[tuple[str, int]] = set()  # contexts and steps whose features are not finite
+        self._checks: deque[_Check] = deque()
         self._checked = self._strange = False
         self.left: int | None = None
         # The last computed step after which a request can leave its plan: no later one is there to read answers at.
@@ -76,23 +79,20 @@ class Vigil:
         self._last_judged = max((step for step in judged if step < plan.num_steps - 1), default=-1)
         self._past: Past | None = None
         self._retrace: Retrace | None = None
-
-    @property
-    def judges(self) -> bool:
-        """Whether a request may leave its plan."""
-        return not self.guard.measures
+        self._all_held = _holds_all(plan)
 
     def begin(self, request: Request) -> str | None:
         """A request starts; returns what people should be told of it."""
         if self._checked and self.left is None:
             self._saw().alert = False
         self._checked, self._strange, self.left, self._past, self._retrace = False, False, None, None, None
-        self._bounds.clear()
+        self._largest.clear()
+        self._spoiled.clear()
         self._checks.clear()
         if not self.judges:
             return None
         if self.guard.retrace:
-            self._past = Past(request.sigmas or self._plan.sigmas)
+            self._past = Past(request.sigmas or self._plan.sigmas, adds=not self._all_held)
         if self._altered(request.denoiser):
             self._suspect()
             return _ALTERED
@@ -100,37 +100,55 @@ class Vigil:
 
     def look(self, call: Call) -> Retrace | None:
         """A call comes; returns the retrace that it must wait for, if a request has left its plan before."""
-        if not self.judges:
-            return None
-        if call.step == 0 and self._plan.likeness is not None and not self._strange:
+        if call.step == 0 and self.judges and self._plan.likeness is not None and not self._strange:
             embedding = embedding_of(call.inputs)
             if embedding is not None and self._plan.likeness.distance(call.context, embedding) > FAR:
                 self._suspect()
         if self._past is not None:
             self._past.note(call)
-            if self.left is not None and call.step > self.left:
-                self._retrace, self._past = self._past.retrace(call), None
+            if self.left is None or call.step <= self.left:
+                return None
+            self._retrace, self._past = self._past.retrace(call), None
         return self._retrace if self._retrace is not None and self._retrace.step == call.step else None
 
     def observe(self, call: Call, output: torch.Tensor) -> None:
         """A call ended with an output."""
         if self._past is not None:
             self._past.saw(call, output)
-            over = call.step > self._last_judged and not any(check.expected for check in self._checks)
-            if self.left is None and over:  # in no context can it leave any more
-                self._past = None
+            if call.step > self._last_judged and self.left is None and not any(c.expected for c in self._checks):
+                self._past = None  # in no context can it leave any more
         elif self._retrace is not None:
             self._saw().retraced += self._retrace.ran
             self._retrace.ran = 0
             if call.context == self._retrace.last:
                 self._retrace = None
 
+    def catch_up(self, histories: Mapping[str, History]) -> None:
+        """What is forecast is no longer what the plan says: to be called before the first such step or change of plan.
+
+        Args:
+            histories: by context.
+        """
+        if self._past is not None:
+            self._past.catch_up(lambda context, rates: self._moved(histories.get(context), context, rates))
+
+    def _moved(self, history: History | None, context: str, rates: Sequence[float]) -> torch.Tensor | None:
+        """The outputs of the first steps, each times its rate, by what they were made of."""
+        if history is None:
+            return None
+        rows, shares = self._plan.rows_of(context), dict.fromkeys(self._plan.computed, 0.0)
+        for step, rate in enumerate(rates):
+            row = Row((step,), (1.0,)) if step in shares else rows[step]
+            for read, weight in zip(row.steps, row.weights, strict=True):
+                shares[read] += rate * weight
+        return history.weighted({step: share for step, share in shares.items() if step < len(rates)})
+
     def bound(self, call: Call, row: Row) -> float:
-        """No element of the forecast of a row is larger; infinity where that is not known."""
-        bound = abs(row.bias)
-        for step, weight in zip(row.steps, row.weights, strict=True):
-            bound += abs(weight) * self._bounds.get((call.context, step), math.inf)
-        self._bounds[call.context, call.step] = bound
+        """No element of the forecast of a row is larger."""
+        largest = self._largest.get(call.context, 0.0)
+        bound = abs(row.bias) + largest * sum(map(abs, row.weights))
+        if self._plan.slots[call.step] >= 0 and bound > largest:  # later rows read it
+            self._largest[call.context] = bound
         return bound
 
     def is_finite(self, output: torch.Tensor) -> bool:
@@ -139,29 +157,28 @@ class Vigil:
         self._saw().replaced += not finite
         return finite
 
-    def check(self, call: Call, feature: torch.Tensor, history: History, plan: Plan) -> None:
-        """Ask how far the forecast of a computed step is from its feature.
+    def keep(self, call: Call, feature: torch.Tensor, history: History, plan: Plan) -> None:
+        """Have the feature of a computed step stored if it is read, and ask how far its forecast is from it.
 
         Args:
             call: of the step.
             feature: of it.
-            history: of the context, before it stores the feature.
+            history: of the context.
             plan: that the request runs by now.
         """
-        step, measures = call.step, self.guard.measures
-        row, expected = plan.checks_of(call.context).get(step), plan.expected_of(call.context).get(step)
-        wanted = row is not None and (measures or expected is not None)
-        if not wanted and plan.slots[step] < 0:
+        step, context = call.step, call.context
+        row, expected = plan.checks_of(context).get(step), plan.expected_of(context).get(step)
+        wanted, later = row is not None and (expected is not None or not self.judges), not _at_once(feature)
+        if later and self._largest.get(context, 0.0) < _LARGEST:
+            self._largest[context] = _LARGEST
+        if not wanted and (plan.slots[step] < 0 or (later and self.judges)):
+            history.store(step, feature)
             return
-        ring = history.prepare(feature)
+        history.prepare(feature)
         made = wanted and row is not None and history.holds(row)
-        if not made or measures or step == plan.num_steps - 1:  # after it nothing can be made up for
+        if not made or not self.judges or step == plan.num_steps - 1:  # after it nothing can be made up for
             expected = None
-        answer = self._mailbox.ask(ring.errors(step, feature.detach()))
-        # An error as small as the rounding of features says nothing.
-        least = torch.finfo(feature.dtype).eps
-        self._checks.append(_Check(call.context, step, answer, history, made, expected, least))
-        self._bounds[call.context, step] = _LARGEST
+        self._checks.append(_Check(context, step, history.ask(step, feature), history, made, expected, feature.dtype))
 
     def settle_before(self, call: Call) -> bool:
         """As a call comes, read what was asked at the last computed step; whether the request must leave its plan.
@@ -177,16 +194,16 @@ class Vigil:
 
     def _settle(self, ran: int, own: bool) -> bool:
         """Read what was asked before the last step that ran and, if `own`, at that one."""
-        before, due = self.left, [check for check in self._checks if check.step < ran + own]
-        self._checks = [check for check in self._checks if check.step >= ran + own]
-        for check in due:
+        before = self.left
+        while self._checks and self._checks[0].step < ran + own:
+            check = self._checks.popleft()
             squares, size = check.answer()
             if math.isfinite(size):
-                self._bounds[check.context, check.step] = math.sqrt(size)
+                self._largest[check.context] = max(self._largest.get(check.context, 0.0), math.sqrt(size))
                 if check.made:
                     self._judge(check, relative_error(squares, size), ran)
             else:
-                self._bounds[check.context, check.step] = math.inf
+                self._spoiled.add((check.context, check.step))
                 check.history.drop(check.step)
                 self._saw().dropped += 1
         return before is None and self.left is not None
@@ -198,13 +215,13 @@ class Vigil:
             return
         self._checked = True
         tolerance = min(self.guard.alert, self.guard.tolerance) if saw.alert or self._strange else self.guard.tolerance
-        if deviation(error, expected, check.least) > tolerance:
+        if deviation(error, expected, torch.finfo(check.dtype).eps) > tolerance:
             ratio = error / expected.error if expected.error else math.inf
             saw.switches, saw.last, saw.alert, self.left = saw.switches + 1, (check.step, ratio), True, ran
 
     def keeps(self, step: int, contexts: Collection[str]) -> bool:
         """Whether no feature of a step was found not to be finite; that of a context to come will be."""
-        return all(self._bounds.get((context, step), 0.0) < math.inf for context in contexts)
+        return not any((context, step) in self._spoiled for context in contexts)
 
     def _altered(self, denoiser: torch.nn.Module | None) -> bool:
         """Whether the denoiser's weights are others than in fitting."""
@@ -220,6 +237,20 @@ class Vigil:
         self._saw().strange += 1
 
 
+def _holds_all(plan: Plan) -> bool:
+    """Whether histories hold all that a plan's outputs are made of, to the end of a request."""
+    held = [plan.slots[step] for step in plan.computed if step < plan.num_steps - 1]
+    forecast = set(range(plan.num_steps)) - set(plan.computed)
+    rows = [row for rows in plan.rows.values() for row in rows.values()]
+    return (
+        plan.site == "output"
+        and min(held, default=-1) >= 0
+        and len(set(held)) == len(held)
+        and all(plan.slots[step] < 0 for step in forecast)
+        and not any(row.bias for row in rows)
+    )
+
+
 def _at_once(feature: torch.Tensor) -> bool:
     """Whether to wait for what was asked of a feature: there is nothing to wait for, or its size is needed."""
-    return not answers_later(feature) or feature.dtype == torch.float16
+    return not answers_later(feature.device) or feature.dtype == torch.float16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +16,7 @@ import lesa
 from lesa import assets, learning, ops
 from lesa.exchange import Stands
 from lesa.learning import Learner, TrainingConfig
-from lesa.mailbox import Mailbox
+from lesa.mailbox import Question
 from lesa.plan import Expected
 from lesa.predictor import Predictor
 
@@ -160,21 +159,32 @@ def test_no_step_waits_for_the_device(pipe: Any, fused: bool, monkeypatch: pytes
     assert lesa.stats(pipe).requests == 2
 
 
-def test_a_mailbox_waits_for_what_it_was_asked_only() -> None:
-    mailbox, numbers = Mailbox(), torch.tensor([2.0, 3.0], device=DEVICE)
-    for again in range(3):  # the second and third time in the memory of the first
-        answers = [mailbox.ask(numbers * i + again) for i in (1, 2)]
+def test_a_question_waits_for_its_answer_only() -> None:
+    numbers = torch.tensor([2.0, 3.0], device=DEVICE)
+    questions = [
+        Question(lambda place, about, i=i: place.copy_(numbers * i + about, non_blocking=True), DEVICE, torch.float32)
+        for i in (1, 2)
+    ]
+    other = torch.cuda.Stream()
+    for again in (0.0, 1.0, 2.0):  # the second and third time in the memory of the first
+        about = torch.tensor(again, device=DEVICE)
+        torch.cuda._sleep(10**7)
+        answers = [question.ask(about) for question in questions]
         torch.cuda._sleep(10**9)
         late = torch.cuda.Event()
         late.record()
         assert [answer() for answer in answers] == [[2.0 + again, 3.0 + again], [4.0 + again, 6.0 + again]]
         assert not late.query()
         torch.cuda.synchronize()
-    assert [len(free) for free in mailbox._free.values()] == [2]
-    assert copy.deepcopy(mailbox)._free == {}
+    torch.cuda._sleep(10**8)
+    answer = questions[0].ask(about)
+    with torch.cuda.stream(other):  # where nothing is to be waited for
+        assert answer() == [4.0, 5.0]
+    with pytest.raises(RuntimeError, match="did not answer"):
+        Question(lambda place, about: None, DEVICE, torch.float32).ask(about)()
 
 
-def test_a_guarded_request_waits_for_events_only() -> None:
+def test_a_guarded_request_waits_for_answers_only() -> None:
     pipe, plan = load(torch.float32), lesa.Plan.load(assets.fitted_path(10))
     lesa.enable(pipe, plan, guard=True)
     run(pipe)

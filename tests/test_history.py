@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -135,3 +138,55 @@ def test_features_of_any_layout() -> None:
     assert torch.equal(forecast(history, 3), feature(0, 4, 6).t())
     history.store(1, feature(1, 6, 8)[:, ::2])
     assert torch.equal(forecast(history, 3), feature(1, 6, 8)[:, ::2])
+
+
+CHECKED = replace(PLAN, computed=(0, 1, 4), rows={"*": {s: ROWS[s] for s in (2, 3, 5)}}, checks={"*": {4: ROWS[4]}})
+
+
+def test_a_check_is_asked_for_as_its_feature_is_stored() -> None:
+    history = History(CHECKED, "*")
+    for step in (0, 1):
+        history.store(step, feature(step))
+    forecast(history, 3)
+    for again in range(3):
+        truth = feature(4 + again).requires_grad_()
+        miss = (feature(1) + feature(1)) / 2 - truth.detach()
+        assert history.ring is not None
+        found = history.ask(4, truth)()
+        torch.testing.assert_close(found, [float(x.double().square().sum()) for x in (miss, truth.detach())])
+    assert history.computed() >= {1}
+
+
+def test_a_copy_writes_to_its_own_memory() -> None:
+    history = History(CHECKED, "*")
+    for step in (0, 1):
+        history.store(step, feature(step))
+    forecast(history, 3)
+    history.ask(4, feature(4))
+    twin = copy.deepcopy(history)
+    assert history.ring is not None and twin.ring is not None
+    before = history.ring.history.clone()
+    twin.ring.history.mul_(2.0)
+    twin.select(3).fill(CHECKED.slots[3])
+    assert torch.equal(twin.ring.history[CHECKED.slots[3]], 2 * feature(1))
+    twin.ask(4, feature(5))()
+    assert torch.equal(history.ring.history, before)
+
+
+def test_a_ring_that_moves_writes_to_where_it_is() -> None:
+    history = filled()
+    forecast(history, 3)
+    assert history.ring is not None
+    history.ring.double()  # as moving to another device does, it makes new buffers
+    found = history.select(3).fill(PLAN.slots[3])
+    assert (
+        torch.equal(found, feature(1).double()) and found.data_ptr() == history.ring.history[PLAN.slots[3]].data_ptr()
+    )
+
+
+def test_sums_of_features_by_step() -> None:
+    history = filled()
+    found = history.weighted({0: 2.0, 1: -1.0})
+    torch.testing.assert_close(found, 2 * feature(0) - feature(1))
+    assert history.weighted({0: 1.0, 3: 1.0}) is None
+    assert History(PLAN, "*").weighted({}) is None

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from lesa import ops  # noqa: E402
-from lesa.kernels.errors import ErrorsConfig, launch_forecast_errors  # noqa: E402
+from lesa.kernels.errors import ErrorsConfig, launch_forecast_errors, prepare_forecast_errors  # noqa: E402
 
 SMALL = ErrorsConfig(block=64, alone=1, programs=5)
 
@@ -101,6 +101,33 @@ def test_nothing_and_what_is_not_finite() -> None:
         row[0][row[1][1], 129] = value
         error, size = launch_forecast_errors(*row, config=SMALL)
         assert not error.isfinite() and size.isfinite()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", [ErrorsConfig(), SMALL], ids=["one", "several"])
+def test_one_row_and_many_truths_of_which_each_is_kept(config: ErrorsConfig, dtype: torch.dtype) -> None:
+    history, slots, weights, bias, _ = random_row(3, 5, 101, dtype=dtype)
+    for slot in (int(slots[1]), next(i for i in range(5) if i not in slots)):  # one that the row reads, and another
+        compare = prepare_forecast_errors(history, slots, weights, bias, history[slot], config)
+        sums = torch.empty(2, pin_memory=DEVICE == "cuda")
+        around = torch.randn(2, 5, 102, device=DEVICE).to(dtype)
+        for truth in (
+            around[0, :, :-1].contiguous(),
+            around[1].flatten()[1:506].view(5, 101),
+        ):  # the second not aligned
+            before = history.clone()
+            expected = launch_forecast_errors(before, slots, weights, bias, truth, config)
+            compare(sums, truth)
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            assert torch.equal(sums, expected.cpu())
+            assert torch.equal(history[slot], truth)
+            others = [i for i in range(5) if i != slot]
+            assert torch.equal(history[others].nan_to_num(), before[others].nan_to_num())
+    with pytest.raises(ValueError, match="kept is"):
+        prepare_forecast_errors(history, slots, weights, bias, history[0, :3])
+    with pytest.raises(ValueError, match="truth is"):
+        compare(sums, truth[:3])
 
 
 def test_slots_beyond_32_bits() -> None:

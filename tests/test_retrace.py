@@ -19,8 +19,9 @@ from lesa.clock import Call, Request
 from lesa.forecasters import check_rows
 from lesa.guard import leaving
 from lesa.inputs import Inputs
-from lesa.plan import Expected, Plan
+from lesa.plan import Expected, Plan, Row
 from lesa.retrace import Past
+from lesa.vigil import Vigil
 
 FLUX, QWEN, HUNYUAN = (CASES_BY_NAME[name] for name in ("flux_dev", "qwen_image", "hunyuan_video"))
 GUIDED = {"guidance": True}
@@ -203,6 +204,55 @@ def test_what_a_callback_changed_is_not_undone(what: str, at: int) -> None:
 
     plan = strict(FLUX, "output", 4)
     more = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": [what]}
+    pipes = enabled(FLUX, plan), enabled(FLUX, plan, ESTIMATE)
+    found = [FLUX.call(pipe, steps=STEPS, **more) for pipe in pipes]
+    assert (lesa.stats(pipes[0]).guard.switches, lesa.stats(pipes[0]).guard.retraced) == (1, 0)
+    assert torch.equal(*found)
+
+
+def holding(plan: Plan) -> Plan:
+    """The plan with rows that read all that was computed, most of it with weight 0, so that nothing is overwritten."""
+
+    def wide(step: int, row: Row) -> Row:
+        reads = [c for c in plan.computed if c < step]
+        return Row(tuple(reads), tuple(dict(zip(row.steps, row.weights, strict=True)).get(c, 0.0) for c in reads))
+
+    rows = {context: {step: wide(step, row) for step, row in own.items()} for context, own in plan.rows.items()}
+    return replace(plan, rows=rows)
+
+
+@pytest.mark.parametrize("refused", [None, 2, 8])
+@pytest.mark.parametrize("step", [4, 10])
+def test_outputs_are_not_added_up_where_a_plan_tells_what_they_come_to(
+    step: int, refused: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = holding(strict(FLUX, "output", step))
+    full = untouched(FLUX, steps=STEPS)
+    added: list[int] = []
+    add = Past._add
+    monkeypatch.setattr(Past, "_add", lambda self, call, output: (added.append(call.step), add(self, call, output)))
+    pipe = enabled(FLUX, plan)
+    bound = Vigil.bound
+    if refused is not None:  # as where a forecast is not finite
+        infinite = lambda self, call, row: math.inf if call.step == refused else bound(self, call, row)  # noqa: E731
+        monkeypatch.setattr(Vigil, "bound", infinite)
+        monkeypatch.setattr(Vigil, "is_finite", lambda self, output: False)
+    found = apart(FLUX.call(pipe, steps=STEPS), full)
+    assert found < 1e-5
+    stats = lesa.stats(pipe)
+    early = refused is not None and refused < step
+    assert (stats.guard.switches, stats.guard.retraced, sum(stats.refused.values())) == (1, step, early)
+    # From the step where the plan was left, or that was refused, on.
+    assert added == list(range(refused if early else step, step + 1))
+
+
+def test_a_sample_that_others_move_is_found_where_outputs_are_not_added_up() -> None:
+    plan = holding(strict(FLUX, "output", 10))
+
+    def change(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": kwargs["latents"] * 1.01} if step == 6 else {}
+
+    more = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["latents"]}
     pipes = enabled(FLUX, plan), enabled(FLUX, plan, ESTIMATE)
     found = [FLUX.call(pipe, steps=STEPS, **more) for pipe in pipes]
     assert (lesa.stats(pipes[0]).guard.switches, lesa.stats(pipes[0]).guard.retraced) == (1, 0)

@@ -5,6 +5,7 @@ Legend: H ring slots, K window, L elements of a feature, S stride between slots,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import check_feature, check_grad, check_history, check_row, guard
+from .launches import Launch
 
 
 class ForecastConfig(NamedTuple):
@@ -196,6 +198,27 @@ def launch_forecast(
     return out
 
 
+def prepare_forecast_into(
+    history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, keep: Tensor, step: Tensor
+) -> Callable[[], None]:
+    """`launch_forecast` into the ring, for many launches: what is called without arguments.
+
+    Args:
+        history, slots, weights, bias, keep, step: as there; rows, step and features may change in place meanwhile.
+
+    Raises:
+        ValueError: an argument has a dtype, shape or stride that is not as said.
+    """
+    check_history(history)
+    window = check_row(slots, step, weights=weights, bias=bias, keep=keep)
+    length = history[0].numel()
+    config = forecast_config(length * history.element_size())
+    sizes = history.stride(0), length, window, config.block, config.hint
+    fixed = None, history, slots, weights, bias, keep, step, *sizes
+    programs = triton.cdiv(length, config.block)
+    return Launch(_forecast_fwd_kernel, programs, fixed, num_warps=config.warps) if length else lambda: None
+
+
 def launch_feature_sums(
     grad: Tensor,
     history: Tensor,
@@ -239,23 +262,23 @@ def launch_feature_sums(
             num_warps=config.warps,
             num_stages=1,
         )
-        return sum_parts(parts, config.warps)
+        sums = torch.empty(window + 1, dtype=torch.float32, device=grad.device)
+        prepare_sum(parts, config.warps)(sums)
+        return sums
 
 
-def sum_parts(parts: Tensor, warps: int) -> Tensor:
-    """The sum of every column, in a fixed order; to be called where the device is chosen.
+def prepare_sum(parts: Tensor, warps: int) -> Callable[[Tensor], None]:
+    """What adds up every column, in a fixed order.
 
     Args:
-        parts: [P, sums] float32, contiguous: what each program left.
+        parts: [P, sums] float32, contiguous: what each program left, by the time of the call.
         warps: a program; with P, of the order of the additions.
 
     Returns:
-        [sums] float32.
+        Called with sums [sums] float32, on the device or in pinned memory, it writes them there.
     """
     programs, count = parts.shape
-    sums = torch.empty(count, dtype=torch.float32, device=parts.device)
-    _reduce_kernel[(count,)](sums, parts, programs, K1=count, BLOCK=triton.next_power_of_2(programs), num_warps=warps)
-    return sums
+    return Launch(_reduce_kernel, count, (parts, programs, count, triton.next_power_of_2(programs)), num_warps=warps)
 
 
 def launch_spread(grad: Tensor, coefficients: Tensor, slots: Tensor, H: int) -> Tensor:

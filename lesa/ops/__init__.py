@@ -5,8 +5,8 @@ A call goes to Triton kernels on a GPU, to the C++ library on the CPU, and to pl
 """
 
 from ._library import BACKENDS, backend_of, describe, wide_dtype
-from .errors import forecast_errors
-from .forecast import feature_sums, forecast, forecast_at, forecast_into_, spread
+from .errors import forecast_errors, prepared_errors
+from .forecast import feature_sums, forecast, forecast_at, forecast_into_, prepared_forecast, spread
 from .head import forecast_head
 from .kan import kan
 from .predict import LAYERS, predict, predict_loss
@@ -25,6 +25,8 @@ __all__ = [
     "kan",
     "predict",
     "predict_loss",
+    "prepared_errors",
+    "prepared_forecast",
     "spread",
     "wide_dtype",
 ]

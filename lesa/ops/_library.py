@@ -126,6 +126,11 @@ def backend_of(name: str, tensor: torch.Tensor) -> str:
     return "torch" if _triton_missing(tensor) else "triton"
 
 
+def launches(tensor: torch.Tensor, backend: str | None) -> bool:
+    """Whether kernels may be launched on tensors like this one without the dispatcher, which only finds the device."""
+    return tensor.device.type in ("cuda", "xpu") and backend in (None, "triton") and not _triton_missing(tensor)
+
+
 def describe() -> dict[str, str]:
     """For every backend whether it is there, and if not why and what to do."""
     triton = _triton_version()

@@ -7,13 +7,14 @@ One pass over the features and the truth; the forecast is neither rounded nor wr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._checks import check_like, check_row
-from ._library import call, define, no_setup, wide_dtype
+from ._library import call, define, launches, no_setup, wide_dtype
 from .forecast import weighted_sum
 
 
@@ -38,6 +39,38 @@ def forecast_errors(
         ValueError: an argument has a dtype or a shape that is not as said.
     """
     return call("forecast_errors", backend, history, slots, weights, bias, truth)
+
+
+def prepared_errors(
+    history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, kept: Tensor | None, backend: str | None = None
+) -> Callable[[Tensor, Tensor], None]:
+    """`forecast_errors` of one row, for many truths: what does not change is looked at once.
+
+    Args:
+        history, slots, weights, bias, backend: see `forecast_errors`; what they hold may change meanwhile.
+        kept: a feature of the history, where each truth is copied to; None copies nothing.
+
+    Returns:
+        Called with sums [2], float32 or wider, and a truth, it writes the two sums. Those of a CUDA device may be in
+        pinned memory, and are there once the device is done; those of others on the CPU are there as it returns.
+
+    Raises:
+        ValueError: an argument has a dtype or a shape that is not as said; of a truth when it is given.
+    """
+    if launches(history, backend):
+        from ..kernels.errors import prepare_forecast_errors
+
+        launch = prepare_forecast_errors(history, slots, weights, bias, kept)
+        return lambda sums, truth: launch(sums, truth.contiguous())
+
+    def compare(sums: Tensor, truth: Tensor) -> None:
+        with torch.inference_mode():  # what autograd does about an operator takes longer than the operator
+            found = forecast_errors(history, slots, weights, bias, truth, backend)
+            sums.copy_(found, non_blocking=found.is_cuda)
+            if kept is not None:
+                kept.copy_(truth)
+
+    return compare
 
 
 def _plain_errors(history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, truth: Tensor) -> Tensor:

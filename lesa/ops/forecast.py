@@ -7,14 +7,15 @@ The backward therefore saves nothing but the inputs: one pass over g and the fea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._checks import check_like, check_row, check_slots, check_step
-from ._library import call, define, no_second_derivative, no_setup, no_tensor, wide_dtype
+from ._library import call, define, launches, no_second_derivative, no_setup, no_tensor, wide_dtype
 
 
 def forecast(
@@ -84,6 +85,30 @@ def forecast_into_(
         backend: see `forecast`.
     """
     call("forecast_into_", backend, history, slots, weights, bias, keep, step)
+
+
+def prepared_forecast(
+    history: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    keep: Tensor,
+    step: Tensor,
+    backend: str | None = None,
+) -> Callable[[], None]:
+    """`forecast_into_`, for many steps: what it returns is called once a step, and looks at no argument again.
+
+    Args:
+        history, slots, weights, bias, keep, step, backend: see `forecast_into_`; what they hold may change meanwhile.
+
+    Raises:
+        ValueError: an argument has a dtype or a shape that is not as said.
+    """
+    if launches(history, backend):
+        from ..kernels.forecast import prepare_forecast_into
+
+        return prepare_forecast_into(history, slots, weights, bias, keep, step)
+    return functools.partial(forecast_into_, history, slots, weights, bias, keep, step, backend)
 
 
 def feature_sums(grad: Tensor, history: Tensor, slots: Tensor, backend: str | None = None) -> Tensor:
