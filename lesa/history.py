@@ -200,7 +200,7 @@ class History:
         """
         assert self.ring is not None
         slot = self._plan.slots[step]
-        answer = self.ring.ask(step, slot, feature)
+        answer = self.ring.ask(step, slot, feature.contiguous())
         if slot >= 0:
             self._hold(step, slot)
         return answer

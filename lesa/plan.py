@@ -43,6 +43,11 @@ class Row:
     weights: tuple[float, ...]
     bias: float = 0.0
 
+    @cached_property
+    def gain(self) -> float:
+        """How many times larger than what it reads the forecast can be, without its bias."""
+        return sum(map(abs, self.weights))
+
 
 @dataclass(frozen=True)
 class Expected:

@@ -16,6 +16,7 @@ tells whether somebody else moved the sample.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -66,20 +67,25 @@ class Past:
             self.outputs[call.step][call.context] = output.detach().clone()
         if self._adds:
             self._add(call, output.detach())
-        else:
-            self._ran[call.context] = call.step + 1
 
-    def catch_up(self, moved: Callable[[str, Sequence[float]], Tensor | None]) -> None:
+    def wants(self, call: Call) -> bool:
+        """Whether the output of a call is to be told."""
+        return self._adds or call.step < _SEEN
+
+    def catch_up(self, under_way: str | None, moved: Callable[[str, Sequence[float]], Tensor | None]) -> None:
         """Add up each output from here on.
 
         Args:
+            under_way: the context of a call that has begun and not ended.
             moved: what the first outputs of a context, each times its rate, come to, in float32 or wider; None, with
                 which the request is given up, where that is not known any more.
         """
         if self._given_up or self._adds:
             return
         self._adds = True
-        for context, steps in self._ran.items():
+        ran = Counter(context for _, context, _ in self._calls)
+        ran.subtract([] if under_way is None else [under_way])
+        for context, steps in (+ran).items():  # without those that have not run a step
             known = moved(context, self.rates[:steps])
             if known is None:
                 self._forget(True)
@@ -185,7 +191,6 @@ class Past:
         self._latest: dict[str, Inputs] = {}
         self._calls: list[tuple[int, str, object]] = []
         self._moves: dict[str, Tensor] = {}
-        self._ran: dict[str, int] = {}  # steps that are not added up
 
 
 class Retrace:

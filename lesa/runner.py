@@ -132,16 +132,15 @@ class PlanRunner:
         if vigil is None:
             history.store(call.step, feature)
             return
-        vigil.keep(call, feature, history, self._active)
-        if vigil.settle_after(call, feature):
-            self._leave(vigil, call.step)
+        if vigil.keep(call, feature, history, self._active):
+            self._leave(vigil, call.step, call.context)
 
     def refuse(self, call: Call, reason: str) -> None:
         """Count a step that had to be computed although the plan forecasts it, and say so once for each reason."""
         self._warn(reason)
         self.stats.refused[reason] += 1
         if self._vigil is not None:
-            self._vigil.catch_up(self._histories)
+            self._vigil.catch_up(self._histories, call.context)
 
     def observe(self, call: Call, output: torch.Tensor) -> None:
         """What a plan does depends on no output, but a retrace does."""
@@ -171,13 +170,13 @@ class PlanRunner:
     def _look(self, vigil: Vigil, call: Call) -> Retrace | None:
         """What a call must wait for; a request may have to leave its plan before it."""
         if vigil.settle_before(call):
-            self._leave(vigil, call.step - 1)
+            self._leave(vigil, call.step - 1, None)
         retrace = vigil.look(call)
         if retrace is not None and any(self._active.rows.values()):  # what would have repaid
             self._follow(rest_of(self.plan), call.step - 1)
         return retrace
 
-    def _leave(self, vigil: Vigil, step: int) -> None:
+    def _leave(self, vigil: Vigil, step: int, under_way: str | None) -> None:
         """Run what comes after a computed step, in all contexts, by what the guard makes of the plan."""
         self._warn("forecasts are worse than in fitting, so the guard has the request leave its plan")
         slot = self._active.slots[step]
@@ -185,7 +184,7 @@ class PlanRunner:
         # Contexts that have not run this step yet will hold it too.
         if slot >= 0 and vigil.keeps(step, self._inputs):
             held.add(step)
-        vigil.catch_up(self._histories)
+        vigil.catch_up(self._histories, under_way)
         self._follow(leaving(self._sparse, step, held), step)
 
     def _follow(self, plan: Plan, step: int) -> None:

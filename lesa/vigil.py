@@ -113,8 +113,10 @@ class Vigil:
 
     def observe(self, call: Call, output: torch.Tensor) -> None:
         """A call ended with an output."""
-        if self._past is not None:
-            self._past.saw(call, output)
+        past = self._past
+        if past is not None:
+            if past.wants(call):
+                past.saw(call, output)
             if call.step > self._last_judged and self.left is None and not any(c.expected for c in self._checks):
                 self._past = None  # in no context can it leave any more
         elif self._retrace is not None:
@@ -123,14 +125,15 @@ class Vigil:
             if call.context == self._retrace.last:
                 self._retrace = None
 
-    def catch_up(self, histories: Mapping[str, History]) -> None:
+    def catch_up(self, histories: Mapping[str, History], under_way: str | None) -> None:
         """What is forecast is no longer what the plan says: to be called before the first such step or change of plan.
 
         Args:
             histories: by context.
+            under_way: the context of a call that has begun and not ended.
         """
         if self._past is not None:
-            self._past.catch_up(lambda context, rates: self._moved(histories.get(context), context, rates))
+            self._past.catch_up(under_way, lambda name, rates: self._moved(histories.get(name), name, rates))
 
     def _moved(self, history: History | None, context: str, rates: Sequence[float]) -> torch.Tensor | None:
         """The outputs of the first steps, each times its rate, by what they were made of."""
@@ -146,7 +149,7 @@ class Vigil:
     def bound(self, call: Call, row: Row) -> float:
         """No element of the forecast of a row is larger."""
         largest = self._largest.get(call.context, 0.0)
-        bound = abs(row.bias) + largest * sum(map(abs, row.weights))
+        bound = abs(row.bias) + largest * row.gain
         if self._plan.slots[call.step] >= 0 and bound > largest:  # later rows read it
             self._largest[call.context] = bound
         return bound
@@ -157,8 +160,10 @@ class Vigil:
         self._saw().replaced += not finite
         return finite
 
-    def keep(self, call: Call, feature: torch.Tensor, history: History, plan: Plan) -> None:
+    def keep(self, call: Call, feature: torch.Tensor, history: History, plan: Plan) -> bool:
         """Have the feature of a computed step stored if it is read, and ask how far its forecast is from it.
+
+        Then read what is due of what was asked; returns whether the request must leave its plan.
 
         Args:
             call: of the step.
@@ -166,31 +171,28 @@ class Vigil:
             history: of the context.
             plan: that the request runs by now.
         """
-        step, context = call.step, call.context
+        step, context, later = call.step, call.context, not _at_once(feature)
         row, expected = plan.checks_of(context).get(step), plan.expected_of(context).get(step)
-        wanted, later = row is not None and (expected is not None or not self.judges), not _at_once(feature)
+        wanted = row is not None and (expected is not None or not self.judges)
         if later and self._largest.get(context, 0.0) < _LARGEST:
             self._largest[context] = _LARGEST
-        if not wanted and (plan.slots[step] < 0 or (later and self.judges)):
+        if wanted or (plan.slots[step] >= 0 and not (later and self.judges)):
+            history.prepare(feature)
+            made = wanted and row is not None and history.holds(row)
+            if not made or not self.judges or step == plan.num_steps - 1:  # after it nothing can be made up for
+                expected = None
+            answer = history.ask(step, feature)
+            self._checks.append(_Check(context, step, answer, history, made, expected, feature.dtype))
+        else:
             history.store(step, feature)
-            return
-        history.prepare(feature)
-        made = wanted and row is not None and history.holds(row)
-        if not made or not self.judges or step == plan.num_steps - 1:  # after it nothing can be made up for
-            expected = None
-        self._checks.append(_Check(context, step, history.ask(step, feature), history, made, expected, feature.dtype))
+        return self._settle(step, own=not later or step == plan.num_steps - 1)
 
     def settle_before(self, call: Call) -> bool:
         """As a call comes, read what was asked at the last computed step; whether the request must leave its plan.
 
-        This and `settle_after` wait for the device, and drop features that are not finite from their histories.
+        This and `keep` wait for the device, and drop features that are not finite from their histories.
         """
         return call.step > self._last and self._settle(call.step - 1, own=True)
-
-    def settle_after(self, call: Call, feature: torch.Tensor) -> bool:
-        """Once the feature of a computed step is stored, read what is due; whether the request must leave its plan."""
-        own = call.step == self._plan.num_steps - 1 or _at_once(feature)
-        return self._settle(call.step, own)
 
     def _settle(self, ran: int, own: bool) -> bool:
         """Read what was asked before the last step that ran and, if `own`, at that one."""

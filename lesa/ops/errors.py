@@ -51,8 +51,9 @@ def prepared_errors(
         kept: a feature of the history, where each truth is copied to; None copies nothing.
 
     Returns:
-        Called with sums [2], float32 or wider, and a truth, it writes the two sums. Those of a CUDA device may be in
-        pinned memory, and are there once the device is done; those of others on the CPU are there as it returns.
+        Called with sums [2], float32 or wider, and a truth, contiguous, it writes the two sums. Those of a CUDA device
+        may be in pinned memory, and are there once the device is done; those of others on the CPU are there as it
+        returns.
 
     Raises:
         ValueError: an argument has a dtype or a shape that is not as said; of a truth when it is given.
@@ -60,8 +61,7 @@ def prepared_errors(
     if launches(history, backend):
         from ..kernels.errors import prepare_forecast_errors
 
-        launch = prepare_forecast_errors(history, slots, weights, bias, kept)
-        return lambda sums, truth: launch(sums, truth.contiguous())
+        return prepare_forecast_errors(history, slots, weights, bias, kept)
 
     def compare(sums: Tensor, truth: Tensor) -> None:
         with torch.inference_mode():  # what autograd does about an operator takes longer than the operator
