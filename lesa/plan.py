@@ -289,21 +289,26 @@ class Plan:
             raise PlanError("rows is empty: every step that is not computed needs a row")
 
     def _check_rows(self, context: str, rows: Mapping[int, Row]) -> None:
-        missing = set(range(self.num_steps)) - set(self.computed) - set(rows)
+        forecast = set(range(self.num_steps)) - set(self.computed)
+        missing = forecast - set(rows)
         if missing:
             raise PlanError(f"context {context!r} has no row for forecast steps {sorted(missing)}")
         for step, row in rows.items():
-            where = f"row of context {context!r}, step {step}"
-            if step in self.computed or not 0 <= step < self.num_steps:
-                raise PlanError(f"{where}: the step is computed or outside the request; rows are for forecast steps")
-            _check_row(where, step, row)
+            if step not in forecast:
+                raise PlanError(
+                    f"row of context {context!r}, step {step}: the step is computed or outside the request; rows are "
+                    "for forecast steps"
+                )
+            if not _is_sound(row, step):
+                _refuse(row, step, f"row of context {context!r}, step {step}")
 
     def _check_checks(self, context: str, rows: Mapping[int, Row]) -> None:
         for step, row in rows.items():
             where = f"check of context {context!r}, step {step}"
             if step not in self.computed:
                 raise PlanError(f"{where}: the step is not computed; checks are for computed steps {self.computed}")
-            _check_row(where, step, row)
+            if not _is_sound(row, step):
+                _refuse(row, step, where)
 
     def _check_expected(self, context: str, errors: Mapping[int, Expected]) -> None:
         for step, error in errors.items():
@@ -323,7 +328,19 @@ class Plan:
             )
 
 
-def _check_row(where: str, step: int, row: Row) -> None:
+def _is_sound(row: Row, step: int) -> bool:
+    """Whether a row may serve a step; a plan made while a request waits has some hundreds of them."""
+    return (
+        1 <= len(row.steps) == len(row.weights) <= MAX_READS
+        and min(row.steps) >= 0
+        and max(row.steps) < step
+        and all(map(math.isfinite, row.weights))
+        and math.isfinite(row.bias)
+    )
+
+
+def _refuse(row: Row, step: int, where: str) -> None:
+    """Say why a row may not serve a step."""
     if len(row.steps) != len(row.weights) or not 1 <= len(row.steps) <= MAX_READS:
         raise PlanError(
             f"{where}: {len(row.steps)} steps and {len(row.weights)} weights; expected as many of "
@@ -331,5 +348,4 @@ def _check_row(where: str, step: int, row: Row) -> None:
         )
     if not all(0 <= read < step for read in row.steps):
         raise PlanError(f"{where}: reads steps {row.steps}; only earlier steps of the request can be read")
-    if not all(math.isfinite(value) for value in (*row.weights, row.bias)):
-        raise PlanError(f"{where}: weights {row.weights} and bias {row.bias} must be finite")
+    raise PlanError(f"{where}: weights {row.weights} and bias {row.bias} must be finite")
