@@ -127,7 +127,7 @@ def deviation(error: float, expected: Expected, least: float) -> float:
 
 def foreign(plan: Plan, contexts: Collection[str]) -> bool:
     """Whether guidance joined a request of a guarded plan that was fitted to requests of one context."""
-    return any(plan.expected.values()) and set(plan.rows) == {ANY_CONTEXT} and len(contexts) > 1
+    return len(contexts) > 1 and any(plan.expected.values()) and set(plan.rows) == {ANY_CONTEXT}
 
 
 def rest_of(plan: Plan) -> Plan:

@@ -61,16 +61,12 @@ class Past:
 
     def saw(self, call: Call, output: Tensor) -> None:
         """A call ended with what it gave the pipeline."""
-        if self._given_up:
-            return
-        if call.step < _SEEN:
-            self.outputs[call.step][call.context] = output.detach().clone()
-        if self._adds:
-            self._add(call, output.detach())
-
-    def wants(self, call: Call) -> bool:
-        """Whether the output of a call is to be told."""
-        return self._adds or call.step < _SEEN
+        if not self._given_up and (self._adds or call.step < _SEEN):
+            output = output.detach()
+            if call.step < _SEEN:
+                self.outputs[call.step][call.context] = output.clone()
+            if self._adds:
+                self._add(call, output)
 
     def catch_up(self, under_way: str | None, moved: Callable[[str, Sequence[float]], Tensor | None]) -> None:
         """Add up each output from here on.

@@ -100,23 +100,22 @@ class Vigil:
 
     def look(self, call: Call) -> Retrace | None:
         """A call comes; returns the retrace that it must wait for, if a request has left its plan before."""
+        past = self._past
         if call.step == 0 and self.judges and self._plan.likeness is not None and not self._strange:
             embedding = embedding_of(call.inputs)
             if embedding is not None and self._plan.likeness.distance(call.context, embedding) > FAR:
                 self._suspect()
-        if self._past is not None:
-            self._past.note(call)
+        if past is not None:
+            past.note(call)
             if self.left is None or call.step <= self.left:
                 return None
-            self._retrace, self._past = self._past.retrace(call), None
+            self._retrace, self._past = past.retrace(call), None
         return self._retrace if self._retrace is not None and self._retrace.step == call.step else None
 
     def observe(self, call: Call, output: torch.Tensor) -> None:
         """A call ended with an output."""
-        past = self._past
-        if past is not None:
-            if past.wants(call):
-                past.saw(call, output)
+        if self._past is not None:
+            self._past.saw(call, output)
             if call.step > self._last_judged and self.left is None and not any(c.expected for c in self._checks):
                 self._past = None  # in no context can it leave any more
         elif self._retrace is not None:
