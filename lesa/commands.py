@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,7 @@ def _goal(options: argparse.Namespace) -> dict[str, Any]:
     if options.target_ssim is not None and options.target_ssim > 1:
         raise ValueError(f"--target-ssim {options.target_ssim:g}: expected at most 1, that of the same picture")
     budgets = sorted(set(options.budget or ()))
-    if budgets and budgets[0] < 1:
-        raise ValueError(f"--budget {budgets[0]}: expected at least 1 computed step")
+    _check_budgets(budgets)
     if options.frontier:
         if options.speedup is not None:
             raise ValueError(f"--speedup {options.speedup:g} names one budget: leave out it or --frontier")
@@ -160,6 +160,11 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_budgets(budgets: Sequence[int]) -> None:
+    if budgets and min(budgets) < 1:
+        raise ValueError(f"--budget {min(budgets)}: expected at least 1 computed step")
+
+
 def generate(options: argparse.Namespace) -> int:
     """Make pictures."""
     from . import api
@@ -167,8 +172,7 @@ def generate(options: argparse.Namespace) -> int:
 
     if options.plan is None and (options.budget is not None or options.guard is not None):
         raise ValueError("--budget and --guard are of a plan: name one with --plan")
-    if options.budget is not None and options.budget < 1:
-        raise ValueError(f"--budget {options.budget}: expected at least 1 computed step")
+    _check_budgets([] if options.budget is None else [options.budget])
     guard = _guard(options.guard)
     plan = api.source_of(options.plan, options.budget) if options.plan else None
     if plan:
