@@ -160,7 +160,7 @@ def leaving(plan: Plan, step: int, held: Collection[int]) -> Plan:
 
     Args:
         plan: what the request ran by.
-        step: the last step that it ran, computed.
+        step: the last step that it ran; where a forecast was refused, one that the plan does not compute.
         held: computed steps up to `step` whose features are held.
 
     Returns:
@@ -168,10 +168,10 @@ def leaving(plan: Plan, step: int, held: Collection[int]) -> Plan:
         over, and count as computed.
 
     Raises:
-        ValueError: `step` is no computed step of the plan.
+        ValueError: `step` is no step of the plan.
     """
-    if step not in plan.computed:
-        raise ValueError(f"step={step}: expected a computed step of the plan, one of {plan.computed}")
+    if not 0 <= step < plan.num_steps:
+        raise ValueError(f"step={step}: expected one of the plan's {plan.num_steps} steps")
     target = step + 1
     repaid: dict[str, Row] = {}
     if plan.site == "output" and step in held and target < plan.num_steps:

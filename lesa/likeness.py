@@ -169,7 +169,7 @@ def _kind(denoiser: torch.nn.Module) -> tuple[int, bool]:
 
 def _is_whole(p: Any) -> bool:
     return (
-        type(p) in (Parameter, Tensor)
+        (type(p) is Tensor or issubclass(type(p), Parameter))
         and p.is_floating_point()
         and p.is_contiguous()
         and not p.is_meta

@@ -1,4 +1,4 @@
-"""Mailbox: numbers that a device is asked for while it has other things to do."""
+"""Questions to a device: numbers that it is asked for while it has other things to do."""
 
 from __future__ import annotations
 
@@ -33,16 +33,18 @@ class Question:
     def __init__(
         self, put: Callable[[torch.Tensor, torch.Tensor], None], device: torch.device, dtype: torch.dtype
     ) -> None:
+        self._put, self._device, self._waits = put, device, False
         with torch.inference_mode(False):  # later requests may run outside inference mode
             self._memory = torch.empty(2, dtype=dtype, device="cpu", pin_memory=answers_later(device))
         self._numbers = self._memory.numpy()
-        self._put, self._device, self._waits = put, device, False
 
     def ask(self, about: torch.Tensor) -> Callable[[], list[float]]:
         """Ask; returns what waits for the answer, but for nothing that the device is told to do later.
 
-        To be read before the question is put again.
+        To be read before the question is put again, which waits for an answer that nobody read.
         """
+        if self._waits:
+            self._read()
         self._numbers[:] = _UNWRITTEN
         self._waits = True
         self._put(self._memory, about)
@@ -65,6 +67,9 @@ class Question:
         module.synchronize(self._device)  # it was asked on another stream
         if _UNWRITTEN in self._numbers.tolist():
             raise RuntimeError(f"{self._device} did not answer a question")
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Question:
+        return self  # the answer is written here only
 
     def __del__(self) -> None:
         if self._waits and answers_later(self._device):  # the memory must not be another's when it is written to

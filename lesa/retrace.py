@@ -36,8 +36,8 @@ _SEEN = 2  # steps
 class Past:
     """What a retrace needs of a request: inputs and outputs of its first steps, the times of all, and what all moved.
 
-    Takes the memory of three samples, two outputs of each context and one in float32, and keeps the arguments of the
-    first step. A request whose arguments change is given up, and all of it forgotten.
+    Takes the memory of three samples, two outputs of each context and, while they are added up, one in float32, and
+    keeps the arguments of the first step. A request whose arguments change is given up, and all of it forgotten.
 
     Args:
         sigmas: [T + 1] of the request.

@@ -26,7 +26,8 @@ class GuardStats:
         alert: whether the next request is watched more closely, because one left its plan.
         strange: requests watched more closely because their prompt or the weights are unlike those of fitting.
         replaced: forecasts that were not finite; a computed step took their place.
-        dropped: computed features that were not finite; no forecast reads them (on a GPU after the next computed step).
+        dropped: computed features that were found not to be finite; no forecast reads them (on a GPU after the next
+            computed step, and of those that are checked).
         errors: the largest finite relative error of each check, for each context.
 
     Of a request that stops before its last step a GPU's last checks are not counted.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -55,7 +54,8 @@ class Vigil:
     has long been there, and only that of the last one which a request can leave at, as the step after it comes.
     From the sizes it follows that forecasts are finite. A size that is not known is taken to be one that float32 or
     bfloat16 can hold many times. float16 cannot: there the sizes of all that is read are asked for and waited for, as
-    on a device that answers at once. All are asked for, too, where no request may leave its plan.
+    on a device that answers at once. All are asked for, too, where no request may leave its plan. A feature that is not
+    asked for and not finite is read on: its output was not finite either, so the sample is spoiled from there.
 
     Args:
         guard: when a request leaves its plan.
@@ -67,10 +67,12 @@ class Vigil:
         self.guard, self._plan, self._saw = guard, plan, saw
         self.judges = not guard.measures  # whether a request may leave its plan
         self._weights: Weights | None = None
-        # No element of a context's features, as far as they are finite, is larger than this.
+        # No element of a context's computed features, as far as they are finite, is larger than this; nor of a
+        # forecast that later rows read, by context and step.
         self._largest: dict[str, float] = {}
+        self._kept: dict[tuple[str, int], float] = {}
         self._spoiled: set[tuple[str, int]] = set()  # contexts and steps whose features are not finite
-        self._checks: deque[_Check] = deque()
+        self._checks: list[_Check] = []
         self._checked = self._strange = False
         self.left: int | None = None
         # The last computed step after which a request can leave its plan: no later one is there to read answers at.
@@ -87,6 +89,7 @@ class Vigil:
             self._saw().alert = False
         self._checked, self._strange, self.left, self._past, self._retrace = False, False, None, None, None
         self._largest.clear()
+        self._kept.clear()
         self._spoiled.clear()
         self._checks.clear()
         if not self.judges:
@@ -147,10 +150,14 @@ class Vigil:
 
     def bound(self, call: Call, row: Row) -> float:
         """No element of the forecast of a row is larger."""
-        largest = self._largest.get(call.context, 0.0)
-        bound = abs(row.bias) + largest * row.gain
-        if self._plan.slots[call.step] >= 0 and bound > largest:  # later rows read it
-            self._largest[call.context] = bound
+        largest, bound = self._largest.get(call.context, 0.0), abs(row.bias)
+        if self._kept:
+            for step, weight in zip(row.steps, row.weights, strict=True):
+                bound += abs(weight) * self._kept.get((call.context, step), largest)
+        else:
+            bound += largest * row.gain
+        if self._plan.slots[call.step] >= 0:
+            self._kept[call.context, call.step] = bound
         return bound
 
     def is_finite(self, output: torch.Tensor) -> bool:
@@ -173,6 +180,7 @@ class Vigil:
         step, context, later = call.step, call.context, not _at_once(feature)
         row, expected = plan.checks_of(context).get(step), plan.expected_of(context).get(step)
         wanted = row is not None and (expected is not None or not self.judges)
+        self._kept.pop((context, step), None)  # its forecast was refused
         if later and self._largest.get(context, 0.0) < _LARGEST:
             self._largest[context] = _LARGEST
         if wanted or (plan.slots[step] >= 0 and not (later and self.judges)):
@@ -196,8 +204,10 @@ class Vigil:
     def _settle(self, ran: int, own: bool) -> bool:
         """Read what was asked before the last step that ran and, if `own`, at that one."""
         before = self.left
-        while self._checks and self._checks[0].step < ran + own:
-            check = self._checks.popleft()
+        due = [check for check in self._checks if check.step < ran + own]
+        if due:
+            self._checks = [check for check in self._checks if check.step >= ran + own]
+        for check in due:
             squares, size = check.answer()
             if math.isfinite(size):
                 self._largest[check.context] = max(self._largest.get(check.context, 0.0), math.sqrt(size))

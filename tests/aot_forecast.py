@@ -42,15 +42,17 @@ def _sums(dtype: str, window: int, padded: int) -> Variant:
     )
 
 
-def _errors(dtype: str, window: int) -> Variant:
+def _errors(dtype: str, window: int, kept: bool = True) -> Variant:
     config = errors.ErrorsConfig()
     types = dict.fromkeys(("p_history", "p_truth"), f"*{dtype}") | {"p_part": "*fp32", "p_slots": "*i32"}
+    if kept:
+        types["p_kept"] = f"*{dtype}"
     return Variant(
         errors._forecast_errors_kernel,
         types | {"p_weights": "*fp32", "p_bias": "*fp32", "S": "i32", "L": "i32"},
-        {"K": window, "BLOCK": config.block},
+        {"K": window, "BLOCK": config.block} | ({} if kept else {"p_kept": None}),
         num_warps=config.warps,
-        label=f"{dtype} K={window}",
+        label=f"{dtype} K={window}{' kept' if kept else ''}",
         divisible=("S", "L"),
     )
 
@@ -131,7 +133,7 @@ VARIANTS = [
     _forecast("bf16", 8, "into"),
     *(_sums("bf16", window, padded) for window, padded in ((1, 1), (8, 8), (16, 16))),
     _sums("fp32", 8, 8),
-    *(_errors("bf16", window) for window in (2, 8, 16)),
+    *(_errors("bf16", window, kept) for window in (2, 8, 16) for kept in (True, False)),
     _errors("fp32", 8),
     _errors("fp16", 8),
     Variant(

@@ -31,6 +31,7 @@ from lesa.guard import ALERT, TOLERANCE, Guard, GuardOption, deviation, foreign,
 from lesa.history import Ring
 from lesa.plan import Expected, Plan, PlanError, Row
 from lesa.runner import PlanRunner
+from lesa.stats import GuardStats
 
 FLUX, QWEN = CASES_BY_NAME["flux_dev"], CASES_BY_NAME["qwen_image"]
 STEPS = 12
@@ -422,8 +423,9 @@ def test_leaving_at_the_ends() -> None:
     plan = small((0, 3, 13), 14)
     assert leaving(plan, 13, {0, 3, 13}).computed == tuple(range(14))
     assert leaving(plan, 0, {0}).rows_of("any")[1] == Row((0,), (1.0,))
-    with pytest.raises(ValueError, match="step=4: expected a computed step"):
-        leaving(plan, 4, {0, 3})
+    assert leaving(plan, 4, {0, 3}).computed == tuple(range(14))  # a step whose forecast was refused
+    with pytest.raises(ValueError, match="step=14: expected one of the plan's 14 steps"):
+        leaving(plan, 14, {0, 3})
 
 
 def test_a_rest_always_fits_in_what_there_is(seed: int) -> None:
@@ -781,3 +783,16 @@ def test_files_from_before_there_was_a_guard(tmp_path: Path) -> None:
     path.write_bytes(serialize(old, {"lesa": json.dumps(description)}))
     loaded = Plan.load(path)
     assert (loaded.checks, loaded.expected, loaded.rows) == ({}, {}, plan.rows)
+
+
+def test_bounds_of_forecasts_that_are_read_begin_anew_at_computed_steps() -> None:
+    """Else forecasts in float16 would wait for the device although nothing overflows."""
+    plan = Plan.load(assets.plan_path(5))
+    assert any(plan.slots[step] >= 0 for step in plan.rows_of("*"))
+    looking = vigil.Vigil(Guard(math.inf), plan, GuardStats)
+    looking._largest["*"] = 2.0**12
+    bounds = [
+        looking.bound(Call("*", step, None, torch.zeros(1), Request(), False), row)
+        for step, row in sorted(plan.rows_of("*").items())
+    ]
+    assert sum(not bound < torch.finfo(torch.float16).max for bound in bounds) <= 1

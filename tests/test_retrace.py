@@ -246,6 +246,28 @@ def test_outputs_are_not_added_up_where_a_plan_tells_what_they_come_to(
     assert added == list(range(refused if early else step, step + 1))
 
 
+@pytest.mark.parametrize("contexts", [("*",), ("cond", "uncond")], ids=["one context", "two"])
+@pytest.mark.parametrize("refused", sorted({*range(2, STEPS)} - {*COMPUTED}))
+def test_a_request_leaves_at_a_step_whose_forecast_is_refused(
+    refused: int, contexts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device that answers later, where a check is read at the next step that is computed."""
+    request = GUIDED if len(contexts) > 1 else {}
+    plan = holding(strict(FLUX, "output", 4, contexts, **request))
+    full = untouched(FLUX, steps=STEPS, **request)
+    answers_later(monkeypatch)
+    bound = Vigil.bound
+    infinite = lambda self, call, row: math.inf if call.step == refused else bound(self, call, row)  # noqa: E731
+    monkeypatch.setattr(Vigil, "bound", infinite)
+    monkeypatch.setattr(Vigil, "is_finite", lambda self, output: False)
+    pipe = enabled(FLUX, plan)
+    for requests in (1, 2):
+        found = FLUX.call(pipe, steps=STEPS, **request)
+        saw = lesa.stats(pipe).guard
+        assert saw.switches == requests and saw.retraced > 0
+        assert apart(found, full) < 1e-5
+
+
 def test_a_sample_that_others_move_is_found_where_outputs_are_not_added_up() -> None:
     plan = holding(strict(FLUX, "output", 10))
 

@@ -58,7 +58,7 @@ def prepared_errors(
     Raises:
         ValueError: an argument has a dtype or a shape that is not as said; of a truth when it is given.
     """
-    if launches(history, backend):
+    if history.is_cuda and launches(history, backend):
         from ..kernels.errors import prepare_forecast_errors
 
         return prepare_forecast_errors(history, slots, weights, bias, kept)
