@@ -93,7 +93,7 @@ def prepare_forecast_errors(
     window = check_row(slots, None, weights=weights, bias=bias)
     if kept is not None:
         check_feature("kept", kept, history)
-    shape, length = history.shape[1:], history[0].numel()
+    shape, length = history.shape[1:], history.shape[1:].numel()
     tiles = triton.cdiv(length, config.block)
     programs = 1 if tiles <= config.alone else min(tiles, config.programs)
     fixed = kept, history, slots, weights, bias, history.stride(0), length, window, config.block

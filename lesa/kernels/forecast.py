@@ -211,7 +211,7 @@ def prepare_forecast_into(
     """
     check_history(history)
     window = check_row(slots, step, weights=weights, bias=bias, keep=keep)
-    length = history[0].numel()
+    length = history.shape[1:].numel()
     config = forecast_config(length * history.element_size())
     sizes = history.stride(0), length, window, config.block, config.hint
     fixed = None, history, slots, weights, bias, keep, step, *sizes
