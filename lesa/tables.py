@@ -65,7 +65,7 @@ def plan_of(statistics: Statistics, computed: tuple[int, ...], weights: np.ndarr
 def written_out(plan: Plan, context: str) -> np.ndarray:
     """[T, T]: each step's feature as weights over computed ones, forecasts that rows read written out; without bias."""
     rows, every = plan.rows_of(context), np.eye(plan.num_steps)
-    for step in sorted(set(range(plan.num_steps)) - set(plan.computed)):
+    for step in sorted(rows):
         every[step] = np.asarray(rows[step].weights) @ every[list(rows[step].steps)]
     return every
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from .clock import Call, Request
@@ -16,6 +17,7 @@ from .mailbox import answers_later
 from .plan import Expected, Plan, Row
 from .retrace import Past, Retrace
 from .stats import GuardStats
+from .tables import written_out
 
 _ALTERED = (
     "the denoiser's weights are not those that the plan was fitted to (a LoRA, other precision?): the guard watches "
@@ -141,12 +143,8 @@ class Vigil:
         """The outputs of the first steps, each times its rate, by what they were made of."""
         if history is None:
             return None
-        rows, shares = self._plan.rows_of(context), dict.fromkeys(self._plan.computed, 0.0)
-        for step, rate in enumerate(rates):
-            row = Row((step,), (1.0,)) if step in shares else rows[step]
-            for read, weight in zip(row.steps, row.weights, strict=True):
-                shares[read] += rate * weight
-        return history.weighted({step: share for step, share in shares.items() if step < len(rates)})
+        shares = np.asarray(rates) @ written_out(self._plan, context)[: len(rates)]
+        return history.weighted({step: float(shares[step]) for step in self._plan.computed if step < len(rates)})
 
     def bound(self, call: Call, row: Row) -> float:
         """No element of the forecast of a row is larger."""

@@ -167,35 +167,14 @@ def launch_forecast(
     Raises:
         ValueError: an argument has a dtype, shape or stride that is not as said.
     """
-    check_history(history)
-    window = check_row(slots, step, weights=weights, bias=bias, keep=keep)
     if keep is not None:
-        out = history
+        out = None
     elif out is None:
         out = torch.empty(history.shape[1:], dtype=history.dtype, device=history.device)
     else:
         check_feature("out", out, history)
-    if history.numel() == 0:
-        return out
-    length = history[0].numel()
-    config = config or forecast_config(length * history.element_size())
-    with guard(history):
-        _forecast_fwd_kernel[(triton.cdiv(length, config.block),)](
-            None if keep is not None else out,
-            history,
-            slots,
-            weights,
-            bias,
-            keep,
-            step,
-            history.stride(0),
-            length,
-            K=window,
-            BLOCK=config.block,
-            HINT=config.hint,
-            num_warps=config.warps,
-        )
-    return out
+    _prepare(out, history, slots, weights, bias, keep, step, config)()
+    return history if out is None else out
 
 
 def prepare_forecast_into(
@@ -209,14 +188,29 @@ def prepare_forecast_into(
     Raises:
         ValueError: an argument has a dtype, shape or stride that is not as said.
     """
+    return _prepare(None, history, slots, weights, bias, keep, step)
+
+
+def _prepare(
+    out: Tensor | None,
+    history: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    keep: Tensor | None,
+    step: Tensor | None,
+    config: ForecastConfig | None = None,
+) -> Callable[[], None]:
+    """What launches the forecast, to `out` or into the ring."""
     check_history(history)
     window = check_row(slots, step, weights=weights, bias=bias, keep=keep)
-    length = history.shape[1:].numel()
-    config = forecast_config(length * history.element_size())
+    if history.numel() == 0:
+        return lambda: None
+    length = history[0].numel()
+    config = config or forecast_config(length * history.element_size())
     sizes = history.stride(0), length, window, config.block, config.hint
-    fixed = None, history, slots, weights, bias, keep, step, *sizes
-    programs = triton.cdiv(length, config.block)
-    return Launch(_forecast_fwd_kernel, programs, fixed, num_warps=config.warps) if length else lambda: None
+    fixed = out, history, slots, weights, bias, keep, step, *sizes
+    return Launch(_forecast_fwd_kernel, triton.cdiv(length, config.block), fixed, num_warps=config.warps)
 
 
 def launch_feature_sums(
