@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -253,14 +254,14 @@ def test_table_of_the_guard_is_the_measured_one():
     gpu = ratios(timed, requests="200", commit=newest)
     assert f"takes {percents(cpu)} of the time on one CPU thread" in README
     cost = fidelity("guard-cost.csv")
-    assert len(gpu) == 2
+    assert len(gpu) == 6 and median(gpu) < 1.01
     wide, seconds = ratios(cost, model="flux-12")[-3:], {r["model"]: float(r["off_ms"]) / 1e3 for r in cost}
     assert max(wide) < 1.01
     said = (
         f"takes {percents(wide)} of a request of twelve of FLUX.1's blocks at 1024 x 1024 "
         f"([guard-cost.csv](benchmarks/results/guard-cost.csv), {seconds['flux-12']:.2f} s, in a loop of one's "
         "own, which waits for each step's timestep; all its 57 blocks take longer, the guard does not) and "
-        f"{percents(gpu)} in two times 200 pairs of emoji-flux"
+        f"{percents(gpu)}, in the median {100 * (median(gpu) - 1):.1f} %, in six times 200 pairs of emoji-flux"
     )
     assert said in " ".join(README.split())
 
