@@ -13,7 +13,9 @@ from .planfile import packed
 _LABELS = {
     "effort": ("effort", "{}"),
     "fitting_psnr": ("fitting", "{:.2f} dB PSNR"),
+    "fitting_ssim": ("fitting", "{:.4f} SSIM"),
     "held_out_psnr": ("held out", "{:.2f} dB PSNR"),
+    "held_out_ssim": ("held out", "{:.4f} SSIM"),
     "prompts": ("prompts", "{}"),
     "held_out": ("besides", "{} held out"),
     "seconds": ("took", "{:.1f} s"),

@@ -214,6 +214,7 @@ def test_describe_tells_known_figures_and_scalars_only() -> None:
         "seconds": 41.23,
         "held_out_psnr": 32.499,
         "fitting_psnr": float("inf"),
+        "fitting_ssim": 0.99987,
         "effort": "default",
         "calibrated": None,
         "a name that is long": "x" * 200,
@@ -221,17 +222,18 @@ def test_describe_tells_known_figures_and_scalars_only() -> None:
     told = describe(replace(GUIDED, training=training)).splitlines()
     assert "expected     relative error 0.125 to 0.125 at computed steps" in told
     first = told.index("effort       default")
-    assert told[first : first + 7] == [
+    assert told[first : first + 8] == [
         "effort       default",
         "fitting      inf dB PSNR",
+        "fitting      0.9999 SSIM",
         "held out     32.50 dB PSNR",
         "prompts      2",
         "took         41.2 s",
         "interval     7",
         "rate         0.1235",
     ]
-    assert told[first + 7].startswith("a name that is long ") and len(told[first + 7]) < 120
-    assert told[-1] == "written by   lesa (not saved yet)" and len(told) == first + 9
+    assert told[first + 8].startswith("a name that is long ") and len(told[first + 8]) < 120
+    assert told[-1] == "written by   lesa (not saved yet)" and len(told) == first + 10
 
 
 def test_figures_of_a_plan_that_was_not_fitted() -> None:
