@@ -67,7 +67,7 @@ def read(
 
     Raises:
         PlanError: one of them cannot be read.
-        ValueError: see `names_of`; or a plan has none of the budgets, or the effort runs nothing.
+        ValueError: see `names_of`; or a plan has none of the budgets, or the effort compares nothing.
     """
     names = names_of(candidates)
     given = []
@@ -77,7 +77,7 @@ def read(
         elif one not in names:
             given.append(Given(f"candidate {i} ({Path(one).name})", _load(one)))
     if candidates and effort == "quick":
-        raise ValueError("candidates with effort='quick', which runs nothing: take another effort, or leave them out")
+        raise ValueError("candidates with effort='quick', which compares nothing: take another effort, or give none")
     if budgets is not None:
         check_budgets(given, budgets)
     return given

@@ -76,6 +76,11 @@ class Climber:
                     moves.append(tuple(sorted((*rest, step))))
         return [moves[i] for i in self._random.permutation(len(moves))]
 
+    @property
+    def slopes(self) -> np.ndarray:
+        """[C, T, P] of the surrogate."""
+        return self._slopes
+
     def learn(self, slopes: np.ndarray) -> None:
         """Take measured slopes [C, T, P] for the surrogate's."""
         self._slopes = slopes

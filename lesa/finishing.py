@@ -16,7 +16,6 @@ from .likeness import Likeness, likeness_of
 from .plan import Plan
 from .refining import Candidate
 from .surrogate import Surrogate, spread_slopes
-from .tables import prior_slopes
 from .transfer import expected_by
 from .trials import Measured, Trials
 
@@ -24,12 +23,18 @@ _NOT_ALWAYS = ("fitting_ssim", "held_out_ssim", "skipped")  # figures that a giv
 
 
 def finished(
-    best: Candidate, figures: Mapping[str, Any], trials: Trials, held: Trials | None, likeness: Likeness
+    best: Candidate,
+    slopes: np.ndarray,
+    figures: Mapping[str, Any],
+    trials: Trials,
+    held: Trials | None,
+    likeness: Likeness,
 ) -> Plan:
     """The plan of the best candidate, run on the requests that were held out.
 
     Args:
         best: of the fit.
+        slopes: [C, T, P] of the fit's surrogate, for a best candidate that was not run.
         figures: of the fit.
         trials: the fitting requests.
         held: those that are only measured.
@@ -47,7 +52,7 @@ def finished(
         **_ssim("fitting_ssim", best.measured),
         **_ssim("held_out_ssim", kept_out),
     }
-    plan = replace(plan, training=told, surrogate=_surrogate(best, trials), likeness=likeness)
+    plan = replace(plan, training=told, surrogate=_surrogate(best, slopes, trials), likeness=likeness)
     measured = [part for part in (best.measured, kept_out) if part is not None] if best.measured is not None else []
     return replace(plan, expected=_expected(plan, trials, measured))
 
@@ -63,13 +68,11 @@ def remembered(target: Any, parts: Sequence[Trials]) -> Likeness:
     return likeness_of(embeddings, denoiser_of(target))
 
 
-def _surrogate(best: Candidate, trials: Trials) -> Surrogate | None:
+def _surrogate(best: Candidate, slopes: np.ndarray, trials: Trials) -> Surrogate | None:
     """What plans for other requests are made of; of the output site, as they are."""
     if best.plan.site != "output":
         return None
-    if best.measured is None:
-        slopes = prior_slopes(trials.statistics, trials.count)
-    else:
+    if best.measured is not None:
         slopes = spread_slopes(best.measured.slopes, best.computed, trials.statistics.num_steps)
     return trials.surrogate(slopes).thinned()
 

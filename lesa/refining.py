@@ -82,7 +82,7 @@ class Refiner:
         self.skipped: list[tuple[str, str]] = list(promises.skipped)
         self.best: Candidate | None = None
         self._kept, self._climber, self._budget, self._left = kept, climber, budget, runs
-        self._statistics = trials.statistics
+        self._trials, self._statistics = trials, trials.statistics
         self._given, self._rules = given, rules
         self._promises = promises
         self._bettered: Candidate | None = None  # the best of those with weights
@@ -90,11 +90,13 @@ class Refiner:
         self._tried: set[str] = set()
 
     def run(self) -> Candidate:
-        """Search, run, better: the best candidate measured, or without runs the one that promises most.
+        """Search, run, better: the best candidate measured, or without runs, after a probe, the one that promises most.
 
         Raises:
             ValueError: forecasts of a given plan are refused, or training that was asked for fails.
         """
+        if not self._left:
+            self._probe()
         searched = self._made("searched", self._climber.climb(self._climber.starts()))
         if not self._left:
             return searched
@@ -102,6 +104,16 @@ class Refiner:
             self._loop(searched)
         assert self.best is not None
         return self.best
+
+    def _probe(self) -> None:
+        """Run the first call by the exact search's schedule: one request tells how the denoiser answers errors."""
+        with tqdm(total=1, desc=f"probe {self._budget}", unit="run") as bar:
+            probe = self._made("probe", self._climber.starts()[0])
+            measured = self._trials.first.run(probe.plan)
+            bar.update()
+        if np.isfinite(measured.slopes[:, 1:]).any():  # else no computed step saw an error
+            slopes = spread_slopes(measured.slopes, probe.computed, self._statistics.num_steps)
+            self._climber.learn(np.broadcast_to(slopes.mean(2, keepdims=True), self._climber.slopes.shape).copy())
 
     def _loop(self, searched: Candidate) -> None:
         """Run candidates as long as there are runs left."""

@@ -228,7 +228,7 @@ class Session:
         }
         if refiner.skipped:
             figures["skipped"] = [[name, reason] for name, reason in refiner.skipped]
-        return finished(best, figures, self.trials, self.held, self._likeness)
+        return finished(best, climber.slopes, figures, self.trials, self.held, self._likeness)
 
     def _made(self, path: Path, budget: int) -> Plan | None:
         try:

@@ -142,15 +142,15 @@ class Surrogate:
 def spread_slopes(measured: np.ndarray, computed: Sequence[int], num_steps: int) -> np.ndarray:
     """Slopes [C, T, P] of all steps, interpolated from those measured at the computed ones [C, N, P].
 
-    The first computed step sees the sample as it is and has none; slopes are cut to where first order means anything.
+    A computed step that sees the sample as it is, as the first one does, tells none, and is left out; without any that
+    does, slopes are 0. They are cut to where first order means anything.
     """
     C, _, P = measured.shape
     slopes = np.zeros((C, num_steps, P))
-    known = list(computed[1:])
-    if not known:
-        return slopes
-    every = np.arange(num_steps)
+    steps, every = np.array(computed[1:]), np.arange(num_steps)
     for c in range(C):
         for p in range(P):
-            slopes[c, :, p] = np.interp(every, known, np.clip(np.nan_to_num(measured[c, 1:, p]), -8.0, 8.0))
+            told = np.isfinite(measured[c, 1:, p])
+            if told.any():
+                slopes[c, :, p] = np.interp(every, steps[told], np.clip(measured[c, 1:, p][told], -8.0, 8.0))
     return slopes

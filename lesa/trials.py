@@ -133,6 +133,11 @@ class Trials:
             references = [reference.final for reference in self.references if reference.final is not None]
             measured.ssim = metrics.ssim(measured.final, np.concatenate(references))
 
+    @property
+    def first(self) -> Trials:
+        """Those of the first call."""
+        return Trials(self.works[:1], self.statistics, self.references[:1], self.seconds)
+
     def run(self, plan: Plan) -> Measured:
         """Run all requests by `plan`."""
         parts = [self._run(plan, work, reference) for work, reference in zip(self.works, self.references, strict=True)]

@@ -59,7 +59,8 @@ def fit(
     features of one of them.
 
     The plan tells the guard which errors to expect where there are at least four requests and three computed steps;
-    with "quick", which runs none by the plan, four besides those held out, and more vaguely. Else it has no guard.
+    with "quick", which runs none of them by the plan, four besides those held out, and more vaguely. Else it has no
+    guard.
 
     Args:
         target: a diffusers pipeline, or a bare denoiser in a loop of your own.
@@ -71,10 +72,11 @@ def fit(
             pictures or sample [1, ...].
         request: keyword arguments of the pipeline call, JSON-able, e.g. {"num_inference_steps": 50}.
         seeds: of each prompt's noise; the prompt's index by default.
-        effort: "quick" (nothing is run but the recording), "default" or "thorough": at most about 10, 40 and 300 full
-            requests' time for one budget, recording of 8 included. The floor, the searched plan and all candidates
-            are run even where many prompts or candidates make that longer, and training that is asked for comes on
-            top; not with "quick".
+        effort: "quick", "default" or "thorough": at most about 10, 40 and 300 full requests' time for one budget,
+            recording of 8 included. "quick" runs one request (of a batch, all of its first call) by a first plan, to
+            see how the denoiser answers errors, and compares nothing. With the others the floor, the searched plan
+            and all candidates are run even where many prompts or candidates make that longer, and training that is
+            asked for comes on top.
         sigmas: of a bare denoiser's requests, see `lesa.gathering.gather`.
         guidance: the weight of each context in what the scheduler is given, see `lesa.gathering.gather`.
         held_out: how many of the requests, the last ones, are kept out of fitting and only measured; by default an
@@ -112,7 +114,7 @@ def fit(
         raise ValueError(f"effort={effort!r}: expected one of {tuple(EFFORTS)}")
     wanted = check_goal(budget, target_psnr, speedup)
     if target_psnr is not None and effort == "quick":
-        raise ValueError("target_psnr with effort='quick', which runs nothing that could reach it: take another effort")
+        raise ValueError("target_psnr with effort='quick', which measures no plan: take another effort")
     names = own.names_of(candidates)
     if target_psnr is not None and any(one not in names for one in candidates or ()):
         raise ValueError(

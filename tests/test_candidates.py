@@ -104,7 +104,7 @@ def test_what_is_read(tmp_path: Path) -> None:
         read([tmp_path / "missing.safetensors"])
     with pytest.raises(ValueError, match=r"candidate 1 \(mine.safetensors\) computes 2 steps, .* asked for \(1, 3\)"):
         read([plan_of("reuse", (0,), SIGMAS), path], budgets=[3, 1])
-    with pytest.raises(ValueError, match=r"effort='quick', which runs nothing"):
+    with pytest.raises(ValueError, match=r"effort='quick', which compares nothing"):
         read([one], "quick")
 
 
@@ -123,7 +123,7 @@ def test_names_of_forecasters(tmp_path: Path, monkeypatch: Any) -> None:
         read(["tailor-1"])
     with pytest.raises(ValueError, match="candidates is one str: give a list"):
         names_of("lesa")
-    with pytest.raises(ValueError, match=r"effort='quick', which runs nothing"):
+    with pytest.raises(ValueError, match=r"effort='quick', which compares nothing"):
         read(["reuse"], "quick")
 
 
@@ -313,7 +313,7 @@ def test_another_candidate_is_another_fit(pipe: Any, fitted: Plan, short: None, 
     [
         ({}, {"budget": 3}, r"candidate 0 \(reuse, output site\) computes 4 steps, .* asked for \(3\)"),
         ({}, {"budget": [3, 5]}, r"candidate 0 .* computes 4 steps, .* asked for \(3, 5\)"),
-        ({}, {"effort": "quick"}, "candidates with effort='quick', which runs nothing"),
+        ({}, {"effort": "quick"}, "candidates with effort='quick', which compares nothing"),
         ({"config_hash": "x"}, {}, r"candidate 0 .* cannot be run: the plan was made for a Flux.* of another"),
         ({"denoiser": "Other"}, {}, r"candidate 0 .* cannot be run: the plan was made for Other"),
     ],

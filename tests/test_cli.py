@@ -353,7 +353,7 @@ def test_fit_frontier_that_reaches_too_little(fit: Any, tmp_path: Path, capsys: 
         (["--budget", 3, "--candidate", N5], "computes 13 steps, which is none of the budgets asked for (3)"),
         (
             ["--budget", 13, "--candidate", N5, "--effort", "quick"],
-            "candidates with effort='quick', which runs nothing",
+            "candidates with effort='quick', which compares nothing",
         ),
     ],
 )

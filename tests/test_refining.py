@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from pipelines import flux_dev
 
@@ -18,6 +19,7 @@ from lesa.plan import Plan
 from lesa.promises import Promise, Promises
 from lesa.refining import RULES, Candidate, Refiner
 from lesa.session import EFFORTS
+from lesa.surrogate import spread_slopes
 from lesa.trials import Measured, Trials
 from lesa.tuning import Session
 from lesa.works import works_of
@@ -100,6 +102,31 @@ def padded(plan: Plan) -> dict[str, dict[int, Any]]:
         reads = tuple(s for s in plan.computed if s < step)
         rows[step] = replace(row, steps=reads, weights=tuple(weights.get(s, 0.0) for s in reads))
     return {"*": rows}
+
+
+def test_without_runs_one_call_tells_how_the_denoiser_answers(trials: Trials, monkeypatch: Any) -> None:
+    ran, run = [], Trials.run
+    monkeypatch.setattr(Trials, "run", lambda self, plan: ran.append((self.count, plan)) or run(self, plan))
+    climber = Climber(trials, 3, 60, 0)
+    exact, prior = climber.starts()[0], climber.slopes
+    best = Refiner(trials, Runs(trials), climber, 3, 0).run()
+    [(count, probe)] = ran
+    assert (count, trials.count) == (1, 2) and probe.computed == exact and best.measured is None
+    told = spread_slopes(run(trials, probe).slopes, exact, 8)
+    assert np.array_equal(climber.slopes, np.repeat(told[:, :, :1], 2, 2)), "of the first request, for all"
+    assert not np.allclose(climber.slopes, prior) and not np.allclose(climber.slopes, told)
+    other = Climber(trials, 3, 60, 0)
+    other.learn(climber.slopes)
+    assert best.computed == other.climb(other.starts())
+    assert best.weights is not None and np.array_equal(best.weights, other.rows(best.computed))
+
+
+@pytest.mark.parametrize("budget", [1, 8])
+def test_a_probe_without_errors_tells_nothing(trials: Trials, budget: int) -> None:
+    climber = Climber(trials, budget, 60, 0)
+    prior = climber.slopes.copy()
+    assert Refiner(trials, Runs(trials), climber, budget, 0).run().plan.budget == budget
+    assert np.array_equal(climber.slopes, prior)
 
 
 def test_a_search_that_goes_far_begins_as_one_that_does_not(trials: Trials, monkeypatch: Any) -> None:

@@ -139,6 +139,9 @@ def test_slopes_between_computed_steps_are_interpolated_and_cut():
     measured[0, :, 0] = [5.0, 1.0, 2.0, 100.0]
     slopes = spread_slopes(measured, (0, 2, 4, 6), 8)[0, :, 0]
     np.testing.assert_allclose(slopes, [1.0, 1.0, 1.0, 1.5, 2.0, 5.0, 8.0, 8.0])
+    measured[0, 2, 0] = np.nan
+    slopes = spread_slopes(measured, (0, 2, 4, 6), 8)[0, :, 0]
+    np.testing.assert_allclose(slopes, [1.0, 1.0, 1.0, 2.75, 4.5, 6.25, 8.0, 8.0])
     assert not spread_slopes(measured[:, :1], (0,), 8).any()
 
 
