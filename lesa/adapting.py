@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -127,7 +128,7 @@ class Adaptive(Relay):
         """Start a request with the plan of its noise levels, made now if they are new.
 
         Raises:
-            PlanError: the request does not tell its noise levels.
+            PlanError: the request does not tell its noise levels, or they are not finite.
         """
         if request.sigmas is None and not isinstance(self._source, Plan):
             raise PlanError(
@@ -178,6 +179,11 @@ class Adaptive(Relay):
     def _plan_of(self, request: Request) -> Plan:
         if request.sigmas is None:  # of a bare denoiser; only a fitted plan gets here
             return self._home
+        if not all(map(math.isfinite, request.sigmas)):
+            raise PlanError(
+                f"sigmas={request.sigmas!r:.200} of the request are not finite: give others, or see to what the "
+                "scheduler is given"
+            )
         key = (tuple(round(sigma, _DIGITS) for sigma in request.sigmas), _identity(request.scheduler))
         plan = self._plans.get(key)
         if plan is None:

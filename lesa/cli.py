@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,7 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _shown(warnings.showwarning)
-            return options.command(options)
+            status = options.command(options)
+            sys.stdout.flush()  # here, where a reader that has gone is seen to
+            return status
+    except BrokenPipeError:  # as with `lesa info | head`: nobody reads on, and Python would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ImportError as error:
         print(f"lesa {options.name}: {error}; pip install 'lesa[demo]' brings what this command needs", file=sys.stderr)
         return 1
@@ -75,8 +81,15 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--steps", type=int, default=50, help="steps of a full request (default: %(default)s)")
     fit.add_argument("--budget", type=int, nargs="+", help="computed steps, one or more numbers of them")
     fit.add_argument("--speedup", type=float, help="instead of a budget: how many times fewer steps to compute")
-    fit.add_argument("--target-psnr", type=float, help="instead of a budget: the smallest that reaches this many dB")
-    fit.add_argument("--target-ssim", type=float, help="with --frontier: the smallest budget that reaches this")
+    fit.add_argument(
+        "--target-psnr",
+        type=float,
+        help="instead of a budget: the smallest that reaches this many dB on the prompts "
+        "fitted to; with --frontier: on those held out too",
+    )
+    fit.add_argument(
+        "--target-ssim", type=float, help="with --frontier: the smallest budget that reaches this, likewise"
+    )
     fit.add_argument("--frontier", action="store_true", help="fit budgets 4 to 25 or --budget; frontier.json and .png")
     fit.add_argument("--effort", choices=("quick", "default", "thorough"), default="default")
     fit.add_argument("--held-out", type=int, help="prompts, the last ones, that are only measured (default: an eighth)")

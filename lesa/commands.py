@@ -57,7 +57,7 @@ def _request(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     for name, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a finite number")
+            raise ValueError(f"{_option(name)} {value}: expected a finite number")
     defaults = assets.REQUEST if options.pipeline == assets.PIPELINE.name else {}
     return {**defaults, **given, "num_inference_steps": steps}
 
@@ -104,6 +104,10 @@ def fit(options: argparse.Namespace) -> int:
     return 0
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _goal(options: argparse.Namespace) -> dict[str, Any]:
     """What to fit, as `lesa.fit` takes it."""
     from .frontier import budgets_below
@@ -111,7 +115,7 @@ def _goal(options: argparse.Namespace) -> dict[str, Any]:
     for name, low in (("speedup", 1), ("target_psnr", 0), ("target_ssim", 0)):
         value = getattr(options, name)
         if value is not None and not low < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value:g}: expected a number above {low}")
+            raise ValueError(f"{_option(name)} {value:g}: expected a number above {low}")
     if options.target_ssim is not None and options.target_ssim > 1:
         raise ValueError(f"--target-ssim {options.target_ssim:g}: expected at most 1, that of the same picture")
     budgets = sorted(set(options.budget or ()))
@@ -125,7 +129,8 @@ def _goal(options: argparse.Namespace) -> dict[str, Any]:
     goals = {"budget": budgets or None, "speedup": options.speedup, "target_psnr": options.target_psnr}
     given = {name: value for name, value in goals.items() if value is not None}
     if len(given) != 1:
-        raise ValueError("give one of --budget, --speedup and --target-psnr, or --frontier")
+        both = f", not {' and '.join(_option(name) for name in given)}" if given else ""
+        raise ValueError(f"give one of --budget, --speedup and --target-psnr, or --frontier{both}")
     return given
 
 

@@ -20,7 +20,7 @@ _LABELS = {
     "held_out": ("besides", "{} held out"),
     "seconds": ("took", "{:.1f} s"),
     "generations": ("cost", "the time of {:.1f} full requests"),
-    "evaluations": ("plans run", "{}"),
+    "evaluations": ("compared", "{} plans"),
     "found": ("of these", "{} in an earlier fit"),
     "schedule": ("best plan", "{}"),
 }

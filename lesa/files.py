@@ -121,7 +121,13 @@ def format_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path` through a temporary file beside it, so that a reader never sees half a file."""
+    """Write `data` to `path` through a temporary file beside it, so that a reader never sees half a file.
+
+    Raises:
+        ValueError: `path` is a folder.
+    """
+    if path.is_dir():
+        raise ValueError(f"path={str(path)!r} is a folder: give the name of a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

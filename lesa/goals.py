@@ -25,8 +25,11 @@ def check_goal(budget: Any, target_psnr: Any, speedup: Any) -> list[int] | None:
     Raises:
         ValueError: not one of the three is given, or it is no number that can be reached.
     """
-    if sum(option is not None for option in (budget, target_psnr, speedup)) != 1:
-        raise ValueError("give one of budget, target_psnr and speedup")
+    goals = {"budget": budget, "target_psnr": target_psnr, "speedup": speedup}
+    given = [f"{name}={goal!r:.80}" for name, goal in goals.items() if goal is not None]
+    if len(given) != 1:
+        both = f", not {' and '.join(given)}" if given else ""
+        raise ValueError(f"give one of budget, target_psnr and speedup{both}")
     if target_psnr is not None and not (_is_number(target_psnr) and 0 < target_psnr < math.inf):
         raise ValueError(f"target_psnr={target_psnr!r}: expected a number of dB above 0, e.g. 40.0")
     if speedup is not None and not (_is_number(speedup) and 1 < speedup < math.inf):

@@ -65,10 +65,11 @@ def push_to_hub(
         The address of the commit.
 
     Raises:
-        PlanError: `path_in_repo` is not a .safetensors file inside the repository, or HF_HUB_OFFLINE is set.
-        huggingface_hub.errors.HfHubHTTPError: the hub refused.
+        PlanError: `path_in_repo` is not a .safetensors file inside the repository, `repo_id` names none, HF_HUB_OFFLINE
+            is set, or the hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError
 
     _check_filename("path_in_repo", path_in_repo)
     if constants.HF_HUB_OFFLINE:
@@ -76,16 +77,27 @@ def push_to_hub(
             f"repo_id={repo_id!r}: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or write a folder "
             "with Plan.save_pretrained"
         )
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        if api.file_exists(repo_id, CARD_FILE):
-            there = Path(api.hf_hub_download(repo_id, CARD_FILE))
-            (folder / CARD_FILE).write_bytes(there.read_bytes())
-        _write(plan, folder, path_in_repo, repo_id)
-        message = commit_message or f"Plan: {_summary(plan)}"
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message).commit_url)
+    try:
+        api = HfApi(token=token)
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            if api.file_exists(name, CARD_FILE):
+                there = Path(api.hf_hub_download(name, CARD_FILE))
+                (folder / CARD_FILE).write_bytes(there.read_bytes())
+            _write(plan, folder, path_in_repo, name)
+            message = commit_message or f"Plan: {_summary(plan)}"
+            return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message).commit_url)
+    except HFValidationError as error:
+        raise PlanError(
+            f'repo_id={repo_id!r} is no name of a repository ({_said(error)}): give "owner/name", or write a folder '
+            "with Plan.save_pretrained"
+        ) from error
+    except (_http_error(), OSError) as error:
+        raise PlanError(
+            f"repo_id={repo_id!r}: the plan cannot be uploaded ({_said(error)}): check the name, the network and the "
+            "token (hf auth login, or token=), or write a folder with Plan.save_pretrained"
+        ) from error
 
 
 def from_pretrained(
@@ -223,8 +235,6 @@ def _fetch(
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     cache = None if cache_dir is None else Path(cache_dir)
-    # of the HTTP library, which is another in each version of the hub's
-    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
     offline = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE is set"
     try:
         found = try_to_load_from_cache(name, filename, cache_dir=cache, revision=revision)
@@ -244,7 +254,7 @@ def _fetch(
             "plan file or of a folder that Plan.save_pretrained wrote"
         )
         cause: Exception | None = None
-    except (EntryNotFoundError, http_error, OSError, ValueError) as error:
+    except (EntryNotFoundError, _http_error(), OSError, ValueError) as error:
         reason, cause = _why(error), error
     at = f" at revision {revision!r}" if revision else ""
     raise PlanError(
@@ -252,10 +262,21 @@ def _fetch(
     ) from cause
 
 
+def _http_error() -> type[Exception]:
+    """The error of the HTTP library, which is another one in each version of the hub's."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _why(error: Exception) -> str:
     from huggingface_hub import errors
 
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = _said(error)
     unknown = f"cannot be fetched ({said}): check the name and the network"
     nowhere = "is not in the hub's cache, nor can the hub be reached"
     # a kind stands before the kinds that it is one of
@@ -267,6 +288,6 @@ def _why(error: Exception) -> str:
         (errors.EntryNotFoundError, "cannot be found: the repository has no such file; give filename="),
         (errors.HFValidationError, f"cannot be ({said}): check the name"),
         (errors.HfHubHTTPError, unknown),
-        (errors.HfHubHTTPError.__bases__[0], f"{nowhere} ({said}): check the network"),
+        (_http_error(), f"{nowhere} ({said}): check the network"),
     ]
     return next((reason for kind, reason in reasons if isinstance(error, kind)), unknown)

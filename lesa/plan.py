@@ -180,7 +180,11 @@ class Plan:
         return max(self.slots, default=-1) + 1
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan as safetensors with JSON metadata; `path` is replaced at once or not at all."""
+        """Write the plan as safetensors with JSON metadata; `path` is replaced at once or not at all.
+
+        Raises:
+            PlanError: `path` is a folder.
+        """
         from . import planfile
 
         return planfile.save(self, path)

@@ -14,7 +14,7 @@ from safetensors.numpy import save as serialize
 
 from . import files
 from .likeness import Likeness, Prompts
-from .plan import Expected, Plan, PlanError, Row
+from .plan import PLAN_FILE, Expected, Plan, PlanError, Row
 from .routing import Stage
 from .surrogate import Surrogate
 
@@ -38,6 +38,11 @@ def save(plan: Plan, path: str | os.PathLike[str]) -> Path:
     from . import __version__
 
     path, total = Path(path), plan.num_steps
+    if path.is_dir():
+        raise PlanError(
+            f"path={str(path)!r} is a folder: give the name of a file in it, or use plan.save_pretrained(folder), "
+            f"which writes {PLAN_FILE} and a model card"
+        )
     contexts, checked, expecting = (sorted(by_context) for by_context in (plan.rows, plan.checks, plan.expected))
     arrays: dict[str, np.ndarray] = {
         "computed": np.asarray(plan.computed, np.int32),

@@ -20,7 +20,7 @@ from .clock import Call, Request
 from .denoisers import config_hash, denoiser_of
 from .driver import Driver, Forecast, LesaWarning, Relay
 from .recorded import MANIFEST, Recording, RecordingError
-from .requests import check_prompts, run
+from .requests import check_batch, check_prompts, run
 from .retrace import Retrace
 from .stats import Stats
 
@@ -48,9 +48,10 @@ def record(
 
     Raises:
         RecordingError: the folder holds another recording, the disk is full, or a feature is not finite.
-        ValueError: `prompts` is empty or one string, or lengths differ.
+        ValueError: `prompts` is empty or one string, lengths differ, or `batch` is below 1.
     """
     check_prompts(prompts)
+    check_batch(batch)
     seeds = tuple(seeds) if seeds is not None else tuple(range(len(prompts)))
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed a prompt")

@@ -76,9 +76,19 @@ def check_prompts(prompts: Sequence[str]) -> None:
         raise ValueError(f"prompts is a {type(prompts).__name__}: give a list, e.g. list(prompts)")
     if not len(prompts):
         raise ValueError("prompts is empty: give at least one prompt")
-    wrong = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
+    wrong = next((i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)), None)
     if wrong is not None:
-        raise ValueError(f"prompts holds {wrong!r:.80} of type {type(wrong).__name__}: expected strings only")
+        raise ValueError(f"prompts[{wrong}]={prompts[wrong]!r:.80}: expected a string")
+
+
+def check_batch(batch: Any) -> None:
+    """Check how many prompts one pipeline call gets.
+
+    Raises:
+        ValueError: it is no whole number of at least 1.
+    """
+    if not isinstance(batch, (int, np.integer)) or isinstance(batch, bool) or batch < 1:
+        raise ValueError(f"batch={batch!r}: expected a whole number of prompts in one call, at least 1")
 
 
 def check_request(request: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from . import candidates as own
+from . import hooks
 from .denoisers import denoiser_of
 from .goals import check_folder, check_goal, check_held_out, check_seed, check_steps, warn_if_few
 from .plan import Plan
@@ -115,6 +116,7 @@ def fit(
     wanted = check_goal(budget, target_psnr, speedup)
     if target_psnr is not None and effort == "quick":
         raise ValueError("target_psnr with effort='quick', which measures no plan: take another effort")
+    hooks.check_free(target)
     names = own.names_of(candidates)
     if target_psnr is not None and any(one not in names for one in candidates or ()):
         raise ValueError(

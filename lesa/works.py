@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import hooks
-from .requests import check_prompts, check_request, run
+from .requests import check_batch, check_prompts, check_request, run
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ def works_of(
         ValueError: an argument is out of place.
     """
     if (prompts is None) == (requests is None):
-        raise ValueError("give either prompts, for a pipeline, or requests, functions each of which runs one request")
+        given = "neither is given" if prompts is None else "both are given"
+        raise ValueError(
+            f"{given}: give either prompts, for a pipeline, or requests, functions each of which runs one request"
+        )
     check_request(request)
     if requests is not None:
         check_functions(requests)
@@ -53,11 +56,10 @@ def works_of(
     if isinstance(target, torch.nn.Module):
         raise ValueError("prompts are for a pipeline: for a bare denoiser give requests, functions that run it")
     check_prompts(prompts)
+    check_batch(batch)
     seeds = tuple(seeds) if seeds is not None else tuple(range(len(prompts)))
-    if len(seeds) != len(prompts) or batch < 1:
-        raise ValueError(
-            f"{len(seeds)} seeds for {len(prompts)} prompts, batch={batch}: give one seed a prompt, batch 1 or more"
-        )
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed a prompt")
     return [
         Work(
             tuple(f"prompt {i} ({prompts[i]!r})" for i in range(begin, min(begin + batch, len(prompts)))),

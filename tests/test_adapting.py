@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -164,6 +165,17 @@ def test_each_configuration_gets_its_plan_once(plans):
     stats = lesa.stats(pipe)
     assert (stats.requests, stats.computed, stats.forecast) == (3, 15, 7 + 15 + 7)
     assert not stats.refused
+
+
+def test_noise_levels_that_are_not_finite_are_one_error():
+    pipe = FLUX.make()
+    lesa.enable(pipe, statistics(), budget=5)
+    with warnings.catch_warnings(), pytest.raises(lesa.PlanError, match=r"sigmas=\(1\.0, nan.* are not finite"):
+        warnings.simplefilter("error", lesa.LesaWarning)
+        FLUX.call(pipe, sigmas=[1.0, math.nan, 0.5, 0.2])
+    FLUX.call(pipe, steps=12)
+    assert lesa.stats(pipe).forecast == 7
+    lesa.disable(pipe)
 
 
 def test_a_plan_on_the_fly_runs_like_the_same_plan_enabled():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -333,7 +334,7 @@ def test_fit_frontier_that_reaches_too_little(fit: Any, tmp_path: Path, capsys: 
     ("arguments", "message"),
     [
         ([], "give one of --budget, --speedup and --target-psnr, or --frontier"),
-        (["--budget", 3, "--speedup", 2], "give one of --budget, --speedup and --target-psnr, or --frontier"),
+        (["--budget", 3, "--speedup", 2], "--target-psnr, or --frontier, not --budget and --speedup"),
         (["--budget", 3, 0], "--budget 0: expected at least 1 computed step"),
         (["--speedup", 1], "--speedup 1: expected a number above 1"),
         (["--speedup", "inf"], "--speedup inf: expected a number above 1"),
@@ -561,6 +562,19 @@ def test_python_m(module: str) -> None:
     failed = subprocess.run([*call, "info", "missing.safetensors"], capture_output=True, text=True, timeout=120)
     assert failed.returncode == 1
     assert failed.stderr.startswith("lesa info: plan 'missing.safetensors'")
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    """As with `lesa info | head -0`."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        told = subprocess.run(
+            [sys.executable, "-m", "lesa", "info"], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    finally:
+        os.close(write)
+    assert (told.returncode, told.stderr) == (1, "")
 
 
 @pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])

@@ -37,6 +37,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert isinstance(files.read(path, BOX, "pt")[1]["a"], torch.Tensor)
 
 
+def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
+    folder = tmp_path / "boxes"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=f"path='{folder}' is a folder: give the name of a file"):
+        files.replace_file(folder, b"")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 @pytest.mark.parametrize(
     ("kind", "verb"), [(BOX, "box '{}' does not exist"), (SOCKS, "socks '{}' do not exist"), (ANY, "thing '{}' does")]
 )

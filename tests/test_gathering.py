@@ -314,12 +314,13 @@ def test_requests_must_be_of_one_kind() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "either prompts"),
-        ({"prompts": PROMPTS, "requests": [print]}, "either prompts"),
+        ({}, "neither is given: give either prompts"),
+        ({"prompts": PROMPTS, "requests": [print]}, "both are given: give either prompts"),
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": "a red apple"}, "prompts='a red apple' is one string: give a list"),
         ({"prompts": PROMPTS, "seeds": [1]}, "1 seeds for 4 prompts"),
-        ({"prompts": PROMPTS, "batch": 0}, "batch=0"),
+        ({"prompts": PROMPTS, "batch": 0, "seeds": [1]}, "^batch=0: expected a whole number of prompts in one call"),
+        ({"prompts": PROMPTS, "batch": 1.5}, r"batch=1\.5: expected a whole number"),
         ({"prompts": PROMPTS, "sites": ["blocks"]}, "sites"),
         ({"prompts": PROMPTS, "sites": []}, "sites"),
         ({"prompts": PROMPTS, "request": {"generator": torch.Generator()}}, "JSON"),

@@ -378,6 +378,32 @@ def test_push_says_that_it_is_offline(remote: FakeHub, monkeypatch: Any) -> None
     assert not remote.calls
 
 
+def test_push_where_nobody_answers_is_one_clear_error(monkeypatch: Any) -> None:
+    unplug(monkeypatch)
+    message = f"^repo_id='{NAME}': the plan cannot be uploaded .*Name or service not known.*save_pretrained$"
+    with pytest.raises(PlanError, match=message):
+        PLAN.push_to_hub(NAME, token="hf_x")
+
+
+@pytest.mark.parametrize(
+    "kind", [errors.HfHubHTTPError, errors.RepositoryNotFoundError, errors.LocalTokenNotFoundError]
+)
+def test_what_the_hub_refuses_becomes_a_plan_error(kind: type[Exception], remote: FakeHub, monkeypatch: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise kind.__new__(kind, "the reason")
+
+    monkeypatch.setattr(remote, "create_repo", refuse)
+    with pytest.raises(PlanError, match=rf"^repo_id='{NAME}': the plan cannot be uploaded \(.*check the name"):
+        PLAN.push_to_hub(NAME)
+
+
+@pytest.mark.parametrize("name", ["", "/a/local/path", "a/b/c", 5])
+def test_push_to_what_is_no_repository_names_it(name: Any, monkeypatch: Any) -> None:
+    unplug(monkeypatch)
+    with pytest.raises(PlanError, match=f'^repo_id={name!r} is no name of a repository .*give "owner/name"'):
+        PLAN.push_to_hub(name, token="hf_x")
+
+
 def test_the_calls_of_push_are_those_of_the_real_hub() -> None:
     """The fake takes what huggingface_hub takes."""
     signature = inspect.signature

@@ -158,6 +158,14 @@ def test_save_makes_folders_and_takes_strings(tmp_path: Path) -> None:
     assert bits(Plan.load(str(path))) == bits(small())
 
 
+def test_save_over_a_folder_names_it_and_the_remedy(tmp_path: Path) -> None:
+    folder = tmp_path / "plans"
+    folder.mkdir()
+    with pytest.raises(PlanError, match=f"path='{folder}' is a folder: .*plan.save_pretrained"):
+        small().save(folder)
+    assert not list(folder.iterdir()) and list(tmp_path.iterdir()) == [folder]
+
+
 @pytest.mark.parametrize("broken", ["write", "replace"])
 def test_failed_save_keeps_the_old_file_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str

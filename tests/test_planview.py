@@ -236,6 +236,10 @@ def test_describe_tells_known_figures_and_scalars_only() -> None:
     assert told[-1] == "written by   lesa (not saved yet)" and len(told) == first + 10
 
 
+def test_what_a_quick_fit_compared_is_nothing() -> None:
+    assert figures({"evaluations": 0}) == [("compared", "0 plans")]
+
+
 def test_figures_of_a_plan_that_was_not_fitted() -> None:
     assert figures({}) == []
     assert "expected" not in describe(PLAN)

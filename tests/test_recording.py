@@ -513,8 +513,10 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         recorded(pipe, tmp_path / "new", ())
     with pytest.raises(ValueError, match="prompts='a red apple' is one string: give a list"):
         recorded(pipe, tmp_path / "new", "a red apple")
-    with pytest.raises(ValueError, match="prompts holds 7 of type int: expected strings only"):
+    with pytest.raises(ValueError, match=r"prompts\[1\]=7: expected a string"):
         recorded(pipe, tmp_path / "new", ["a red apple", 7])
+    with pytest.raises(ValueError, match="batch=0: expected a whole number of prompts in one call, at least 1"):
+        recorded(pipe, tmp_path / "new", batch=0)
     with pytest.raises(ValueError, match="2 seeds for 3 prompts"):
         recorded(pipe, tmp_path / "new", seeds=(1, 2))
     with pytest.raises(ValueError, match="DiTPipeline takes no `prompt`"):

@@ -1,6 +1,7 @@
 """`lesa.fit` on a tiny pipeline and a bare denoiser: what it says is what runs, and never worse than the floor."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -69,6 +70,17 @@ def test_plan_runs_and_guard_stays_quiet(pipe, plan):
         lesa.disable(pipe)
     assert run_again.shape[-1] == 3 and stats.computed == 5 and stats.forecast == 7
     assert stats.guard.checks > 0 and stats.guard.switches == 0
+
+
+def test_fit_while_enabled_is_one_error(pipe, plan):
+    lesa.enable(pipe, plan[0])
+    try:
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=r"lesa is enabled .* lesa\.disable\(pipe\)"):
+            warnings.simplefilter("error", lesa.LesaWarning)
+            lesa.fit(pipe, PROMPTS[:2], budget=4, request=REQUEST, effort="quick")
+        assert lesa.stats(pipe).requests == 0
+    finally:
+        lesa.disable(pipe)
 
 
 def test_folder_keeps_plan_and_statistics(pipe, plan, monkeypatch):
@@ -224,9 +236,9 @@ def test_speedup_is_a_budget(pipe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give one of budget, target_psnr and speedup"),
+        ({}, "give one of budget, target_psnr and speedup$"),
         ({"target_psnr": 30.0, "candidates": ["reuse", "plan"]}, "candidates with target_psnr: .* give a budget"),
-        ({"budget": 4, "speedup": 2.0}, "give one of"),
+        ({"budget": 4, "speedup": 2.0}, r"give one of .*, not budget=4 and speedup=2\.0$"),
         ({"budget": 0}, "budget=0: expected 1 or more"),
         ({"budget": 0.5}, r"budget=0\.5: expected 1 or more"),
         ({"budget": 4, "seed": "x"}, "seed='x': expected a whole number of at least 0"),
