@@ -109,7 +109,7 @@ class Refiner:
         """Run the first call by the exact search's schedule: one request tells how the denoiser answers errors."""
         with tqdm(total=1, desc=f"probe {self._budget}", unit="run") as bar:
             probe = self._made("probe", self._climber.starts()[0])
-            measured = self._trials.first.run(probe.plan)
+            measured = self._trials.run(probe.plan, calls=1)
             bar.update()
         if np.isfinite(measured.slopes[:, 1:]).any():  # else no computed step saw an error
             slopes = spread_slopes(measured.slopes, probe.computed, self._statistics.num_steps)

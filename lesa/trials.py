@@ -133,14 +133,10 @@ class Trials:
             references = [reference.final for reference in self.references if reference.final is not None]
             measured.ssim = metrics.ssim(measured.final, np.concatenate(references))
 
-    @property
-    def first(self) -> Trials:
-        """Those of the first call."""
-        return Trials(self.works[:1], self.statistics, self.references[:1], self.seconds)
-
-    def run(self, plan: Plan) -> Measured:
-        """Run all requests by `plan`."""
-        parts = [self._run(plan, work, reference) for work, reference in zip(self.works, self.references, strict=True)]
+    def run(self, plan: Plan, calls: int | None = None) -> Measured:
+        """Run all requests by `plan`, or only those of the first `calls` calls."""
+        works = zip(self.works[:calls], self.references[:calls], strict=True)
+        parts = [self._run(plan, work, reference) for work, reference in works]
         finals = [part.final for part in parts if part.final is not None]
         return Measured(
             np.concatenate([part.psnr for part in parts]),

@@ -105,14 +105,14 @@ def padded(plan: Plan) -> dict[str, dict[int, Any]]:
 
 
 def test_without_runs_one_call_tells_how_the_denoiser_answers(trials: Trials, monkeypatch: Any) -> None:
-    ran, run = [], Trials.run
-    monkeypatch.setattr(Trials, "run", lambda self, plan: ran.append((self.count, plan)) or run(self, plan))
+    ran, run = [], Trials._run
+    monkeypatch.setattr(Trials, "_run", lambda self, *how: ran.append(how) or run(self, *how))
     climber = Climber(trials, 3, 60, 0)
     exact, prior = climber.starts()[0], climber.slopes
     best = Refiner(trials, Runs(trials), climber, 3, 0).run()
-    [(count, probe)] = ran
-    assert (count, trials.count) == (1, 2) and probe.computed == exact and best.measured is None
-    told = spread_slopes(run(trials, probe).slopes, exact, 8)
+    [(probe, work, _)] = ran
+    assert work is trials.works[0] and probe.computed == exact and best.measured is None
+    told = spread_slopes(trials.run(probe).slopes, exact, 8)
     assert np.array_equal(climber.slopes, np.repeat(told[:, :, :1], 2, 2)), "of the first request, for all"
     assert not np.allclose(climber.slopes, prior) and not np.allclose(climber.slopes, told)
     other = Climber(trials, 3, 60, 0)
