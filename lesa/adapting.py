@@ -179,14 +179,14 @@ class Adaptive(Relay):
     def _plan_of(self, request: Request) -> Plan:
         if request.sigmas is None:  # of a bare denoiser; only a fitted plan gets here
             return self._home
-        if not all(map(math.isfinite, request.sigmas)):
-            raise PlanError(
-                f"sigmas={request.sigmas!r:.200} of the request are not finite: give others, or see to what the "
-                "scheduler is given"
-            )
         key = (tuple(round(sigma, _DIGITS) for sigma in request.sigmas), _identity(request.scheduler))
         plan = self._plans.get(key)
         if plan is None:
+            if not all(map(math.isfinite, request.sigmas)):
+                raise PlanError(
+                    f"sigmas={request.sigmas!r:.200} of the request are not finite: give others, or see to what the "
+                    "scheduler is given"
+                )
             response = _response(request)
             own = self._serves(request.sigmas, response)
             plan = self._home if own else self._made(request.sigmas, response)

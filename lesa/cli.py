@@ -84,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--target-psnr",
         type=float,
-        help="instead of a budget: the smallest that reaches this many dB on the prompts "
-        "fitted to; with --frontier: on those held out too",
+        help="instead of a budget: the smallest that reaches this many dB on the prompts fitted to; with --frontier: "
+        "on those held out too",
     )
     fit.add_argument(
         "--target-ssim", type=float, help="with --frontier: the smallest budget that reaches this, likewise"

@@ -20,7 +20,7 @@ from .clock import Call, Request
 from .denoisers import config_hash, denoiser_of
 from .driver import Driver, Forecast, LesaWarning, Relay
 from .recorded import MANIFEST, Recording, RecordingError
-from .requests import check_batch, check_prompts, run
+from .requests import check_batch, check_prompts, check_request, run, seeds_of
 from .retrace import Retrace
 from .stats import Stats
 
@@ -48,19 +48,13 @@ def record(
 
     Raises:
         RecordingError: the folder holds another recording, the disk is full, or a feature is not finite.
-        ValueError: `prompts` is empty or one string, lengths differ, or `batch` is below 1.
+        ValueError: `prompts` is empty or one string, lengths differ, `batch` is below 1, or
+            `request` cannot be kept as JSON or holds a prompt.
     """
     check_prompts(prompts)
     check_batch(batch)
-    seeds = tuple(seeds) if seeds is not None else tuple(range(len(prompts)))
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed a prompt")
-    try:
-        json.dumps(dict(request))
-    except TypeError as error:
-        raise ValueError(
-            f"request={dict(request)!r:.200} cannot be kept as JSON ({error}): give plain values"
-        ) from error
+    seeds = seeds_of(prompts, seeds)
+    check_request(request)
     folder = Path(folder)
     wanted: dict[str, Any] = {
         "prompts": tuple(prompts),

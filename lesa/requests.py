@@ -91,6 +91,18 @@ def check_batch(batch: Any) -> None:
         raise ValueError(f"batch={batch!r}: expected a whole number of prompts in one call, at least 1")
 
 
+def seeds_of(prompts: Sequence[str], seeds: Sequence[int] | None) -> tuple[int, ...]:
+    """The seeds of the prompts' noise; their indices by default.
+
+    Raises:
+        ValueError: they are not as many.
+    """
+    seeds = tuple(range(len(prompts)) if seeds is None else seeds)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed a prompt")
+    return seeds
+
+
 def check_request(request: Any) -> None:
     """Check the keyword arguments of a pipeline call before anything runs.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import hooks
-from .requests import check_batch, check_prompts, check_request, run
+from .requests import check_batch, check_prompts, check_request, run, seeds_of
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ def works_of(
         raise ValueError("prompts are for a pipeline: for a bare denoiser give requests, functions that run it")
     check_prompts(prompts)
     check_batch(batch)
-    seeds = tuple(seeds) if seeds is not None else tuple(range(len(prompts)))
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed a prompt")
+    seeds = seeds_of(prompts, seeds)
     return [
         Work(
             tuple(f"prompt {i} ({prompts[i]!r})" for i in range(begin, min(begin + batch, len(prompts)))),

@@ -519,6 +519,8 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         recorded(pipe, tmp_path / "new", batch=0)
     with pytest.raises(ValueError, match="2 seeds for 3 prompts"):
         recorded(pipe, tmp_path / "new", seeds=(1, 2))
+    with pytest.raises(ValueError, match="request holds prompt='a': give prompts="):
+        recorded(pipe, tmp_path / "new", request={**request_of(FLUX), "prompt": "a"})
     with pytest.raises(ValueError, match="DiTPipeline takes no `prompt`"):
         record(CASES_BY_NAME["dit"].make(), ["a"], tmp_path / "new", request={"num_inference_steps": 2})
     with pytest.raises(ValueError, match=r"site='hidden' is not known for UNet2DConditionModel"):
