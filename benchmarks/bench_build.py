@@ -23,8 +23,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import lesa
 from lesa import assets
-from lesa.adapting import Adaptive
-from lesa.clock import Request, sigmas_of
+from lesa.runtime.adapting import Adaptive
+from lesa.runtime.clock import Request, sigmas_of
 
 from . import captions
 from .fitted_solvers import calls, levels, solvers

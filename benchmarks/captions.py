@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from lesa import assets
-from lesa.driver import Driver
-from lesa.requests import run
+from lesa.models.requests import run
+from lesa.runtime.driver import Driver
 
 from .measuring import append_row, hardware
 

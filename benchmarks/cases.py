@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from lesa import ops, reference
+from lesa import ops
+from lesa.ops import reference
 
 from .measuring import Expected, copies_beyond, expected
 

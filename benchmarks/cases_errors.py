@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lesa import ops, reference
+from lesa import ops
+from lesa.ops import reference
 
 from .cases import FeatureCase, Form, Inputs, Outputs, compiled, wide_sum
 

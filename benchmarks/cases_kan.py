@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from lesa import ops, reference
-from lesa.experts import Kan as KanNet
+from lesa import ops
+from lesa.ops import reference
+from lesa.training.experts import Kan as KanNet
 
 from .cases import FUSED, Case, Form, Outputs, compiled
 from .measuring import copies_beyond

@@ -7,7 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lesa import ops, reference
+from lesa import ops
+from lesa.ops import reference
 from lesa.ops._library import call
 
 from .cases import FeatureCase, Form, Inputs, Outputs, Shape, compiled, wide_sum

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lesa.experts import Expert, Kan
-from lesa.predictor import Predictor
-from lesa.reference import kan_layer
-from lesa.routing import ONE_STAGE
-from lesa.training import Learner, TrainingConfig
+from lesa.ops.reference import kan_layer
+from lesa.plans.routing import ONE_STAGE
+from lesa.training.experts import Expert, Kan
+from lesa.training.predictor import Predictor
+from lesa.training.training import Learner, TrainingConfig
 
 from .cases import Shape
 from .cases_kan import KAN_BYTES, knots

@@ -23,18 +23,19 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
+from lesa.cli.main.demo import FORECASTERS
 
-from lesa import assets, schedule
-from lesa.comparison import Method, Outcome, compare
-from lesa.demo import FORECASTERS
-from lesa.fitting import FinalError, calibrated_gains, plan_of
+from lesa import assets
+from lesa.evaluation.comparison import Method, Outcome, compare
 from lesa.forecasters import plan_of as closed_form_plan
-from lesa.plan import Plan
-from lesa.predictor import Predictor
-from lesa.recorded import Recording
-from lesa.recording import record, replay
-from lesa.routing import ONE_STAGE, PAPER_STAGES
-from lesa.training import TrainingConfig, closed_loop, guided
+from lesa.plans import schedule
+from lesa.plans.plan import Plan
+from lesa.plans.routing import ONE_STAGE, PAPER_STAGES
+from lesa.training.fitting import FinalError, calibrated_gains, plan_of
+from lesa.training.predictor import Predictor
+from lesa.training.recorded import Recording
+from lesa.training.recording import record, replay
+from lesa.training.training import TrainingConfig, closed_loop, guided
 
 from .measuring import hardware
 

@@ -12,21 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from lesa import assets, metrics, schedule
-from lesa.files import replace_file
-from lesa.fitting import plan_of as trained_plan
+from lesa import assets, metrics
+from lesa.fitting.gathering import gather
 from lesa.forecasters import LEARNED
 from lesa.forecasters import plan_of as forecaster_plan
-from lesa.gathering import gather
-from lesa.plan import Plan, Row
-from lesa.predictor import Predictor
-from lesa.recording import record, replay
-from lesa.requests import run
-from lesa.routing import stage_of
-from lesa.runner import PlanRunner
-from lesa.search import search_all
-from lesa.statistics import GUIDED, Statistics
-from lesa.training import TrainingConfig, closed_loop, guided
+from lesa.models.requests import run
+from lesa.planner.search import search_all
+from lesa.planner.statistics import GUIDED, Statistics
+from lesa.plans import schedule
+from lesa.plans.files import replace_file
+from lesa.plans.plan import Plan, Row
+from lesa.plans.routing import stage_of
+from lesa.runtime.runner import PlanRunner
+from lesa.training.fitting import plan_of as trained_plan
+from lesa.training.predictor import Predictor
+from lesa.training.recording import record, replay
+from lesa.training.training import TrainingConfig, closed_loop, guided
 
 INTERVALS = (5, 7, 10, 17)  # N of the paper's schedules with 13, 10, 8 and, in its manner, 6 of 50 computed
 # The steps that L2P's released code computes of 50 (its N = 6, 8 and 16); it has none of 13.

@@ -28,12 +28,13 @@ import numpy as np
 import torch
 
 import lesa
-from lesa import assets, hooks
-from lesa.denoisers import layout_of
-from lesa.driver import Driver
-from lesa.requests import run
-from lesa.stats import GuardStats, Stats
-from lesa.trials import decibels
+from lesa import assets
+from lesa.fitting.trials import decibels
+from lesa.models import hooks
+from lesa.models.denoisers import layout_of
+from lesa.models.requests import run
+from lesa.runtime.driver import Driver
+from lesa.runtime.stats import GuardStats, Stats
 
 from . import captions
 from .measuring import append_row, hardware

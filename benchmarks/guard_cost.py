@@ -28,9 +28,9 @@ from tqdm import tqdm
 import lesa
 from lesa import assets
 from lesa.forecasters import check_rows, plan_of
-from lesa.likeness import likeness_of
-from lesa.plan import Expected, Plan
-from lesa.requests import run
+from lesa.models.requests import run
+from lesa.plans.plan import Expected, Plan
+from lesa.runtime.likeness import likeness_of
 
 from . import captions
 from .guard import driver_of, root_of

@@ -13,7 +13,7 @@ import argparse
 
 import lesa
 from lesa import assets, metrics
-from lesa.runner import PlanRunner
+from lesa.runtime.runner import PlanRunner
 
 from . import captions
 

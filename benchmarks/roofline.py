@@ -24,7 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lesa.grid import DPI, FAINT, INK, MUTED, write_png
+from lesa.evaluation.grid import DPI, FAINT, INK, MUTED, write_png
 
 RESULTS = Path(__file__).parent / "results"
 COPY = "copy"

@@ -33,12 +33,13 @@ from typing import Any
 import numpy as np
 
 import lesa
-from lesa import assets, hooks, metrics
-from lesa.clock import Request
-from lesa.driver import Driver
-from lesa.gathering import gather
-from lesa.plan import Plan, PlanError
-from lesa.statistics import Statistics
+from lesa import assets, metrics
+from lesa.fitting.gathering import gather
+from lesa.models import hooks
+from lesa.planner.statistics import Statistics
+from lesa.plans.plan import Plan, PlanError
+from lesa.runtime.clock import Request
+from lesa.runtime.driver import Driver
 
 from . import captions
 from .transfer_cases import CASES, Case, Pipelines

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lesa.reference import bspline_basis, bspline_grid, kan_layer
+from lesa.ops.reference import bspline_basis, bspline_grid, kan_layer
 
 LOW, HIGH, BASES = -3.0, 3.0, 8
 WIDTHS = (51, 256, 256, 1)

@@ -10,15 +10,15 @@ lesa.disable(pipe)
 from typing import TYPE_CHECKING, Any
 
 from .api import disable, enable, stats
-from .driver import LesaWarning
-from .guard import Guard
-from .plan import Plan, PlanError, Row
-from .predictor import Predictor
-from .statistics import Statistics
-from .stats import Stats
+from .planner.statistics import Statistics
+from .plans.plan import Plan, PlanError, Row
+from .runtime.driver import LesaWarning
+from .runtime.guard import Guard
+from .runtime.stats import Stats
+from .training.predictor import Predictor
 
 if TYPE_CHECKING:
-    from .tuning import fit
+    from .fitting.tuning import fit
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`lesa.fit`, which needs diffusers, is imported when it is asked for."""
     if name == "fit":
-        from .tuning import fit
+        from .fitting.tuning import fit
 
         return fit
     raise AttributeError(f"module 'lesa' has no attribute {name!r}")

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import files
-from .denoisers import check_fit, denoiser_of
-from .guard import GuardOption, guard_for
+from .models.denoisers import check_fit, denoiser_of
 from .ops import BACKENDS
-from .plan import Plan, PlanError
-from .runner import PlanRunner
-from .statistics import Statistics
-from .stats import Stats
+from .planner.statistics import Statistics
+from .plans import files
+from .plans.plan import Plan, PlanError
+from .runtime.guard import GuardOption, guard_for
+from .runtime.runner import PlanRunner
+from .runtime.stats import Stats
 
 if TYPE_CHECKING:
-    from .adapting import Adaptive
+    from .runtime.adapting import Adaptive
 
 
 def enable(
@@ -62,7 +62,7 @@ def enable(
             is unknown; there is a budget with a plan that was not fitted, or none with statistics; the statistics
             cannot be read; `guard` is a number not above 0.
     """
-    from . import hooks
+    from .models import hooks
 
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend={backend!r}: expected one of {BACKENDS}, or None for the best there is")
@@ -114,7 +114,7 @@ def _from_fitted(
     guard: GuardOption,
 ) -> Adaptive:
     """The driver of a fitted plan."""
-    from .adapting import Adaptive
+    from .runtime.adapting import Adaptive
 
     check_fit(plan, denoiser)
     # The same for the plans made of it: where one has nothing to check, its forecasts still have to be finite.
@@ -130,7 +130,7 @@ def _from_statistics(
     guard: GuardOption,
 ) -> Adaptive:
     """The driver that makes plans out of statistics."""
-    from .adapting import Adaptive
+    from .runtime.adapting import Adaptive
 
     if isinstance(target, torch.nn.Module):
         raise ValueError(
@@ -147,7 +147,7 @@ def _from_statistics(
 
 def disable(target: Any) -> None:
     """Take lesa off; the denoiser is then bit-equal to before. Does nothing where lesa is not enabled."""
-    from . import hooks
+    from .models import hooks
 
     hooks.detach(target)
 
@@ -158,7 +158,7 @@ def stats(target: Any) -> Stats:
     Raises:
         ValueError: lesa is not enabled on `target`.
     """
-    from . import hooks
+    from .models import hooks
 
     root = hooks.attached(target)
     if root is None:

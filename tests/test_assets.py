@@ -10,7 +10,7 @@ from diffusers import FluxPipeline
 
 import lesa
 from lesa import assets
-from lesa.plan import Plan
+from lesa.plans.plan import Plan
 
 SHORT = {**assets.REQUEST, "num_inference_steps": 4}
 

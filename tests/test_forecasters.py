@@ -10,9 +10,9 @@ from numpy.polynomial import hermite as physicists
 
 from lesa import ops
 from lesa.forecasters import FORECASTERS, LEARNED, chebyshev, check_rows, hermite, plan_of, reuse, rows_of, taylor
-from lesa.plan import Row
-from lesa.reference import forecast
-from lesa.schedule import paper
+from lesa.ops.reference import forecast
+from lesa.plans.plan import Row
+from lesa.plans.schedule import paper
 
 COMPUTED = (0, 1, 2, 3, 9, 16, 23, 30, 37, 44)
 

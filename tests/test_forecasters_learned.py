@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lesa.forecasters import l2p, l2p_released, l2p_table, regression, reuse, rows_of, taylor
-from lesa.plan import MAX_READS
+from lesa.plans.plan import MAX_READS
 
 T = 24
 COMPUTED = (0, 1, 2, 3, 8, 12, 17, 21)

@@ -107,14 +107,14 @@ def test_mathematics_knows_no_integration(module):
     assert not offending(imported_by(module), rooms)
 
 
-@pytest.mark.parametrize("module", ["lesa.schedule", "lesa.routing"])
+@pytest.mark.parametrize("module", ["lesa.plans.schedule", "lesa.plans.routing"])
 def test_schedule_and_routing_need_no_torch(module):
     assert not offending(imported_by(module), {"torch", "numpy"})
 
 
 def test_search_needs_numpy_only():
-    roots = {name if name.startswith("lesa") else name.split(".")[0] for name in imported_by("lesa.search")}
-    assert roots - set(sys.stdlib_module_names) == {"numpy", "lesa.schedule.check"}
+    roots = {name if name.startswith("lesa") else name.split(".")[0] for name in imported_by("lesa.planner.search")}
+    assert roots - set(sys.stdlib_module_names) == {"numpy", "lesa.plans.schedule.check"}
 
 
 @pytest.mark.parametrize("module", ["lesa.forecasters", "lesa.forecasters.closed", "lesa.forecasters.learned"])
@@ -123,20 +123,20 @@ def test_forecasters_need_no_torch(module):
     assert roots <= {"numpy", "lesa"}
 
 
-@pytest.mark.parametrize("module", ["lesa.statistics", "lesa.interpolation"])
+@pytest.mark.parametrize("module", ["lesa.planner.statistics", "lesa.planner.interpolation"])
 def test_statistics_need_no_torch(module):
     names = imported_by(module)
     roots = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
     assert roots <= {"numpy", "safetensors", "lesa"}
     assert {".".join(name.split(".")[:2]) for name in names if name.startswith("lesa.")} <= {
-        "lesa.plan",
-        "lesa.interpolation",
-        "lesa.files",
+        "lesa.plans.plan",
+        "lesa.planner.interpolation",
+        "lesa.plans.files",
     }
 
 
 def test_reference_needs_torch_only():
-    roots = {name.split(".")[0] for name in imported_by("lesa.reference")}
+    roots = {name.split(".")[0] for name in imported_by("lesa.ops.reference")}
     assert roots - set(sys.stdlib_module_names) == {"torch"}
 
 
@@ -173,5 +173,7 @@ def test_importing_lesa_loads_no_diffusers_and_no_triton():
     light = ["lesa", *existing(MATHEMATICS | RUNTIME | {"history"})]
     # torch itself may load triton
     loaded = loaded_after(f"import {', '.join(light)}") - loaded_after("import torch")
-    assert "lesa.training" in loaded
-    assert not offending(loaded, {*FOREIGN, "huggingface_hub", "matplotlib", "skimage", "lesa.hooks", "lesa.report"})
+    assert "lesa.training.training" in loaded
+    assert not offending(
+        loaded, {*FOREIGN, "huggingface_hub", "matplotlib", "skimage", "lesa.models.hooks", "lesa.evaluation.report"}
+    )

@@ -8,8 +8,8 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from ..plan import ANY_CONTEXT, Plan, Row
-from ..schedule import check
+from ..plans.plan import ANY_CONTEXT, Plan, Row
+from ..plans.schedule import check
 from .closed import chebyshev, hermite, reuse, taylor
 from .learned import l2p, l2p_released, l2p_table, regression
 

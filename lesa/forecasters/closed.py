@@ -10,7 +10,7 @@ from math import factorial
 import numpy as np
 from numpy.polynomial import chebyshev as polynomials
 
-from ..plan import MAX_READS, Row
+from ..plans.plan import MAX_READS, Row
 
 
 def reuse(past: Sequence[int], step: int) -> Row:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..plan import MAX_READS, Row
+from ..plans.plan import MAX_READS, Row
 from .closed import check_past, taylor
 
 _TOWARDS = re.compile(r"reuse|taylor-(\d+)")

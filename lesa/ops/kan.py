@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from . import reference
 from ._checks import check_kan
 from ._library import call, define, no_second_derivative, no_setup, wide_dtype
 

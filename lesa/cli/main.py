@@ -1,0 +1,166 @@
+"""The command line: `lesa demo`, `lesa fit`, `lesa train`, `lesa generate`, `lesa info`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, assets
+from ..runtime.driver import LesaWarning
+from . import commands
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors that a user can mend are printed in one line."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.name is None:
+        parser.print_help()
+        return 0
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _shown(warnings.showwarning)
+            status = options.command(options)
+            sys.stdout.flush()  # here, where a reader that has gone is seen to
+            return status
+    except BrokenPipeError:  # as with `lesa info | head`: nobody reads on, and Python would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ImportError as error:
+        print(f"lesa {options.name}: {error}; pip install 'lesa[demo]' brings what this command needs", file=sys.stderr)
+        return 1
+    except (ValueError, RuntimeError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"lesa {options.name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        kept = "; run it again with the same --out to go on" if options.name in ("fit", "train") else ""
+        print(f"lesa {options.name}: interrupted{kept}", file=sys.stderr)
+        return 130
+
+
+def _shown(usual: Callable[..., None]) -> Callable[..., None]:
+    """Shows what lesa warns of without the lines of code it comes from."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, LesaWarning):
+            bars = sys.modules.get("tqdm")  # where one is drawn, the line stands above it
+            (bars.tqdm.write if bars else print)(f"lesa: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *where, **more)
+
+    return show
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lesa", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action="version", version=f"lesa {__version__}")
+    known = parser.add_subparsers(dest="name", metavar="command")
+
+    demo = known.add_parser("demo", help="compare methods on the bundled pipeline; writes a table and pictures")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder of the files (default: %(default)s)")
+    demo.add_argument("--prompts", type=int, default=5, help="held-out captions, 2 to 64 (default: %(default)s)")
+    _add_device(demo)
+    demo.set_defaults(command=commands.demo)
+
+    fit = known.add_parser("fit", help="search schedules and learn weights for a pipeline; writes a plan a budget")
+    _add_pipeline(fit)
+    fit.add_argument("--prompts", type=Path, required=True, help="text file with one prompt a line; 8 suffice")
+    fit.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the statistics and plans; a rerun records again, and keeps what it finds",
+    )
+    fit.add_argument("--steps", type=int, default=50, help="steps of a full request (default: %(default)s)")
+    fit.add_argument("--budget", type=int, nargs="+", help="computed steps, one or more numbers of them")
+    fit.add_argument("--speedup", type=float, help="instead of a budget: how many times fewer steps to compute")
+    fit.add_argument(
+        "--target-psnr",
+        type=float,
+        help="instead of a budget: the smallest that reaches this many dB on the prompts fitted to; with --frontier: "
+        "on those held out too",
+    )
+    fit.add_argument(
+        "--target-ssim", type=float, help="with --frontier: the smallest budget that reaches this, likewise"
+    )
+    fit.add_argument("--frontier", action="store_true", help="fit budgets 4 to 25 or --budget; frontier.json and .png")
+    fit.add_argument("--effort", choices=("quick", "default", "thorough"), default="default")
+    fit.add_argument("--held-out", type=int, help="prompts, the last ones, that are only measured (default: an eighth)")
+    fit.add_argument(
+        "--candidate",
+        action="append",
+        metavar="PLAN",
+        help="plan of your own (file, folder or hub repository), or a forecaster's name such as taylor-2 or lesa, the "
+        "paper's, which is trained; it is run besides; the plan written is never worse on the prompts fitted to; "
+        "repeat for several",
+    )
+    fit.add_argument("--batch", type=int, default=1, help="prompts in one request (default: %(default)s)")
+    fit.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")
+    fit.set_defaults(command=commands.fit)
+
+    train = known.add_parser("train", help="record a pipeline, train predictors in both stages, write plans")
+    _add_pipeline(train)
+    train.add_argument("--prompts", type=Path, required=True, help="text file with one prompt a line")
+    train.add_argument("--out", type=Path, required=True, help="folder of the recording, predictors and plans")
+    train.add_argument("--steps", type=int, default=50, help="steps of a full request (default: %(default)s)")
+    train.add_argument("--intervals", type=int, nargs="+", default=[5, 7, 10], help="N of the paper's schedules")
+    train.add_argument("--site", choices=("hidden", "output"), default="hidden", help="default: %(default)s")
+    train.add_argument("--cuts", type=float, nargs=2, default=[0.9, 0.5], help="sigmas between the stages")
+    train.add_argument("--batch", type=int, default=1, help="prompts in one request (default: %(default)s)")
+    train.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
+    train.add_argument("--no-calibration", action="store_true", help="stop after the paper's two stages")
+    train.set_defaults(command=commands.train)
+
+    generate = known.add_parser("generate", help="make pictures, with or without a plan")
+    _add_pipeline(generate)
+    generate.add_argument("prompt", nargs="+", help="one or more prompts")
+    generate.add_argument(
+        "--plan",
+        help="plan file, folder with one, or hub repository, or with --budget statistics; without, all is computed",
+    )
+    generate.add_argument("--steps", type=int, help="default: the plan's, or 50; a fitted plan serves any number")
+    generate.add_argument(
+        "--budget", type=int, help="computed steps, with statistics, or other than a fitted plan's own"
+    )
+    generate.add_argument(
+        "--guard", metavar="SPREADS", help="how far errors may exceed those of fitting (default: 5), inf or off"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    generate.add_argument("--out", type=Path, default=Path("."), help="folder of the pictures")
+    generate.set_defaults(command=commands.generate)
+
+    info = known.add_parser("info", help="say what a plan holds, or without one, which backends are here")
+    info.add_argument("plan", nargs="?", help="plan file, folder with one, or hub repository owner/name")
+    info.add_argument("--out", type=Path, help="also draw the plan into this .png file")
+    info.set_defaults(command=commands.info)
+    return parser
+
+
+def _add_pipeline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pipeline",
+        default=assets.PIPELINE.name,
+        help="folder or hub name of a diffusers pipeline (default: the bundled %(default)s)",
+    )
+    _add_device(parser)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    for name, kind in (("height", int), ("width", int), ("guidance-scale", float), ("true-cfg-scale", float)):
+        parser.add_argument(f"--{name}", type=kind, help=f"{name.replace('-', '_')} of the pipeline call")
+    parser.add_argument("--negative-prompt", help="negative_prompt of the pipeline call")
+    parser.add_argument("--max-sequence-length", type=int, help="max_sequence_length of the pipeline call")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where torch finds it, else cpu)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

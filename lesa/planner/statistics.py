@@ -1,0 +1,235 @@
+"""Statistics: what fitting needs to know of a denoiser's features, and nothing that grows with their size.
+
+The best weights of a forecast and the price of a schedule are both quadratic forms in the inner products of the
+features, so a matrix of T x T numbers for each site and pair of contexts replaces the features themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save as serialize
+
+from ..plans import files
+from ..plans.plan import SITES
+from .interpolation import SAME, interpolation
+
+GUIDED = "guided"
+
+
+class StatisticsError(ValueError):
+    """Statistics are malformed, unreadable, or do not fit each other."""
+
+
+_KIND = files.Kind("statistics", "lesa-statistics-1", StatisticsError, "gather or copy them again", "Statistics.save")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean inner products of the features of full requests.
+
+    Args:
+        sigmas: the T + 1 noise levels of the requests, the final 0 included.
+        timesteps: the denoiser's timestep argument at each of the T steps.
+        contexts: the C cache contexts, in the order they were met, e.g. ("cond", "uncond").
+        guidance: weight of each context in what the scheduler is given: (1.0,), or (s, 1 - s) at guidance scale s.
+        grams: for each site the symmetric [C * T, C * T] float64; block (a, b) holds at (i, j) the mean of
+            F^a_i * F^b_j over requests and elements.
+        response: [T + 1, T] float64; the sample before step t is x_t = (a part of the noise) + sum_i response[t, i]
+            v_i, where the scheduler is given v_i at step i; 0 for i >= t.
+        requests: how many were averaged, at least 1.
+        scheduler: class name of the scheduler; None for a loop of one's own.
+        denoiser: class name of the denoiser.
+        config_hash: hash of its configuration.
+        request: keyword arguments of the pipeline calls, JSON-able.
+
+    Raises:
+        StatisticsError: a value is out of place; the message names it.
+    """
+
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+    contexts: tuple[str, ...]
+    guidance: tuple[float, ...]
+    grams: Mapping[str, np.ndarray]
+    response: np.ndarray
+    requests: int
+    scheduler: str | None = None
+    denoiser: str | None = None
+    config_hash: str | None = None
+    request: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("sigmas", "timesteps", "guidance"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        object.__setattr__(self, "contexts", tuple(self.contexts))
+        object.__setattr__(self, "response", np.asarray(self.response, np.float64))
+        object.__setattr__(self, "grams", {site: np.asarray(gram, np.float64) for site, gram in self.grams.items()})
+        self._check()
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of steps of a request."""
+        return len(self.sigmas) - 1
+
+    def gram(self, site: str, context: str) -> np.ndarray:
+        """The inner products [T, T] of one context's features, or of what guidance makes of all contexts.
+
+        Args:
+            site: "hidden" or "output".
+            context: its name, or "guided": sum_a guidance_a F^a, what the scheduler is given (at the output site).
+
+        Raises:
+            StatisticsError: the statistics hold no such site or context.
+        """
+        if site not in self.grams:
+            raise StatisticsError(f"site={site!r}: these statistics hold {sorted(self.grams)}; gather that site too")
+        blocks = self.grams[site].reshape(len(self.contexts), self.num_steps, len(self.contexts), self.num_steps)
+        if context == GUIDED:
+            weights = np.asarray(self.guidance)
+            return np.einsum("a,aibj,b->ij", weights, blocks, weights)
+        if context not in self.contexts:
+            raise StatisticsError(
+                f"context={context!r}: these statistics hold {list(self.contexts)} and {GUIDED!r}; "
+                "gather requests that use it"
+            )
+        index = self.contexts.index(context)
+        return blocks[index, :, index].copy()
+
+    def at(
+        self,
+        sigmas: Sequence[float],
+        response: np.ndarray | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> Statistics:
+        """The statistics of requests with other noise levels, interpolated in sigma.
+
+        Features are taken to be smooth in sigma; as each is a weighted sum of the gathered ones, the matrices stay
+        positive semidefinite. Noise levels beyond those gathered go on as the features do there for half a step,
+        then are taken as there.
+
+        Args:
+            sigmas: the T' + 1 noise levels of the other request, the final 0 included.
+            response: [T' + 1, T'] of its scheduler; None takes the flow-matching one.
+            timesteps: its T' timesteps; None interpolates them too.
+
+        Raises:
+            StatisticsError: `sigmas` are no noise levels, or lengths differ.
+        """
+        sigmas = tuple(float(sigma) for sigma in sigmas)
+        if len(sigmas) < 2 or not all(map(math.isfinite, sigmas)):
+            raise StatisticsError(f"sigmas={sigmas!r:.200}: expected the T + 1 finite noise levels of a request")
+        weights = interpolation(self.sigmas[:-1], sigmas[:-1])
+        every = np.kron(np.eye(len(self.contexts)), weights)
+        return replace(
+            self,
+            sigmas=sigmas,
+            timesteps=tuple(weights @ self.timesteps) if timesteps is None else tuple(timesteps),
+            grams={site: _symmetric(every @ gram @ every.T) for site, gram in self.grams.items()},
+            response=flow_response(sigmas) if response is None else response,
+        )
+
+    def merge(self, others: Iterable[Statistics]) -> Statistics:
+        """The mean over these requests and those of `others`, each request weighing the same.
+
+        Raises:
+            StatisticsError: they are of another model, schedule, guidance or site.
+        """
+        every = (self, *others)
+        for other in every[1:]:
+            for name in ("contexts", "guidance", "scheduler", "denoiser", "config_hash"):
+                if getattr(other, name) != getattr(self, name):
+                    raise StatisticsError(
+                        f"{name} differs ({getattr(self, name)!r} and {getattr(other, name)!r}): merge statistics of "
+                        "one model and one kind of request"
+                    )
+            if len(other.sigmas) != len(self.sigmas) or not np.allclose(other.sigmas, self.sigmas, 0, SAME):
+                raise StatisticsError("sigmas differ: bring one to the other's with Statistics.at before merging")
+            if other.grams.keys() != self.grams.keys():
+                raise StatisticsError(f"sites differ ({sorted(self.grams)} and {sorted(other.grams)}): gather the same")
+        count = sum(one.requests for one in every)
+        shares = np.array([one.requests / count for one in every])
+        grams = {site: np.tensordot(shares, np.stack([one.grams[site] for one in every]), 1) for site in self.grams}
+        return replace(self, grams=grams, requests=count)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the statistics as safetensors with JSON metadata; `path` is replaced at once or not at all."""
+        # Half of a symmetric matrix in float64 takes the room of a whole one in float32, where the differences of
+        # neighbouring steps would drown.
+        arrays = {f"gram.{site}": gram[np.triu_indices(len(gram))] for site, gram in self.grams.items()}
+        arrays |= {name: np.asarray(getattr(self, name), np.float64) for name in ("sigmas", "timesteps", "guidance")}
+        arrays["response"] = np.ascontiguousarray(self.response)
+        names = ("requests", "scheduler", "denoiser", "config_hash")
+        description = {"format": _KIND.format, "contexts": list(self.contexts), "request": dict(self.request)}
+        description |= {name: getattr(self, name) for name in names}
+        path = Path(path)
+        files.replace_file(path, serialize(arrays, files.metadata(description)))
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Statistics:
+        """Read statistics that `save` wrote.
+
+        Raises:
+            StatisticsError: the file is missing, damaged, or holds something else; the message says which.
+        """
+        return files.load(path, _KIND, cls._from_parts)
+
+    @classmethod
+    def _from_parts(cls, description: dict[str, Any], arrays: dict[str, Any]) -> Statistics:
+        del description["format"]
+        size = len(description["contexts"]) * len(arrays["timesteps"])
+        grams = {name.removeprefix("gram."): _unpack(arrays.pop(name), size) for name in sorted(arrays) if "." in name}
+        return cls(grams=grams, **arrays, **description)
+
+    def _check(self) -> None:
+        steps, contexts = len(self.timesteps), len(self.contexts)
+        shape = (contexts * steps,) * 2
+        if steps < 1 or len(self.sigmas) != steps + 1 or not all(map(math.isfinite, self.sigmas)):
+            raise StatisticsError(
+                f"{len(self.sigmas)} sigmas and {steps} timesteps: expected T + 1 finite noise levels and T timesteps"
+            )
+        if contexts < 1 or len(self.guidance) != contexts or not all(map(math.isfinite, self.guidance)):
+            raise StatisticsError(f"guidance={self.guidance}: expected a weight for each of {list(self.contexts)}")
+        if self.requests < 1:
+            raise StatisticsError(f"requests={self.requests}: expected at least 1")
+        if not self.grams or not set(self.grams) <= set(SITES):
+            raise StatisticsError(f"grams are of sites {sorted(self.grams)}: expected some of {SITES}")
+        for site, gram in self.grams.items():
+            if gram.shape != shape or not np.isfinite(gram).all():
+                raise StatisticsError(f"gram of site {site!r} has shape {gram.shape}: expected {shape}, all finite")
+            if not np.allclose(gram, gram.T, 1e-6, 1e-6 * float(np.abs(gram).max())):
+                raise StatisticsError(f"gram of site {site!r} is not symmetric, as inner products are")
+        if self.response.shape != (steps + 1, steps) or not np.isfinite(self.response).all():
+            raise StatisticsError(
+                f"response has shape {self.response.shape}: expected {(steps + 1, steps)}, all finite"
+            )
+
+
+def flow_response(sigmas: Sequence[float]) -> np.ndarray:
+    """How Euler steps along a flow carry each velocity on: response[t, i] = sigma_{i+1} - sigma_i for i < t.
+
+    Args:
+        sigmas: the T + 1 noise levels.
+
+    Returns:
+        [T + 1, T] float64.
+    """
+    steps = np.diff(np.asarray(sigmas, np.float64))
+    return np.tril(np.broadcast_to(steps, (len(steps) + 1, len(steps))), -1)
+
+
+def _symmetric(matrix: np.ndarray) -> np.ndarray:
+    return (matrix + matrix.T) / 2
+
+
+def _unpack(half: np.ndarray, size: int) -> np.ndarray:
+    matrix = np.zeros((size, size))
+    matrix[np.triu_indices(size)] = half
+    return np.triu(matrix) + np.triu(matrix, 1).T

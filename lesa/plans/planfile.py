@@ -1,0 +1,213 @@
+"""The file of a plan: safetensors with a JSON description."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save as serialize
+
+from ..planner.surrogate import Surrogate
+from ..runtime.likeness import Likeness, Prompts
+from . import files
+from .plan import PLAN_FILE, Expected, Plan, PlanError, Row
+from .routing import Stage
+
+KIND = files.Kind(
+    "a plan",
+    "lesa-plan-1",
+    PlanError,
+    "make or copy it again",
+    "Plan.save",
+    {
+        "lesa-statistics": "holds statistics, of which plans are made: say how many steps to compute, e.g. "
+        "lesa.enable(pipe, path, budget=10)"
+    },
+)
+# Fields that JSON holds as they are.
+_PLAIN = ("site", "forecaster", "denoiser", "config_hash", "training", "library_version")
+
+
+def save(plan: Plan, path: str | os.PathLike[str]) -> Path:
+    """Write a plan; `path` is replaced at once or not at all."""
+    from .. import __version__
+
+    path, total = Path(path), plan.num_steps
+    if path.is_dir():
+        raise PlanError(
+            f"path={str(path)!r} is a folder: give the name of a file in it, or use plan.save_pretrained(folder), "
+            f"which writes {PLAN_FILE} and a model card"
+        )
+    contexts, checked, expecting = (sorted(by_context) for by_context in (plan.rows, plan.checks, plan.expected))
+    arrays: dict[str, np.ndarray] = {
+        "computed": np.asarray(plan.computed, np.int32),
+        "sigmas": np.asarray(plan.sigmas, np.float64),
+        **_tables("", plan.rows, contexts, total),
+        **_tables("check_", plan.checks, checked, total),
+        **{name: _numbers(plan.expected, name, expecting, total) for name in ("error", "spread")},
+    }
+    for name in ("timesteps", "response"):
+        if getattr(plan, name) is not None:
+            arrays[name] = np.asarray(getattr(plan, name), np.float64)
+    description: dict[str, Any] = {
+        "format": KIND.format,
+        "contexts": contexts,
+        "check_contexts": checked,
+        "expected_contexts": expecting,
+        "num_steps": total,
+        "stages": [asdict(stage) for stage in plan.stages],
+        **{name: getattr(plan, name) for name in _PLAIN},
+        "training": dict(plan.training),
+        "library_version": __version__,
+    }
+    if plan.surrogate is not None:
+        arrays |= packed(plan.surrogate)
+        description["surrogate_contexts"] = list(plan.surrogate.contexts)
+    if plan.likeness is not None:
+        arrays |= _of_likeness(plan.likeness)
+        description["likeness_contexts"] = list(plan.likeness.prompts)
+    # safetensors writes an array's memory as it lies.
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array.size}
+    files.replace_file(path, serialize(arrays, files.metadata(description)))
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> Plan:
+    """Read a plan.
+
+    Raises:
+        PlanError: the file is missing, damaged, or no plan; the message says which and what to do.
+    """
+    return files.load(path, KIND, _plan)
+
+
+def packed(surrogate: Surrogate) -> dict[str, np.ndarray]:
+    """A surrogate as arrays of some tens of kilobytes (7 requests of 50 steps: 42, with guidance 150).
+
+    What counts in the inner products are those of differences between features of neighbouring steps, many times
+    smaller than the features: in float32 they keep their relative precision, and half of each matrix is enough.
+    """
+    C, T, _ = surrogate.slopes.shape
+    apart = np.kron(np.eye(C), np.eye(T) - np.eye(T, k=-1))
+    half = np.triu_indices(C * T)
+    response = surrogate.response[np.tril_indices(T + 1, -1, T)]
+    narrow = response.astype(np.float32)  # loses nothing of what was probed in float32
+    return {
+        "surrogate_grams": (apart @ surrogate.grams @ apart.T)[:, half[0], half[1]].astype(np.float32),
+        "surrogate_response": narrow if np.array_equal(narrow, response) else response,
+        "surrogate_guidance": np.asarray(surrogate.guidance, np.float64),
+        "surrogate_slopes": surrogate.slopes.astype(np.float32),
+    }
+
+
+def _unpacked(arrays: Mapping[str, np.ndarray], contexts: Iterable[str]) -> Surrogate:
+    """The surrogate of `packed`."""
+    grams, response, slopes = (
+        arrays[f"surrogate_{name}"].astype(np.float64) for name in ("grams", "response", "slopes")
+    )
+    C, T, P = slopes.shape
+    half, below = np.triu_indices(C * T), np.tril_indices(T + 1, -1, T)
+    upper, whole = np.zeros((P, C * T, C * T)), np.zeros((T + 1, T))
+    upper[:, half[0], half[1]], whole[below] = grams, response
+    together = np.kron(np.eye(C), np.tri(T))
+    grams = together @ (upper + np.triu(upper, 1).transpose(0, 2, 1)) @ together.T
+    return Surrogate(grams, whole, arrays["surrogate_guidance"], slopes, tuple(contexts))
+
+
+def _of_likeness(likeness: Likeness) -> dict[str, np.ndarray]:
+    """A likeness as arrays; the widths of contexts may differ."""
+    arrays = {"likeness_scatter": np.array([prompts.scatter for prompts in likeness.prompts.values()])}
+    for i, prompts in enumerate(likeness.prompts.values()):
+        arrays[f"likeness_center_{i}"] = np.asarray(prompts.center, np.float32)
+    if likeness.weights is not None:
+        arrays["likeness_weights"] = np.asarray(likeness.weights, np.float32)
+    return arrays
+
+
+def _likeness(arrays: Mapping[str, np.ndarray], contexts: Sequence[str]) -> Likeness:
+    """The likeness of `_of_likeness`."""
+    prompts = {
+        context: Prompts(tuple(arrays[f"likeness_center_{i}"].tolist()), float(arrays["likeness_scatter"][i]))
+        for i, context in enumerate(contexts)
+    }
+    weights = arrays.get("likeness_weights")
+    return Likeness(prompts, None if weights is None else tuple(map(tuple, weights.tolist())))
+
+
+def _plan(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> Plan:
+    computed = tuple(arrays["computed"].tolist())
+    forecast = sorted(set(range(description["num_steps"])) - set(computed))
+    # Plans made before there was a guard know neither checks nor expected errors; only fitted ones know a surrogate.
+    checks = _rows("check_", arrays, description.get("check_contexts", []), computed)
+    modelled, alike = description.get("surrogate_contexts"), description.get("likeness_contexts")
+    return Plan(
+        computed=computed,
+        sigmas=tuple(arrays["sigmas"].tolist()),
+        rows=_rows("", arrays, description["contexts"], forecast),
+        timesteps=tuple(arrays["timesteps"].tolist()) if "timesteps" in arrays else None,
+        response=tuple(arrays["response"].tolist()) if "response" in arrays else None,
+        stages=tuple(Stage(**stage) for stage in description["stages"]),
+        checks={context: {step: row for step, row in own.items() if row.steps} for context, own in checks.items()},
+        expected=_expected(arrays, description.get("expected_contexts", [])),
+        surrogate=None if modelled is None else _unpacked(arrays, modelled),
+        likeness=None if alike is None else _likeness(arrays, alike),
+        **{name: description[name] for name in _PLAIN},
+    )
+
+
+def _tables(
+    prefix: str, rows: Mapping[str, Mapping[int, Row]], contexts: Sequence[str], total: int
+) -> dict[str, np.ndarray]:
+    """Rows as arrays [C, T, K], [C, T, K] and [C, T]; unused entries read step -1."""
+    width = max((len(row.steps) for by_step in rows.values() for row in by_step.values()), default=1)
+    steps = np.full((len(contexts), total, width), -1, np.int32)
+    weights = np.zeros((len(contexts), total, width), np.float64)
+    bias = np.zeros((len(contexts), total), np.float64)
+    for i, context in enumerate(contexts):
+        for step, row in rows.get(context, {}).items():
+            steps[i, step, : len(row.steps)] = row.steps
+            weights[i, step, : len(row.steps)] = row.weights
+            bias[i, step] = row.bias
+    return {f"{prefix}steps": steps, f"{prefix}weights": weights, f"{prefix}bias": bias}
+
+
+def _rows(
+    prefix: str, arrays: Mapping[str, np.ndarray], contexts: Sequence[str], steps: Iterable[int]
+) -> dict[str, dict[int, Row]]:
+    """The rows of `_tables` at some steps."""
+    steps = list(steps)
+    return {context: {step: _row(prefix, arrays, i, step) for step in steps} for i, context in enumerate(contexts)}
+
+
+def _row(prefix: str, arrays: Mapping[str, np.ndarray], i: int, step: int) -> Row:
+    steps, weights = arrays[f"{prefix}steps"][i, step], arrays[f"{prefix}weights"][i, step]
+    used = steps >= 0
+    bias = float(arrays[f"{prefix}bias"][i, step])
+    return Row(tuple(steps[used].tolist()), tuple(weights[used].tolist()), bias)
+
+
+def _numbers(
+    expected: Mapping[str, Mapping[int, Expected]], name: str, contexts: Sequence[str], total: int
+) -> np.ndarray:
+    """One number of what is expected, for each context and step [C, T]; NaN where there is none."""
+    table = np.full((len(contexts), total), np.nan)
+    for i, context in enumerate(contexts):
+        for step, value in expected[context].items():
+            table[i, step] = getattr(value, name)
+    return table
+
+
+def _expected(arrays: Mapping[str, np.ndarray], contexts: Sequence[str]) -> dict[str, dict[int, Expected]]:
+    """What `_numbers` wrote; of plans that knew the largest errors only, nothing."""
+    if "spread" not in arrays:
+        return {}
+    expected: dict[str, dict[int, Expected]] = {}
+    for i, context in enumerate(contexts):
+        both = zip(arrays["error"][i].tolist(), arrays["spread"][i].tolist(), strict=True)
+        expected[context] = {step: Expected(*pair) for step, pair in enumerate(both) if not all(map(math.isnan, pair))}
+    return expected

@@ -1,0 +1,211 @@
+"""Plans on the fly: statistics, or a fitted plan, serve every step count, spacing, shift and strength."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..forecasters import plan_of
+from ..planner.search import search
+from ..planner.statistics import GUIDED, Statistics, flow_response
+from ..planner.surrogate import Surrogate
+from ..planner.tables import plan_of as table_plan
+from ..planner.tables import prior_slopes, served_by, straight
+from ..planner.transfer import adapted, computed_steps
+from ..plans.plan import Plan, PlanError
+from .clock import Request
+from .driver import Driver, LesaWarning, Relay
+from .response import response_of
+from .runner import PlanRunner
+
+FITTED = "fitted"
+_MOST_PLANS = 16  # a few kilobytes each
+_DIGITS = 6  # of a sigma; noise levels come from float32
+_SAME = 1e-3  # of noise levels and responses
+
+
+def plan_for(
+    statistics: Statistics,
+    budget: int | float,
+    sigmas: Sequence[float] | None = None,
+    response: np.ndarray | None = None,
+    *,
+    site: str = "output",
+    forecaster: str | None = None,
+    sensitivity: Sequence[float] | None = None,
+) -> Plan:
+    """The plan of a request: statistics brought to its noise levels, the best schedule on them, and its rows.
+
+    Args:
+        statistics: of full requests at the noise levels they were gathered at.
+        budget: computed steps: a number of them, at least 1 (all steps where it exceeds T), or as a float in (0, 1] a
+            share of them.
+        sigmas: the T + 1 noise levels of the request, the final 0 included; those of the statistics by default.
+        response: [T + 1, T], see `Statistics`; by default the flow-matching one, or without `sigmas` the statistics'
+            own.
+        site: where features are taken, "output" or "hidden"; the schedule is searched on the output in any case.
+        forecaster: one of `lesa.forecasters.FORECASTERS`, or "fitted", the rows of the output site that
+            `lesa.surrogate` finds best; by default that, and "regression" at the hidden site.
+        sensitivity: [T], see `search`.
+
+    Returns:
+        A plan with rows for each context of the statistics; those of the first serve contexts not named there.
+
+    Raises:
+        ValueError: a value is out of place, or the statistics lack the site.
+    """
+    native = sigmas is None
+    if not native or response is not None:
+        statistics = statistics.at(statistics.sigmas if sigmas is None else sigmas, response)
+    total = statistics.num_steps
+    gram = statistics.gram("output", GUIDED)
+    computed = search(gram, statistics.response[-1], computed_steps(budget, total), sensitivity=sensitivity)
+    training = {"requests": statistics.requests, "schedule": "searched"}
+    timesteps = statistics.timesteps if native else None
+    forecaster = forecaster or (FITTED if site == "output" else "regression")
+    if forecaster == FITTED:
+        if site != "output":
+            raise ValueError(f"site={site!r} with forecaster='fitted': these rows are of the output site")
+        slopes, grams = prior_slopes(statistics, 1), statistics.grams["output"][None]
+        surrogate = Surrogate(grams, statistics.response, np.asarray(statistics.guidance), slopes)
+        weights, _ = surrogate.optimise(computed, straight(computed, len(slopes), total))
+        return table_plan(statistics, computed, weights, timesteps=timesteps, training=training)
+    return plan_of(
+        forecaster,
+        computed,
+        statistics.sigmas,
+        site,
+        gram={name: statistics.gram(site, context) for name, context in served_by(statistics).items()},
+        timesteps=timesteps,
+        denoiser=statistics.denoiser,
+        config_hash=statistics.config_hash,
+        training=training,
+    )
+
+
+class Adaptive(Relay):
+    """A driver that makes a plan for each request out of statistics or a fitted plan, and has it run.
+
+    A fitted plan runs requests of its own noise levels and response itself, and those of a bare denoiser, which tells
+    neither. For others `lesa.transfer.adapted` makes plans of it, with what the guard may expect of each.
+
+    Args:
+        source: statistics of the denoiser's requests, or a plan with a surrogate.
+        budget: see `plan_for`; a share is taken of each request's own steps. None, with a plan only, is the plan's own.
+        site: see `plan_for`; a plan has its own.
+        runner: makes the driver of a plan.
+
+    Raises:
+        PlanError: the plan has no surrogate.
+        ValueError: no plan can be made of the statistics, or `budget` is none.
+    """
+
+    def __init__(
+        self,
+        source: Statistics | Plan,
+        budget: int | float | None = None,
+        site: str = "output",
+        runner: Callable[[Plan], Driver] = PlanRunner,
+    ) -> None:
+        self.site = source.site if isinstance(source, Plan) else site
+        self._source, self._budget, self._make_runner = source, budget, runner
+        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self._home = self._plan = self._made()
+        super().__init__(self._runner_of(self._home))
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the latest request; before the first, of a request like those of the source."""
+        return self._plan
+
+    def begin(self, request: Request) -> None:
+        """Start a request with the plan of its noise levels, made now if they are new.
+
+        Raises:
+            PlanError: the request does not tell its noise levels, or they are not finite.
+        """
+        if request.sigmas is None and not isinstance(self._source, Plan):
+            raise PlanError(
+                "a plan on the fly needs the noise levels of the request, which a bare denoiser does not tell: make "
+                "the plan with lesa.adapting.plan_for(statistics, budget, sigmas) and enable that"
+            )
+        plan = self._plan_of(request)
+        if plan is not self._plan:
+            self._install(plan)
+        super().begin(request)
+
+    def _made(self, sigmas: Sequence[float] | None = None, response: np.ndarray | None = None) -> Plan:
+        if isinstance(self._source, Plan):
+            made = adapted(self._source, self._budget, sigmas, response)
+        elif self._budget is None:
+            raise ValueError("budget=None: with statistics say how many steps to compute, e.g. budget=10")
+        else:
+            made = plan_for(self._source, self._budget, sigmas, response, site=self.site)
+        if made.budget == made.num_steps:
+            warnings.warn(
+                f"lesa forecasts nothing in requests of {made.num_steps} steps: all of them are within its budget; "
+                "enable it with a smaller budget=",
+                LesaWarning,
+                stacklevel=2,
+            )
+        return made
+
+    def _serves(self, sigmas: Sequence[float], response: np.ndarray | None) -> bool:
+        """Whether a fitted plan, or the one made of it for its own noise levels, is the request's."""
+        if not isinstance(self._source, Plan) or len(sigmas) != len(self._source.sigmas):
+            return False
+        surrogate = self._source.surrogate
+        assert surrogate is not None
+        # Multistep schedulers run the same noise levels, but make something else of an error.
+        response = flow_response(sigmas) if response is None else response
+        apart = float(np.abs(np.subtract(sigmas, self._source.sigmas)).max())
+        return max(apart, float(np.abs(response - surrogate.response).max())) <= _SAME
+
+    def _install(self, plan: Plan) -> None:
+        # Plans are cached, runners are not: their histories are as large as features.
+        self._plan, self._runner = plan, self._runner_of(plan)
+        self._runner.stats = self.stats
+
+    def _runner_of(self, plan: Plan) -> Driver:
+        # What a plan was fitted from is nothing that a runner, or what is compiled for it, should hold.
+        return self._make_runner(plan if plan.surrogate is None else replace(plan, surrogate=None))
+
+    def _plan_of(self, request: Request) -> Plan:
+        if request.sigmas is None:  # of a bare denoiser; only a fitted plan gets here
+            return self._home
+        key = (tuple(round(sigma, _DIGITS) for sigma in request.sigmas), _identity(request.scheduler))
+        plan = self._plans.get(key)
+        if plan is None:
+            if not all(map(math.isfinite, request.sigmas)):
+                raise PlanError(
+                    f"sigmas={request.sigmas!r:.200} of the request are not finite: give others, or see to what the "
+                    "scheduler is given"
+                )
+            response = _response(request)
+            own = self._serves(request.sigmas, response)
+            plan = self._home if own else self._made(request.sigmas, response)
+            self._plans[key] = plan
+            if len(self._plans) > _MOST_PLANS:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return plan
+
+
+def _response(request: Request) -> np.ndarray | None:
+    """The response of a request's scheduler; image-to-image leaves out its first steps."""
+    scheduler = request.scheduler
+    if scheduler is None:
+        return None
+    assert request.num_steps is not None
+    return response_of(scheduler, len(scheduler.timesteps) - request.num_steps)
+
+
+def _identity(scheduler: Any) -> tuple[str, str]:
+    """What the response depends on besides the noise levels."""
+    return type(scheduler).__name__, repr(sorted(dict(getattr(scheduler, "config", {})).items()))

@@ -1,0 +1,184 @@
+"""From prompts to plans: record, train both stages, calibrate, write one plan for each interval."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..models.requests import run
+from ..plans import schedule
+from ..plans.files import replace_file
+from ..plans.plan import Plan, PlanError
+from ..runtime.runner import PlanRunner
+from .calibration import calibrate
+from .predictor import Predictor
+from .recorded import Recording
+from .recording import record, replay
+from .training import Losses, TrainingConfig, closed_loop, digest, guided
+
+
+def train(
+    pipe: Any,
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    request: Mapping[str, Any],
+    intervals: Sequence[int] = (5, 7, 10),
+    site: str = "hidden",
+    config: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    predictor: Mapping[str, Any] | None = None,
+    calibration: int = 16,
+) -> dict[int, Path]:
+    """Record a pipeline and train the paper's predictor for each interval; a killed run goes on where it stopped.
+
+    Args:
+        pipe: a diffusers pipeline that takes prompts.
+        prompts: at least one, 5 to 100 are recommended; the paper takes 100 and finds 5 to 10 enough (Tab. 9).
+        folder: for the recording, checkpoints, loss curves, predictors and plans.
+        request: keyword arguments of the pipeline call.
+        intervals: N of the paper's schedules.
+        site: "hidden" or "output".
+        config: the recipe.
+        predictor: further arguments of `Predictor`, e.g. {"stages": ..., "alpha": "mlp"}.
+        calibration: on how many of the prompts, at most, the gains are chosen, see `lesa.calibration`; 0 stops where
+            the paper does.
+
+    Returns:
+        The path of the plan for each interval.
+
+    Raises:
+        ValueError: `prompts` is no list of prompts.
+    """
+    from ..evaluation.report import loss_curves  # needs matplotlib, which plans do not
+
+    folder = Path(folder)
+    recording = record(pipe, prompts, folder / "recording", request=request, site=site, batch=config.batch)
+    schedules = {interval: schedule.paper(recording.num_steps, interval) for interval in intervals}
+    first = min(min(set(range(recording.num_steps)) - set(c), default=1) for c in schedules.values())
+    options = {"seed": config.seed, **(predictor or {})}
+    started = {c: Predictor(recording.num_steps, **options).to(pipe.device) for c in recording.contexts}
+    losses = {"guided": guided(started, recording, first, config, folder / "guided.safetensors")}
+    plans = {}
+    for interval, computed in schedules.items():
+        predictors = copy.deepcopy(started)
+        name = f"closed loop, N = {interval}"
+        losses[name] = closed_loop(
+            predictors,
+            recording,
+            computed,
+            lambda indices, driver: replay(pipe, recording, indices, driver),
+            config,
+            folder / f"closed-loop-n{interval}.safetensors",
+        )
+        for context, trained in predictors.items():
+            trained.save(folder / f"predictor-n{interval}-{context}.safetensors")
+        path = plans[interval] = folder / f"lesa-n{interval}.safetensors"
+        figures = {
+            "prompts": len(prompts),
+            "recording": digest(recording),
+            "calibration": min(calibration, len(prompts)),
+            "config": asdict(config),
+            "final_loss": final_losses(losses["guided"], losses[name]),
+        }
+        if _is_made(path, figures):
+            continue
+        gains = None
+        if calibration:
+            measure = FinalError(pipe, recording, calibration, config.batch)
+            gains = calibrated_gains(predictors, recording, computed, measure)
+        plan_of(predictors, recording, computed, gains, training=figures).save(path)
+    replace_file(folder / "losses.json", json.dumps(losses).encode())
+    curves = {f"{phase} ({context})": values for phase, by in losses.items() for context, values in by.items()}
+    loss_curves(folder / "losses.png", {title: values for title, values in curves.items() if values})
+    return plans
+
+
+def plan_of(
+    predictors: Mapping[str, Predictor],
+    recording: Recording,
+    computed: Sequence[int],
+    gains: Sequence[float] | None = None,
+    **provenance: Any,
+) -> Plan:
+    """The plan of trained predictors, one a context, on one schedule of a recording's requests."""
+    plans = {
+        context: predictor.to_plan(computed, recording.sigmas, gains, **recording.provenance, **provenance)
+        for context, predictor in predictors.items()
+    }
+    return next(iter(plans.values())) if len(plans) == 1 else Plan.join(plans)
+
+
+def _is_made(path: Path, figures: Mapping[str, Any]) -> bool:
+    """Whether a plan of just these figures lies at `path`; a damaged one is made again."""
+    try:
+        return path.is_file() and figures.items() <= Plan.load(path).training.items()
+    except PlanError:
+        return False
+
+
+class FinalError:
+    """Measures a plan by the final latents of recorded requests.
+
+    Args:
+        pipe: the recorded pipeline.
+        recording: its requests.
+        count: how many of them are run, at most all.
+        batch: prompts in one pipeline call.
+    """
+
+    def __init__(self, pipe: Any, recording: Recording, count: int, batch: int = 1) -> None:
+        self._pipe, self._recording = pipe, recording
+        indices = range(min(count, len(recording.prompts)))
+        self._batches = [indices[i : i + batch] for i in range(0, len(indices), batch)]
+        self._full = [self._latents(part, None) for part in self._batches]
+
+    def __call__(self, plan: Plan) -> float:
+        """Mean over requests of the squared error of the final latents, in dB; lower is better."""
+        decibels: list[float] = []
+        for part, full in zip(self._batches, self._full, strict=True):
+            squared = (self._latents(part, PlanRunner(plan)) - full).square().flatten(1).mean(1)
+            decibels += (10 * squared.clamp_min(1e-20).log10()).tolist()
+        return sum(decibels) / len(decibels)
+
+    def _latents(self, indices: Sequence[int], driver: PlanRunner | None) -> torch.Tensor:
+        recording = self._recording
+        prompts, seeds = [recording.prompts[i] for i in indices], [recording.seeds[i] for i in indices]
+        output = run(self._pipe, prompts, seeds, recording.request, driver, recording.site, return_dict=False)
+        return output[0].double().cpu()
+
+
+def calibrated_gains(
+    predictors: Mapping[str, Predictor],
+    recording: Recording,
+    computed: Sequence[int],
+    measure: FinalError,
+) -> tuple[float, ...]:
+    """The gains of `lesa.calibration` for trained predictors on one schedule."""
+    stages = next(iter(predictors.values())).stages
+    with tqdm(desc="calibrate", unit="plan") as bar:
+
+        def error(gains: tuple[float, ...]) -> float:
+            value = measure(plan_of(predictors, recording, computed, gains))
+            bar.update()
+            bar.set_postfix_str(f"gains {gains}: error {value:.2f} dB")
+            return value
+
+        return calibrate(stages, error)
+
+
+def final_losses(guided_losses: Losses, closed_losses: Losses) -> dict[str, dict[str, float]]:
+    """Mean loss over the last tenth of each stage, by context."""
+
+    def tail(values: Sequence[float]) -> float:
+        last = values[-max(1, len(values) // 10) :]
+        return sum(last) / len(last) if last else 0.0
+
+    stages = {"guided": guided_losses, "closed_loop": closed_losses}
+    return {stage: {context: tail(values) for context, values in by.items()} for stage, by in stages.items()}

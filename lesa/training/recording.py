@@ -1,0 +1,238 @@
+"""Record full requests: the initial noise and the feature of every step, on disk.
+
+A run that was killed goes on where it stopped; a damaged shard is recorded again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..models.denoisers import config_hash, denoiser_of
+from ..models.requests import check_batch, check_prompts, check_request, run, seeds_of
+from ..runtime.clock import Call, Request
+from ..runtime.driver import Driver, Forecast, LesaWarning, Relay
+from ..runtime.retrace import Retrace
+from ..runtime.stats import Stats
+from .recorded import MANIFEST, Recording, RecordingError
+
+
+def record(
+    pipe: Any,
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    request: Mapping[str, Any],
+    site: str = "hidden",
+    seeds: Sequence[int] | None = None,
+    batch: int = 1,
+) -> Recording:
+    """Run full requests and keep their noise and features; goes on with a recording that was interrupted.
+
+    Args:
+        pipe: a diffusers pipeline that takes prompts; its whole request is computed.
+        prompts: at least one.
+        folder: of the recording. Takes T features a prompt and context (FLUX at 1024x1024, 50 steps: 1.26 GB).
+        request: keyword arguments of the pipeline call, e.g. {"num_inference_steps": 50, "height": 64}.
+        site: "hidden" or "output".
+        seeds: of each prompt's noise; the prompt's index by default.
+        batch: prompts run in one pipeline call.
+
+    Raises:
+        RecordingError: the folder holds another recording, the disk is full, or a feature is not finite.
+        ValueError: `prompts` is empty or one string, lengths differ, `batch` is below 1, or
+            `request` cannot be kept as JSON or holds a prompt.
+    """
+    check_prompts(prompts)
+    check_batch(batch)
+    seeds = seeds_of(prompts, seeds)
+    check_request(request)
+    folder = Path(folder)
+    wanted: dict[str, Any] = {
+        "prompts": tuple(prompts),
+        "seeds": seeds,
+        "request": dict(request),
+        "site": site,
+        "denoiser": type(denoiser_of(pipe)).__name__,
+        "config_hash": config_hash(denoiser_of(pipe)),
+    }
+    recording = _resume(folder, wanted)
+    missing = list(range(len(prompts))) if recording is None else _missing(recording)
+    with tqdm(total=len(prompts), initial=len(prompts) - len(missing), desc="record", unit="prompt") as bar:
+        for begin in range(0, len(missing), batch):
+            indices = missing[begin : begin + batch]
+            recorder = Recorder([f"{i} ({prompts[i]!r})" for i in indices])
+            run(pipe, [prompts[i] for i in indices], [seeds[i] for i in indices], request, recorder, site)
+            if recording is None:
+                recording = Recording(folder=folder, **recorder.found(), **wanted)
+                _check_space(recording, recorder, len(missing))
+                recording.save()
+            for position, index in enumerate(indices):
+                recording.write(index, recorder.tensors(position))
+                bar.update()
+    assert recording is not None
+    return recording
+
+
+def replay(pipe: Any, recording: Recording, indices: Sequence[int], driver: Driver) -> Any:
+    """Run recorded prompts again from the same noise under another driver.
+
+    Raises:
+        RecordingError: the pipeline does not draw the recorded noise.
+    """
+    noise = torch.stack([recording.noise(index) for index in indices], 1).flatten(0, 1)
+    prompts, seeds = [recording.prompts[i] for i in indices], [recording.seeds[i] for i in indices]
+    return run(pipe, prompts, seeds, recording.request, _SameNoise(driver, noise), recording.site)
+
+
+class Recorder:
+    """A driver that computes every step and keeps its features on the CPU.
+
+    Args:
+        labels: names of the batch's prompts, for errors.
+    """
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self.stats = Stats()
+        self._labels = labels
+        self._features: dict[str, list[torch.Tensor]] = {}
+        self._timesteps: list[float] = []
+        self._noise: torch.Tensor | None = None
+        self._request = Request()
+
+    def begin(self, request: Request) -> None:
+        """Remember the request's sigmas."""
+        self._request = request
+
+    def forecast(self, call: Call) -> None:
+        """Nothing is forecast; the noise and the timesteps are kept."""
+        if self._noise is None:
+            self._noise = call.sample.detach().cpu().clone()
+        if call.step == len(self._timesteps):
+            self._timesteps.append(float(torch.as_tensor(call.timestep).max()))
+
+    def keep(self, call: Call, feature: torch.Tensor | None) -> None:
+        """Keep a feature.
+
+        Raises:
+            RecordingError: it is not finite.
+        """
+        assert feature is not None  # `lose` raises
+        finite = feature.detach().unflatten(0, (-1, len(self._labels))).isfinite().transpose(0, 1).flatten(1).all(1)
+        if not bool(finite.all()):
+            label = self._labels[finite.tolist().index(False)]
+            raise RecordingError(
+                f"the feature of step {call.step}, context {call.context!r}, prompt {label} holds NaN or infinity: "
+                "nothing of this prompt was recorded; check the model's weights and dtype (float16 overflows in many "
+                "transformers; bfloat16 does not)"
+            )
+        self._features.setdefault(call.context, []).append(feature.detach().cpu())
+
+    def refuse(self, call: Call, reason: str) -> None:
+        """Nothing is forecast, so nothing can be refused."""
+
+    def lose(self, reason: str) -> None:
+        """A request without its features is no recording.
+
+        Raises:
+            RecordingError: always.
+        """
+        raise RecordingError(f"the features could not be recorded: {reason}")
+
+    def observe(self, call: Call, output: torch.Tensor) -> None:
+        """Where the output is wanted, it is the feature."""
+
+    def found(self) -> dict[str, Any]:
+        """What the request taught: contexts, sigmas and timesteps."""
+        assert self._request.sigmas is not None
+        return {
+            "contexts": tuple(self._features),
+            "sigmas": self._request.sigmas,
+            "timesteps": tuple(self._timesteps),
+        }
+
+    def tensors(self, position: int) -> dict[str, torch.Tensor]:
+        """The noise and features of one prompt of the batch, as a request for it alone would give them."""
+        size = len(self._labels)
+
+        def part(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.unflatten(0, (-1, size))[:, position]
+
+        assert self._noise is not None
+        features = {f"feature.{c}": torch.stack([part(f) for f in fs]) for c, fs in self._features.items()}
+        return {"noise": part(self._noise).contiguous(), **features}
+
+
+class _SameNoise(Relay):
+    """Has another driver run the request, after checking that it starts from recorded noise."""
+
+    def __init__(self, driver: Driver, noise: torch.Tensor) -> None:
+        super().__init__(driver)
+        self._noise = noise
+
+    def forecast(self, call: Call) -> Forecast | Retrace | None:
+        if call.starts and not torch.equal(call.sample.cpu(), self._noise):
+            raise RecordingError(
+                "the request does not start from the recorded noise: use the pipeline, dtype and library versions of "
+                "the recording, or record again"
+            )
+        return super().forecast(call)
+
+
+def _resume(folder: Path, wanted: Mapping[str, Any]) -> Recording | None:
+    """The recording in `folder` with the prompts of `wanted`, more or fewer; None if there is none."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    found = Recording.open(folder)
+    steps = wanted["request"].get("num_inference_steps")
+    if steps is not None and found.request.get("num_inference_steps") not in (None, steps):
+        raise RecordingError(
+            f"folder {str(folder)!r} holds a recording of {found.request['num_inference_steps']} steps but "
+            f"num_inference_steps={steps} was asked for: give another folder or that step count"
+        )
+    shared = min(len(found.prompts), len(wanted["prompts"]))
+    for name, value in wanted.items():
+        have = getattr(found, name)
+        if name in ("prompts", "seeds"):
+            have, value = have[:shared], value[:shared]
+        elif name == "request":
+            value = json.loads(json.dumps(value))  # as the manifest has it, where tuples are lists
+        if have != value:
+            raise RecordingError(
+                f"folder {str(folder)!r} holds a recording with another {name} ({have!r:.200}, asked for "
+                f"{value!r:.200}): give another folder"
+            )
+    chosen = replace(found, prompts=wanted["prompts"], seeds=wanted["seeds"])
+    if len(chosen.prompts) > shared:
+        chosen.save()
+    return chosen
+
+
+def _missing(recording: Recording) -> list[int]:
+    missing = []
+    for index in range(len(recording.prompts)):
+        reason = recording.damaged(index)
+        if reason not in (None, "missing"):
+            warnings.warn(f"shard {recording.shard(index).name} is {reason}; recording it again", LesaWarning, 2)
+        if reason is not None:
+            missing.append(index)
+    return missing
+
+
+def _check_space(recording: Recording, recorder: Recorder, count: int) -> None:
+    recording.folder.mkdir(parents=True, exist_ok=True)
+    size = sum(tensor.nbytes for tensor in recorder.tensors(0).values()) * count
+    free = shutil.disk_usage(recording.folder).free
+    if size > free:
+        raise RecordingError(
+            f"recording {count} prompts takes {size / 1e6:.0f} MB but the disk of {str(recording.folder)!r} has "
+            f"{free / 1e6:.0f} MB free: free space, give another folder, or fewer prompts"
+        )

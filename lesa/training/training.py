@@ -1,0 +1,292 @@
+"""Training of a `Predictor` in the paper's two stages: guided by true features, then closed-loop in the sampler."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save as serialize
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..plans import files
+from ..runtime.clock import Call, Request
+from ..runtime.driver import Forecast
+from ..runtime.stats import Stats
+from .learning import Learner, TrainingConfig
+from .predictor import Predictor
+
+_KIND = files.Kind("a checkpoint", None, ValueError, "delete it to start again", "an earlier run")
+_FORMAT = "lesa-training-2"
+Losses = dict[str, list[float]]
+
+
+class Features(Protocol):
+    """What training reads of a recording."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One a request."""
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """Cache contexts of the features."""
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The T + 1 noise levels."""
+
+    def features(self, index: int, context: str) -> Tensor:
+        """The features [T, B, ...] of prompt `index`."""
+
+
+def guided(
+    predictors: Mapping[str, Predictor],
+    recording: Features,
+    first_step: int,
+    config: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Losses:
+    """First stage: forecast each step from the true features before it, L1 loss, one optimiser step a step.
+
+    Args:
+        predictors: one for every context of the recording; trained in place, on the device they are on.
+        recording: full requests.
+        first_step: first step that is trained; earlier ones are always computed.
+        config: the recipe.
+        checkpoint: file from which a killed run goes on with the same result.
+
+    Returns:
+        The loss of every optimiser step, by context.
+    """
+    if first_step < 1:
+        raise ValueError(f"first_step={first_step}: expected at least 1, a forecast needs an earlier feature")
+    phase = _Phase("guided", predictors, recording, config, checkpoint, first_step=first_step)
+
+    def work(indices: Sequence[int]) -> None:
+        for context, learner in phase.learners.items():
+            features = _batch(recording, indices, context, learner.device)
+            for step in range(len(features)):
+                if step >= first_step:
+                    learner.learn(step, features[step])
+                learner.remember(step, features[step])
+
+    return phase.run(config.guided_epochs, work)
+
+
+def closed_loop(
+    predictors: Mapping[str, Predictor],
+    recording: Features,
+    computed: Sequence[int],
+    replay: Callable[[Sequence[int], ClosedLoop], Any],
+    config: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Losses:
+    """Second stage: run the accelerated sampler; the history holds forecasts, the target stays the true feature.
+
+    Args:
+        predictors: one for every context of the recording; trained in place.
+        recording: full requests.
+        computed: the schedule.
+        replay: runs the prompts of the given indices again from their noise under the given driver.
+        config: the recipe.
+        checkpoint: file from which a killed run goes on with the same result.
+
+    Returns:
+        The loss of every optimiser step, by context.
+    """
+    phase = _Phase("closed-loop", predictors, recording, config, checkpoint, computed=list(computed))
+
+    def work(indices: Sequence[int]) -> None:
+        targets = {c: _batch(recording, indices, c, learner.device) for c, learner in phase.learners.items()}
+        replay(indices, ClosedLoop(phase.learners, computed, targets))
+
+    return phase.run(config.closed_loop_epochs, work)
+
+
+class ClosedLoop:
+    """A driver that forecasts with live predictors and trains them on the way.
+
+    Args:
+        learners: one for every context.
+        computed: the schedule.
+        targets: for every context the true features [T, B, ...].
+    """
+
+    def __init__(self, learners: Mapping[str, Learner], computed: Sequence[int], targets: Mapping[str, Tensor]) -> None:
+        self.stats = Stats()
+        self._learners = learners
+        self._computed = frozenset(computed)
+        self._targets = targets
+
+    def begin(self, request: Request) -> None:
+        """What a learner remembers is overwritten before it is read: nothing to forget."""
+
+    def forecast(self, call: Call) -> Forecast | None:
+        """Forecast and learn from a step outside the schedule."""
+        if call.step in self._computed:
+            return None
+        learner = self._learners[call.context]
+        forecast = learner.learn(call.step, self._targets[call.context][call.step])
+        learner.remember(call.step, forecast)
+        return Forecast(lambda: forecast)
+
+    def keep(self, call: Call, feature: Tensor | None) -> None:
+        """Take a computed feature into the history."""
+        assert feature is not None  # `lose` raises
+        self._learners[call.context].remember(call.step, feature.detach())
+
+    def refuse(self, call: Call, reason: str) -> None:
+        """A forecast was not used.
+
+        Raises:
+            RuntimeError: always; a closed loop with holes would train on something else.
+        """
+        raise RuntimeError(f"training stopped at step {call.step}: {reason}")
+
+    def lose(self, reason: str) -> None:
+        """Features are lost.
+
+        Raises:
+            RuntimeError: always, as `refuse`.
+        """
+        raise RuntimeError(f"training stopped: {reason}")
+
+    def observe(self, call: Call, output: Tensor) -> None:
+        """Training reads features, not outputs."""
+
+
+class _Phase:
+    """One stage of training: its learners, its place in the data, its checkpoint."""
+
+    def __init__(
+        self,
+        name: str,
+        predictors: Mapping[str, Predictor],
+        recording: Features,
+        config: TrainingConfig,
+        checkpoint: str | os.PathLike[str] | None,
+        **identity: Any,
+    ) -> None:
+        if set(predictors) != set(recording.contexts):
+            raise ValueError(
+                f"predictors are given for contexts {sorted(predictors)} but the recording has "
+                f"{sorted(recording.contexts)}: give one predictor a context"
+            )
+        self.learners = {c: Learner(p, recording.sigmas, config) for c, p in predictors.items()}
+        self._name, self._config = name, config
+        self._count = len(recording.prompts)
+        self._checkpoint = Path(checkpoint) if checkpoint is not None else None
+        self._identity = {
+            "format": _FORMAT,
+            "phase": name,
+            "recording": digest(recording),
+            "config": asdict(config),
+            "predictors": {context: predictor.config for context, predictor in predictors.items()},
+            **identity,
+        }
+        self._done: Losses = {context: [] for context in predictors}
+
+    def run(self, epochs: int, work: Callable[[Sequence[int]], None]) -> Losses:
+        batches = [batch for epoch in range(epochs) for batch in self._batches(epoch)]
+        position = self._restore()
+        with tqdm(total=len(batches), initial=position, desc=self._name, unit="request") as bar:
+            for i in range(position, len(batches)):
+                work(batches[i])
+                self._collect()
+                bar.update()
+                bar.set_postfix({c: f"{losses[-1]:.4f}" for c, losses in self._done.items() if losses})
+                if (i + 1) % self._config.checkpoint_every == 0 or i + 1 == len(batches):
+                    self._save(i + 1)
+        return self._done
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self._config.seed + epoch)
+        order = torch.randperm(self._count, generator=generator).tolist()
+        size = self._config.batch
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def _collect(self) -> None:
+        """Read the losses back once a request, not once a step: each read waits for the device."""
+        for context, learner in self.learners.items():
+            if learner.losses:
+                losses = torch.stack(learner.losses).tolist()
+                if not all(map(math.isfinite, losses)):
+                    raise ValueError(
+                        f"a loss of context {context!r} in the {self._name} stage is not finite: the features hold NaN "
+                        "or infinity, or lr is too high; the last checkpoint is kept"
+                    )
+                self._done[context] += losses
+                learner.losses.clear()
+
+    def _save(self, position: int) -> None:
+        if self._checkpoint is None:
+            return
+        tensors, steps = {}, {}
+        for context, learner in self.learners.items():
+            for name, tensor in learner.predictor.state_dict().items():
+                tensors[f"{context}/predictor/{name}"] = tensor
+            for i, state in learner.optimizer.state_dict()["state"].items():
+                for name, tensor in state.items():
+                    tensors[f"{context}/optimizer/{i}/{name}"] = tensor
+            steps[context] = learner.steps
+        description = {
+            "identity": self._identity,
+            "position": position,
+            "losses": self._done,
+            "steps": steps,
+        }
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        files.replace_file(self._checkpoint, serialize(tensors, files.metadata(description)))
+
+    def _restore(self) -> int:
+        """Load the checkpoint if there is one; returns how many batches are done."""
+        path = self._checkpoint
+        if path is None or not path.is_file():
+            return 0
+        description, tensors = files.read(path, _KIND, "pt")
+        if description.get("identity") != self._identity:
+            raise ValueError(
+                f"checkpoint {str(path)!r} belongs to another training (other phase, prompts, predictors or "
+                "settings): delete it or give another path"
+            )
+        try:
+            for context, learner in self.learners.items():
+                _load(learner, context, tensors, description["steps"][context])
+            self._done = description["losses"]
+            return description["position"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"checkpoint {str(path)!r} is incomplete: delete it to start again") from error
+
+
+def _load(learner: Learner, context: str, tensors: Mapping[str, Tensor], steps: int) -> None:
+    prefix = f"{context}/predictor/"
+    learner.predictor.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(f"{context}/optimizer/"):
+            *_, index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = tensor
+    groups = learner.optimizer.state_dict()["param_groups"]
+    learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    learner.resume(steps)
+
+
+def digest(recording: Features) -> str:
+    """Tells recordings apart: their prompts, noise levels, contexts and, where it says them, model and site."""
+    parts = [recording.prompts, recording.contexts, recording.sigmas, getattr(recording, "provenance", None)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _batch(recording: Features, indices: Sequence[int], context: str, device: torch.device) -> Tensor:
+    """The features [T, B, ...] of several prompts, in the layout of one request for all of them."""
+    parts = [recording.features(index, context).to(device) for index in indices]
+    # A prompt's part is [T, m, ...], m calls' worth of batched guidance; a request orders them call first.
+    return torch.stack(parts, 2).flatten(1, 2)

@@ -1,0 +1,199 @@
+"""The model of a plan's errors: exact where the denoiser is linear, and Gauss-Newton finds what least squares finds."""
+
+import numpy as np
+import pytest
+import torch
+
+from lesa.forecasters import rows_of
+from lesa.planner.statistics import flow_response
+from lesa.planner.surrogate import Outcome, Surrogate, spread_slopes
+from lesa.planner.tables import straight
+
+T, L, P = 9, 40, 3
+COMPUTED = (0, 1, 3, 6)
+
+
+@pytest.fixture
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def world(contexts, generator):
+    """Requests of v_c(x, t) = a_(c,t) + s_(c,t) x, and their full trajectories."""
+    sigmas = np.linspace(1, 0, T + 1)
+    slopes = 0.5 * torch.randn(contexts, T, generator=generator).double().numpy()
+    drift = torch.randn(P, contexts, T, L, generator=generator).double().numpy()
+    noise = torch.randn(P, L, generator=generator).double().numpy()
+    guidance = np.array([1.0]) if contexts == 1 else np.array([3.0, -2.0])
+
+    def run(weights=None):
+        outputs, samples = np.zeros((P, contexts, T, L)), [noise]
+        for t in range(T):
+            x = samples[-1]
+            if weights is None or t in COMPUTED:
+                outputs[:, :, t] = drift[:, :, t] + slopes[:, t, None] * x[:, None]
+            else:
+                outputs[:, :, t] = np.einsum("cj,pcjl->pcl", weights[:, t], outputs)
+            guided = np.einsum("c,pcl->pl", guidance, outputs[:, :, t])
+            samples.append(x + (sigmas[t + 1] - sigmas[t]) * guided)
+        return outputs, samples
+
+    full, samples = run()
+    flat = full.reshape(P, contexts * T, L)
+    grams = flat @ flat.transpose(0, 2, 1) / L
+    every = np.repeat(slopes[:, :, None], P, 2)
+    return Surrogate(grams, flow_response(sigmas), guidance, every), run, samples
+
+
+def some_rows(contexts, generator):
+    weights = np.zeros((contexts, T, T))
+    for t in set(range(T)) - set(COMPUTED):
+        for j in (step for step in COMPUTED if step < t):
+            weights[:, t, j] = torch.randn(contexts, generator=generator).numpy()
+    return weights
+
+
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_exact_for_a_linear_denoiser(contexts, generator):
+    surrogate, run, samples = world(contexts, generator)
+    weights = some_rows(contexts, generator)
+    outcome = surrogate.outcome(COMPUTED, weights)
+    outputs, accelerated = run(weights)
+    for q, step in enumerate((*COMPUTED[1:], T)):
+        error = accelerated[step] - samples[step]
+        np.testing.assert_allclose(outcome.error[q], (error**2).mean(1), rtol=1e-9, atol=1e-12)
+        basis = outputs[:, :, list(COMPUTED)].reshape(P, -1, L)
+        np.testing.assert_allclose(outcome.along[q], np.einsum("pml,pl->pm", basis, error) / L, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(outcome.basis, basis @ basis.transpose(0, 2, 1) / L, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_what_is_carried_is_the_derivative(contexts, generator):
+    """One unit added to the forecasts of a segment, here times an output: what finite differences give."""
+    surrogate, run, samples = world(contexts, generator)
+    weights = some_rows(contexts, generator)
+    segments = surrogate.on(COMPUTED)
+    carried = segments.carried(segments.priced(segments.reads(weights)))
+    outputs, base = run(weights)
+    k, j, tiny = 2, 1, 1e-6
+    moved = weights.copy()
+    moved[0, COMPUTED[k] + 1 : COMPUTED[k + 1], COMPUTED[j]] += tiny
+    _, after = run(moved)
+    direction = surrogate.guidance[0] * outputs[:, 0, COMPUTED[j]]
+    for q, step in enumerate((*COMPUTED[1:], T)):
+        expected = carried[q, :, k, None] * direction
+        np.testing.assert_allclose((after[step] - base[step]) / tiny, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_lower_the_objective_to_a_minimum(generator):
+    surrogate, run, samples = world(1, generator)
+    weights = some_rows(1, generator)
+    start = surrogate.outcome(COMPUTED, weights).objective
+    better, objective = surrogate.optimise(COMPUTED, weights, 60)
+    assert objective == pytest.approx(surrogate.outcome(COMPUTED, better).objective)
+    assert objective < start - 0.1
+    # No small change of the varied numbers lowers it further.
+    for k, j in ((1, 0), (2, 1), (3, 3)):
+        for sign in (-1, 1):
+            moved = better.copy()
+            end = (*COMPUTED[1:], T)[k]
+            moved[0, COMPUTED[k] + 1 : end, COMPUTED[j]] += sign * 3e-3
+            assert surrogate.outcome(COMPUTED, moved).objective > objective - 1e-3
+
+
+def test_only_rows_of_forecast_steps_change_and_read_computed_steps(generator):
+    surrogate, _, _ = world(2, generator)
+    weights = some_rows(2, generator)
+    moved = surrogate.step(COMPUTED, weights, surrogate.outcome(COMPUTED, weights), 0.1) - weights
+    assert np.abs(moved).max() > 1e-3
+    for t, j in np.argwhere(np.abs(moved).max(0) > 0):
+        assert t not in COMPUTED and j in COMPUTED and j < t
+    # Within a segment every row changes alike.
+    np.testing.assert_allclose(moved[:, 4], moved[:, 5], atol=1e-15)
+    np.testing.assert_allclose(moved[:, 7], moved[:, 8], atol=1e-15)
+
+
+def test_a_request_weighs_by_its_decibels(generator):
+    """Scaling one request's outputs changes its weight in no way."""
+    surrogate, _, _ = world(1, generator)
+    weights = some_rows(1, generator)
+    louder = surrogate.grams.copy()
+    louder[0] *= 1e4
+    loud = Surrogate(louder, surrogate.response, surrogate.guidance, surrogate.slopes)
+    first, second = (
+        model.step(COMPUTED, weights, model.outcome(COMPUTED, weights), 0.0) for model in (surrogate, loud)
+    )
+    np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-6)
+
+
+def test_everything_computed_has_no_error_and_no_step(generator):
+    surrogate, _, _ = world(1, generator)
+    computed, weights = tuple(range(T)), np.zeros((1, T, T))
+    outcome = surrogate.outcome(computed, weights)
+    assert np.abs(outcome.error).max() == 0.0
+    np.testing.assert_array_equal(surrogate.step(computed, weights, outcome, 0.1), weights)
+
+
+def test_slopes_between_computed_steps_are_interpolated_and_cut():
+    measured = np.zeros((1, 4, 1))
+    measured[0, :, 0] = [5.0, 1.0, 2.0, 100.0]
+    slopes = spread_slopes(measured, (0, 2, 4, 6), 8)[0, :, 0]
+    np.testing.assert_allclose(slopes, [1.0, 1.0, 1.0, 1.5, 2.0, 5.0, 8.0, 8.0])
+    measured[0, 2, 0] = np.nan
+    slopes = spread_slopes(measured, (0, 2, 4, 6), 8)[0, :, 0]
+    np.testing.assert_allclose(slopes, [1.0, 1.0, 1.0, 2.75, 4.5, 6.25, 8.0, 8.0])
+    assert not spread_slopes(measured[:, :1], (0,), 8).any()
+
+
+def test_objective_is_the_mean_logarithm():
+    error = np.array([[1.0, 4.0], [2.0, 8.0]])
+    outcome = Outcome(np.zeros((2, 1, 1)), np.zeros((2, 2, 1)), error)
+    np.testing.assert_allclose(outcome.cost, [3.0, 12.0])
+    assert outcome.objective == pytest.approx((np.log(3) + np.log(12)) / 2)
+
+
+def test_any_response_and_any_features(generator):
+    """Against the recursion step by step, for a scheduler that remembers and slopes that differ between requests."""
+    C, computed = 2, (0, 1, 3, 6)
+    flat = torch.randn(P, C * T, L, generator=generator).double().numpy()
+    response = np.tril(torch.randn(T + 1, T, generator=generator).double().numpy(), -1)
+    slopes = torch.randn(C, T, P, generator=generator).double().numpy()
+    guidance, weights = np.array([3.0, -2.0]), some_rows(C, generator)
+    outcome = Surrogate(flat @ flat.transpose(0, 2, 1) / L, response, guidance, slopes).outcome(computed, weights)
+    truth, outputs = flat.reshape(P, C, T, L), np.zeros((P, C, T, L))
+    off = np.zeros((T + 1, P, L))
+    for t in range(T + 1):
+        guided = np.einsum("c,pctl->tpl", guidance, (outputs - truth)[:, :, :t])
+        off[t] = np.einsum("i,ipl->pl", response[t, :t], guided)
+        if t in computed:
+            outputs[:, :, t] = truth[:, :, t] + slopes[:, t].T[:, :, None] * off[t][:, None]
+        elif t < T:
+            outputs[:, :, t] = np.einsum("cj,pcjl->pcl", weights[:, t], outputs)
+    basis = outputs[:, :, list(computed)].reshape(P, -1, L)
+    errors = off[[1, 3, 6, T]]
+    np.testing.assert_allclose(outcome.basis, basis @ basis.transpose(0, 2, 1) / L, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(outcome.along, np.einsum("qpl,pml->qpm", errors, basis) / L, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(outcome.error, (errors**2).mean(2), rtol=1e-9, atol=1e-9)
+
+
+def test_weights_of_the_newest_steps_alone_may_be_varied(generator):
+    surrogate, _, _ = world(2, generator)
+    weights = some_rows(2, generator)
+    objectives = []
+    for most in (1, 2, 4):
+        change, objective = surrogate.on(COMPUTED, most).optimise(weights, 30)
+        assert [bool(np.abs(change[:, k, j]).max()) for k in range(4) for j in range(4)] == [
+            COMPUTED[k] not in (0,) and k - most < j <= k for k in range(4) for j in range(4)
+        ]
+        objectives.append(objective)
+    assert objectives[0] > objectives[1] > objectives[2]
+    assert objectives[2] == pytest.approx(surrogate.optimise(COMPUTED, weights, 30)[1])
+
+
+@pytest.mark.parametrize("computed", [(0,), (0, 1, 3, 6), (0, 4, 8), tuple(range(T))])
+def test_straight_rows_are_those_of_taylor(computed):
+    rows = rows_of("taylor-1", computed, T)
+    expected = np.zeros((2, T, T))
+    for step, row in rows.items():
+        expected[:, step, list(row.steps)] = row.weights
+    np.testing.assert_allclose(straight(computed, 2, T), expected, atol=1e-12)

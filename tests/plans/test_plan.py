@@ -1,0 +1,422 @@
+"""Plans: what is refused, files that survive or are refused in one clear error, and slots that lose nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pipelines import CASES_BY_NAME
+from safetensors.numpy import save as serialize_numpy
+from safetensors.torch import save_file
+
+import lesa
+from lesa.models import hooks
+from lesa.models.denoisers import check_fit, config_hash
+from lesa.plans import plan as plan_module
+from lesa.plans.files import replace_file
+from lesa.plans.plan import ANY_CONTEXT, MAX_READS, Plan, PlanError, Row
+from lesa.plans.routing import PAPER_STAGES
+from lesa.runtime.clock import Call, Request
+from lesa.runtime.runner import PlanRunner
+
+FLUX = CASES_BY_NAME["flux_dev"]
+SIGMAS = (1.0, 0.75, 0.5, 0.25, 0.0)
+ROWS = {1: Row((0,), (1.0,)), 3: Row((0, 1, 2), (0.5, -1.0, 1.5), 0.25)}
+
+
+def small(**changes: Any) -> Plan:
+    return Plan(**{"computed": (0, 2), "sigmas": SIGMAS, "rows": {"*": ROWS}, **changes})
+
+
+def random_plan(rng: random.Random, steps: int | None = None) -> Plan:
+    """Any schedule, one to three contexts, rows of 1 to 16 reads of any earlier steps in any order."""
+    total = steps or rng.randint(2, 40)
+    computed = (0, *sorted(rng.sample(range(1, total), rng.randint(0, total - 1))))
+    names = rng.sample(("cond", "uncond", "*"), rng.randint(1, 3))
+    rows: dict[str, dict[int, Row]] = {name: {} for name in names}
+    for name in names:
+        for step in set(range(total)) - set(computed):
+            reads = tuple(rng.sample(range(step), rng.randint(1, min(step, MAX_READS))))
+            rows[name][step] = Row(reads, tuple(rng.gauss(0, 1) for _ in reads), rng.choice((0.0, rng.gauss(0, 1))))
+    sigmas = (*sorted((rng.random() for _ in range(total)), reverse=True), 0.0)
+    return Plan(computed, sigmas, rows)
+
+
+# Validation
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sigmas": ()}, "sigmas"),
+        ({"sigmas": (1.0,)}, "sigmas"),
+        ({"sigmas": (1.0, float("nan"), 0.5, 0.25, 0.0)}, "sigmas.*finite"),
+        ({"sigmas": (float("inf"), 0.75, 0.5, 0.25, 0.0)}, "sigmas.*finite"),
+        ({"computed": ()}, r"computed=\(\).*first of them 0"),
+        ({"computed": (1, 2)}, r"computed=\(1, 2\).*first of them 0"),
+        ({"computed": (2, 0)}, r"computed=\(2, 0\).*ascending"),
+        ({"computed": (0, 2, 2)}, r"computed=\(0, 2, 2\).*ascending"),
+        ({"computed": (0, 2, 4)}, "computed step 4.*4 steps"),
+        ({"site": "middle"}, r"site='middle'.*hidden.*output"),
+        ({"timesteps": (1.0, 0.5)}, "timesteps has 2 entries.*4"),
+        ({"rows": {}}, "rows is empty"),
+        ({"rows": {"cond": {1: ROWS[1]}}}, r"context 'cond'.*\[3\]"),
+        ({"rows": {"*": ROWS, "cond": {}}}, r"context 'cond'.*\[1, 3\]"),
+        ({"rows": {"*": {**ROWS, 2: Row((0,), (1.0,))}}}, "step 2.*computed"),
+        ({"rows": {"*": {**ROWS, 4: Row((0,), (1.0,))}}}, "step 4.*outside"),
+        ({"rows": {"*": {**ROWS, -1: Row((0,), (1.0,))}}}, "step -1.*outside"),
+        ({"rows": {"*": {**ROWS, 1: Row((), ())}}}, "step 1: 0 steps and 0 weights"),
+        ({"rows": {"*": {**ROWS, 1: Row((0,), (1.0, 2.0))}}}, "step 1: 1 steps and 2 weights"),
+        ({"rows": {"*": {**ROWS, 3: Row((0,) * 17, (1.0,) * 17)}}}, "step 3: 17 steps.*1 to 16"),
+        ({"rows": {"*": {**ROWS, 3: Row((3,), (1.0,))}}}, r"step 3: reads steps \(3,\).*earlier"),
+        ({"rows": {"*": {**ROWS, 1: Row((2,), (1.0,))}}}, r"step 1: reads steps \(2,\).*earlier"),
+        ({"rows": {"*": {**ROWS, 1: Row((-1,), (1.0,))}}}, r"step 1: reads steps \(-1,\).*earlier"),
+        ({"rows": {"*": {**ROWS, 1: Row((0,), (float("nan"),))}}}, "step 1: weights.*finite"),
+        ({"rows": {"*": {**ROWS, 1: Row((0,), (1.0,), float("inf"))}}}, "step 1: .*bias inf.*finite"),
+    ],
+)
+def test_every_misplaced_value_is_named(changes: dict[str, Any], message: str) -> None:
+    small()
+    with pytest.raises(PlanError, match=message):
+        small(**changes)
+
+
+def test_figures_of_a_plan() -> None:
+    plan = small()
+    assert (plan.num_steps, plan.budget) == (4, 2)
+    assert plan.rows_of("cond") == ROWS
+    own = {1: ROWS[1], 3: Row((2,), (1.0,))}
+    assert small(rows={"cond": own, ANY_CONTEXT: ROWS}).rows_of("cond") == own
+    assert small(rows={"cond": own, ANY_CONTEXT: ROWS}).rows_of("uncond") == ROWS
+    assert small(rows={"cond": own}).rows_of("uncond") == {}
+
+
+def test_all_computed_needs_no_rows(tmp_path: Path) -> None:
+    for rows in ({}, {"cond": {}}):
+        plan = Plan((0, 1, 2, 3), SIGMAS, rows)
+        assert plan.capacity == 0
+        assert plan.slots == (-1,) * 4
+        assert replace(Plan.load(plan.save(tmp_path / "plan")), library_version=None) == plan
+
+
+# Files
+
+
+def bits(plan: Plan) -> Any:
+    """Every number of a plan as bits, so that 0.0 and -0.0 differ."""
+
+    def pack(*values: float) -> bytes:
+        return struct.pack(f"{len(values)}d", *values)
+
+    rows = {
+        context: {s: (row.steps, pack(*row.weights), pack(row.bias)) for s, row in by_step.items()}
+        for context, by_step in plan.rows.items()
+    }
+    return plan.computed, pack(*plan.sigmas), rows, plan.timesteps and pack(*plan.timesteps)
+
+
+def test_round_trip_is_bit_exact(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(20):
+        plan = random_plan(rng)
+        odd = [-0.0, 5e-324, 1.7976931348623157e308, 0.1, -1 / 3]
+        rows = {
+            c: {s: replace(r, weights=(rng.choice(odd), *r.weights[1:])) for s, r in by.items()}
+            for c, by in plan.rows.items()
+        }
+        plan = replace(
+            plan,
+            rows=rows,
+            site=rng.choice(("hidden", "output")),
+            forecaster="lesa",
+            timesteps=rng.choice((None, tuple(1000 * s for s in plan.sigmas[:-1]))),
+            denoiser="FluxTransformer2DModel",
+            config_hash="0123456789abcdef",
+            stages=PAPER_STAGES,
+            training={"psnr": 31.25, "alphas": {"*": [None, 0.1]}, "note": "é 日本"},
+        )
+        loaded = Plan.load(plan.save(tmp_path / "plan.safetensors"))
+        assert bits(loaded) == bits(plan)
+        assert loaded.library_version == lesa.__version__
+        assert replace(loaded, library_version=None) == plan
+
+
+def test_saving_a_loaded_plan_gives_the_same_bytes(tmp_path: Path, seed: int) -> None:
+    first = random_plan(random.Random(seed)).save(tmp_path / "a")
+    assert Plan.load(first).save(tmp_path / "b").read_bytes() == first.read_bytes()
+
+
+def test_save_makes_folders_and_takes_strings(tmp_path: Path) -> None:
+    path = small().save(str(tmp_path / "new" / "folder" / "plan.safetensors"))
+    assert bits(Plan.load(str(path))) == bits(small())
+
+
+def test_save_over_a_folder_names_it_and_the_remedy(tmp_path: Path) -> None:
+    folder = tmp_path / "plans"
+    folder.mkdir()
+    with pytest.raises(PlanError, match=f"path='{folder}' is a folder: .*plan.save_pretrained"):
+        small().save(folder)
+    assert not list(folder.iterdir()) and list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("broken", ["write", "replace"])
+def test_failed_save_keeps_the_old_file_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    path = small().save(tmp_path / "plan.safetensors")
+    before = path.read_bytes()
+
+    def half(self: Path, data: bytes) -> int:
+        with open(self, "wb") as file:
+            file.write(data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if broken == "write":
+            patch.setattr(Path, "write_bytes", half)
+        else:
+            patch.setattr(plan_module.os, "replace", fail)
+        with pytest.raises(KeyboardInterrupt):
+            small(forecaster="other").save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    small(forecaster="other").save(path)
+    assert Plan.load(path).forecaster == "other"
+
+
+def test_replace_file_never_shows_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    seen = []
+    write = Path.write_bytes
+
+    def watched(self: Path, data: bytes) -> int:
+        result = write(self, data)
+        seen.append(path.read_bytes() if path.exists() else None)
+        return result
+
+    monkeypatch.setattr(Path, "write_bytes", watched)
+    replace_file(path, b"one")
+    replace_file(path, b"two")
+    assert seen == [None, b"one"]
+    assert path.read_bytes() == b"two"
+
+
+def assert_refused(path: Path, message: str) -> None:
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.load(path)
+    assert path.name in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert_refused(tmp_path / "nothing.safetensors", "does not exist")
+    assert_refused(tmp_path, "does not exist")
+
+
+def test_truncated_anywhere(tmp_path: Path) -> None:
+    data = small().save(tmp_path / "plan").read_bytes()
+    path = tmp_path / "short"
+    for length in (*range(0, len(data), 7), len(data) - 1):
+        path.write_bytes(data[:length])
+        assert_refused(path, "cannot be read.*make or copy it again")
+
+
+@pytest.mark.parametrize("data", [b"not a plan at all", b"{}", bytes(100), b"\xff" * 100, b"PK\x03\x04" + bytes(50)])
+def test_other_kinds_of_file(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "other"
+    path.write_bytes(data)
+    assert_refused(path, "cannot be read")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"lesa": "no json"}, {"lesa": '{"format": "lesa-9"}'}])
+def test_foreign_safetensors(tmp_path: Path, dtype: torch.dtype, metadata: dict[str, str] | None) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(4, dtype=dtype)}, path, metadata)
+    assert_refused(path, "not a plan|cannot be read")
+
+
+def test_changed_bytes_give_a_valid_plan_or_one_clear_error(tmp_path: Path, seed: int) -> None:
+    """Numbers may change unnoticed, but nothing other than a PlanError may come out of a damaged file."""
+    rng = random.Random(seed)
+    data = small(timesteps=(4, 3, 2, 1), stages=PAPER_STAGES, training={"a": 1}).save(tmp_path / "plan").read_bytes()
+    path = tmp_path / "damaged"
+    refused = 0
+    for position in range(len(data)):
+        changed = bytearray(data)
+        changed[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        try:
+            Plan.load(path)
+        except PlanError as error:
+            assert "damaged" in str(error)  # the file's name
+            refused += 1
+    assert refused > len(data) // 3
+
+
+@pytest.mark.parametrize("name", ["computed", "sigmas", "steps", "weights", "bias"])
+def test_missing_array(tmp_path: Path, name: str) -> None:
+    assert_refused(rewritten(tmp_path, lambda arrays, _: arrays.pop(name)), "incomplete")
+
+
+@pytest.mark.parametrize("name", ["contexts", "num_steps", "stages", "site", "training"])
+def test_missing_description(tmp_path: Path, name: str) -> None:
+    assert_refused(rewritten(tmp_path, lambda _, description: description.pop(name)), "incomplete")
+
+
+def test_row_that_reads_the_future_is_refused_on_load(tmp_path: Path) -> None:
+    def change(arrays: dict[str, np.ndarray], _: Any) -> None:
+        arrays["steps"][0, 1, 0] = 3
+
+    with pytest.raises(PlanError, match="earlier"):
+        Plan.load(rewritten(tmp_path, change))
+
+
+def rewritten(folder: Path, change: Any) -> Path:
+    """A saved plan with something changed inside."""
+    from safetensors import safe_open
+
+    path = small().save(folder / "plan.safetensors")
+    with safe_open(path, framework="np") as file:
+        description = json.loads(file.metadata()["lesa"])
+        arrays = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
+    change(arrays, description)
+    path.write_bytes(serialize_numpy(arrays, {"lesa": json.dumps(description)}))
+    return path
+
+
+# Slots
+
+
+def test_slots_lose_nothing_and_waste_nothing(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(300):
+        plan = random_plan(rng)
+        readers = {step: [0] for step in range(plan.num_steps)}
+        for rows in plan.rows.values():
+            for step, row in rows.items():
+                for read in row.steps:
+                    readers[read].append(step)
+        last = {step: max(by) for step, by in readers.items()}
+        for read in range(plan.num_steps):
+            assert (plan.slots[read] >= 0) == (last[read] > 0)
+            between = range(read + 1, last[read])
+            assert plan.slots[read] < 0 or all(plan.slots[s] != plan.slots[read] for s in between), (plan, read)
+        alive = [sum(last[early] > now for early in range(now + 1)) for now in range(plan.num_steps)]
+        assert plan.capacity == max(alive)
+
+
+def test_runner_equals_brute_force_that_keeps_everything(seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(60):
+        plan = random_plan(rng)
+        runner = PlanRunner(plan)
+        for _request in range(2):
+            request = Request(plan.num_steps, plan.sigmas)
+            runner.begin(request)
+            kept: dict[str, list[torch.Tensor]] = {"cond": [], "uncond": []}
+            for step in range(plan.num_steps):
+                for context in kept:
+                    if not plan.rows_of(context) and plan.budget < plan.num_steps:
+                        continue
+                    call = Call(context, step, None, torch.zeros(1), request, False)
+                    coming = runner.forecast(call)
+                    assert (coming is None) == (step in plan.computed)
+                    if coming is None:
+                        actual = torch.randn(3, 2, dtype=torch.float64)
+                        runner.keep(call, actual)
+                        kept[context].append(actual.clone())
+                        continue
+                    actual = coming.feature()
+                    row = plan.rows_of(context)[step]
+                    terms = [w * kept[context][s] for w, s in zip(row.weights, row.steps, strict=True)]
+                    size = sum(term.abs().max() for term in terms) + abs(row.bias)
+                    assert (actual - (sum(terms) + row.bias)).abs().max() <= 1e-14 * size, (plan, step, context)
+                    kept[context].append(actual.clone())
+        assert not runner.stats.refused
+
+
+# Joining
+
+
+def test_join_keeps_the_rows_of_each_context(tmp_path: Path) -> None:
+    other = {1: Row((0,), (0.5,), 1.0), 3: Row((2,), (2.0,))}
+    first = small(training={"loss": 1, "alphas": {"*": [0.5]}})
+    second = small(rows={"*": other}, training={"loss": 1, "alphas": {"*": [0.7]}})
+    joined = Plan.join({"cond": first, "uncond": second})
+    assert joined.rows_of("cond") == ROWS
+    assert joined.rows_of("uncond") == other
+    assert joined.rows_of("third") == {}
+    assert joined.training == {"loss": 1, "alphas": {"cond": [0.5], "uncond": [0.7]}}
+    assert replace(Plan.load(joined.save(tmp_path / "joined")), library_version=None) == joined
+
+
+def test_join_takes_a_context_out_of_a_plan_that_names_it() -> None:
+    own = {1: ROWS[1], 3: Row((2,), (3.0,))}
+    assert Plan.join({"cond": small(rows={"cond": own, "*": ROWS})}).rows_of("cond") == own
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("computed", small(computed=(0, 1, 2), rows={"*": {3: ROWS[3]}})),
+        ("sigmas", small(sigmas=(1.0, 0.75, 0.5, 0.3, 0.0))),
+        ("site", small(site="output")),
+        ("denoiser", small(denoiser="Another")),
+    ],
+)
+def test_join_refuses_plans_that_differ(name: str, other: Plan) -> None:
+    with pytest.raises(PlanError, match=f"differ in {name} at context 'uncond'"):
+        Plan.join({"cond": small(), "uncond": other})
+
+
+def test_join_of_nothing() -> None:
+    with pytest.raises(PlanError, match="empty"):
+        Plan.join({})
+
+
+# Plans for another model
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"denoiser": "WanTransformer3DModel"}, "made for WanTransformer3DModel but this denoiser is a Flux"),
+        ({"config_hash": "feedfacefeedface"}, "another configuration.*feedfacefeedface"),
+    ],
+)
+def test_plan_of_another_model_is_refused_with_nothing_half_enabled(changes: dict[str, Any], message: str) -> None:
+    pipe = FLUX.make()
+    own = small(denoiser="FluxTransformer2DModel", config_hash=config_hash(pipe.transformer))
+    check_fit(own, pipe.transformer)
+    check_fit(small(), pipe.transformer)
+    other = replace(own, **changes)
+    with pytest.raises(PlanError, match=message):
+        check_fit(other, pipe.transformer)
+    for target in (pipe, pipe.transformer):
+        with pytest.raises(PlanError, match=message):
+            lesa.enable(target, other)
+        assert hooks.attached(target) is None
+        assert not any(hasattr(module, "_diffusers_hook") for module in pipe.transformer.modules())
+    lesa.enable(pipe, own)
+    root = hooks.attached(pipe)
+    with pytest.raises(PlanError, match=message):
+        lesa.enable(pipe, other)
+    assert hooks.attached(pipe) is root
+
+
+def test_config_hash_tells_configurations_apart() -> None:
+    first, same, other = FLUX.make(), FLUX.make(), CASES_BY_NAME["flux_schnell"].make()
+    assert config_hash(first.transformer) == config_hash(same.transformer)
+    assert config_hash(first.transformer) != config_hash(other.transformer)
+    assert config_hash(torch.nn.Linear(1, 1)) is None
