@@ -157,7 +157,7 @@ class Bench:
             found = (schedule.paper(steps, interval) for interval in _intervals(steps))
             return next(computed for computed in found if len(computed) == budget)
         known = self.statistics(guidance)
-        return search_all(known.gram("output", GUIDED), known.response[-1], (budget,))[budget]
+        return search_all(known.gram("output", GUIDED), known.impulse_response[-1], (budget,))[budget]
 
     def forecaster(self, name: str, schedule_name: str, site: str, guidance: int, budget: int) -> Plan:
         """The plan of one of `RULES`."""

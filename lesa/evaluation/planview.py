@@ -172,7 +172,7 @@ def _weights(rows: Mapping[int, Row], total: int) -> np.ndarray:
 def _draw_errors(axes: Axes, plan: Plan, errors: Mapping[int, Expected], *, first: bool) -> None:
     steps = [step for step, expected in errors.items() if expected.error > 0]
     middle = np.array([errors[step].error for step in steps])
-    times = np.exp([errors[step].spread for step in steps])
+    times = np.exp([errors[step].std for step in steps])
     axes.fill_between(steps, middle / times, middle * times, color=FAINT)
     axes.plot(steps, middle, "o-", color=INK, markersize=4, linewidth=0.8)
     axes.set_yscale("log")
@@ -183,7 +183,7 @@ def _draw_errors(axes: Axes, plan: Plan, errors: Mapping[int, Expected], *, firs
     axes.set_axisbelow(True)
     axes.set_xlabel("computed step")
     if first:
-        axes.set_ylabel("expected relative\nerror and spread")
+        axes.set_ylabel("expected relative\nerror and std")
     axes.tick_params(labelleft=first)
     _step_axis(axes, plan)
 

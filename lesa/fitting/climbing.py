@@ -9,7 +9,7 @@ import numpy as np
 from ..planner.search import search
 from ..planner.statistics import GUIDED
 from ..planner.surrogate import Outcome
-from ..planner.tables import closed_form, prior_slopes
+from ..planner.tables import closed_form, prior_error_gains
 from ..plans import schedule
 from .trials import Trials
 
@@ -32,24 +32,26 @@ class Climber:
         self._trials, self._statistics = trials, trials.statistics
         self._budget, self._most = budget, prices
         self._random = np.random.default_rng(seed)
-        self._slopes = prior_slopes(trials.statistics, trials.count)
+        self._error_gains = prior_error_gains(trials.statistics, trials.count)
         self._prices: dict[tuple[int, ...], float] = {}
 
     def starts(self) -> list[tuple[int, ...]]:
         """Schedules to start from: the exact search on mean inner products, the paper's, even and front-loaded ones."""
         T, N = self._statistics.num_steps, self._budget
-        gram, response = self._statistics.gram("output", GUIDED), self._statistics.response[-1]
-        found = [search(gram, response, N), *published(T, N), spaced(T, N, 1.5)]
+        gram, impulse_response = self._statistics.gram("output", GUIDED), self._statistics.impulse_response[-1]
+        found = [search(gram, impulse_response, N), *published(T, N), spaced(T, N, 1.5)]
         return list(dict.fromkeys(found))
 
     def rows(self, computed: tuple[int, ...]) -> np.ndarray:
         """The surrogate's best rows [C, T, T]."""
-        return self._trials.surrogate(self._slopes).optimise(computed, closed_form(self._statistics, computed), 15)[0]
+        return self._trials.surrogate(self._error_gains).optimise(
+            computed, closed_form(self._statistics, computed), 15
+        )[0]
 
     def price(self, computed: tuple[int, ...]) -> float:
         """The objective that the surrogate promises."""
         if computed not in self._prices:
-            surrogate = self._trials.surrogate(self._slopes)
+            surrogate = self._trials.surrogate(self._error_gains)
             self._prices[computed] = surrogate.optimise(computed, closed_form(self._statistics, computed), 5)[1]
         return self._prices[computed]
 
@@ -77,20 +79,20 @@ class Climber:
         return [moves[i] for i in self._random.permutation(len(moves))]
 
     @property
-    def slopes(self) -> np.ndarray:
+    def error_gains(self) -> np.ndarray:
         """[C, T, P] of the surrogate."""
-        return self._slopes
+        return self._error_gains
 
-    def learn(self, slopes: np.ndarray) -> None:
-        """Take measured slopes [C, T, P] for the surrogate's."""
-        self._slopes = slopes
+    def learn(self, error_gains: np.ndarray) -> None:
+        """Take measured error gains [C, T, P] for the surrogate's."""
+        self._error_gains = error_gains
         self._prices.clear()
 
     def step(
-        self, computed: tuple[int, ...], weights: np.ndarray, outcome: Outcome, slopes: np.ndarray, damping: float
+        self, computed: tuple[int, ...], weights: np.ndarray, outcome: Outcome, error_gains: np.ndarray, damping: float
     ) -> np.ndarray:
         """The rows after a step of Gauss-Newton from a measured outcome, see `Surrogate.step`."""
-        return self._trials.surrogate(slopes).step(computed, weights, outcome, damping)
+        return self._trials.surrogate(error_gains).step(computed, weights, outcome, damping)
 
     def _descend(self, computed: tuple[int, ...], until: int) -> tuple[int, ...]:
         improved = True

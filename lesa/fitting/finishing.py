@@ -11,7 +11,7 @@ import torch
 
 from ..models.denoisers import denoiser_of
 from ..planner.expectations import expectations
-from ..planner.surrogate import Surrogate, spread_slopes
+from ..planner.surrogate import Surrogate, interpolated_error_gains
 from ..planner.transfer import expected_by
 from ..plans.plan import Plan
 from ..runtime.likeness import Likeness, likeness_of
@@ -24,7 +24,7 @@ _NOT_ALWAYS = ("fitting_ssim", "held_out_ssim", "skipped")  # figures that a giv
 
 def finished(
     best: Candidate,
-    slopes: np.ndarray,
+    error_gains: np.ndarray,
     figures: Mapping[str, Any],
     trials: Trials,
     held: Trials | None,
@@ -34,7 +34,7 @@ def finished(
 
     Args:
         best: of the fit.
-        slopes: [C, T, P] of the fit's surrogate, for a best candidate that was not run.
+        error_gains: [C, T, P] of the fit's surrogate, for a best candidate that was not run.
         figures: of the fit.
         trials: the fitting requests.
         held: those that are only measured.
@@ -52,7 +52,7 @@ def finished(
         **_ssim("fitting_ssim", best.measured),
         **_ssim("held_out_ssim", kept_out),
     }
-    plan = replace(plan, training=told, surrogate=_surrogate(best, slopes, trials), likeness=likeness)
+    plan = replace(plan, training=told, surrogate=_surrogate(best, error_gains, trials), likeness=likeness)
     measured = [part for part in (best.measured, kept_out) if part is not None] if best.measured is not None else []
     return replace(plan, expected=_expected(plan, trials, measured))
 
@@ -68,13 +68,13 @@ def remembered(target: Any, parts: Sequence[Trials]) -> Likeness:
     return likeness_of(embeddings, denoiser_of(target))
 
 
-def _surrogate(best: Candidate, slopes: np.ndarray, trials: Trials) -> Surrogate | None:
+def _surrogate(best: Candidate, error_gains: np.ndarray, trials: Trials) -> Surrogate | None:
     """What plans for other requests are made of; of the output site, as they are."""
     if best.plan.site != "output":
         return None
     if best.measured is not None:
-        slopes = spread_slopes(best.measured.slopes, best.computed, trials.statistics.num_steps)
-    return trials.surrogate(slopes).thinned()
+        error_gains = interpolated_error_gains(best.measured.error_gains, best.computed, trials.statistics.num_steps)
+    return trials.surrogate(error_gains).thinned()
 
 
 def _expected(plan: Plan, trials: Trials, measured: Sequence[Measured]) -> Mapping[str, Any]:

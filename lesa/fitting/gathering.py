@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 from ..models.denoisers import LAYOUTS, config_hash, denoiser_of
 from ..models.gatherer import Gatherer
 from ..models.works import Work, works_of
-from ..planner.statistics import Statistics, StatisticsError, flow_response
+from ..planner.statistics import Statistics, StatisticsError, flow_impulse_response
 from ..plans.plan import SITES
 from ..runtime.driver import LesaWarning
-from ..runtime.response import response_of
+from ..runtime.response import impulse_response_of
 
 _SAME = 1e-4  # of sigma, between requests of one kind
 
@@ -102,9 +102,9 @@ def gather_works(
             sums.add(gatherer, sigmas)
             bar.update(len(work.labels))
     assert sums.found is not None
-    response = flow_response(sums.found.sigmas)
+    impulse_response = flow_impulse_response(sums.found.sigmas)
     if scheduler is not None:
-        response = response_of(scheduler, len(scheduler.timesteps) - len(sums.found.timesteps))
+        impulse_response = impulse_response_of(scheduler, len(scheduler.timesteps) - len(sums.found.timesteps))
     contexts = sums.found.contexts
     return Statistics(
         sigmas=sums.found.sigmas,
@@ -112,7 +112,7 @@ def gather_works(
         contexts=contexts,
         guidance=_guidance(target, request, contexts) if guidance is None else tuple(guidance),
         grams=sums.grams(),
-        response=response,
+        impulse_response=impulse_response,
         requests=sums.requests,
         scheduler=None if scheduler is None else type(scheduler).__name__,
         denoiser=type(denoiser).__name__,

@@ -83,7 +83,7 @@ class Kept:
             return
         key, outcome = self._key(plan), measured.outcome
         arrays = {"basis": outcome.basis, "along": outcome.along, "error": outcome.error}
-        arrays |= {"psnr": measured.psnr, "slopes": measured.slopes}
+        arrays |= {"psnr": measured.psnr, "slopes": measured.error_gains}
         if measured.ssim is not None:
             arrays["ssim"] = measured.ssim
         arrays = {name: np.ascontiguousarray(array, np.float64) for name, array in arrays.items()}

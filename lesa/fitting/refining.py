@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..planner.surrogate import spread_slopes
+from ..planner.surrogate import interpolated_error_gains
 from ..planner.tables import closed_form, plan_of
 from ..plans.plan import Plan
 from .candidates import TRAINED, Given, expressible, table_of
@@ -111,9 +111,11 @@ class Refiner:
             probe = self._made("probe", self._climber.starts()[0])
             measured = self._trials.run(probe.plan, calls=1)
             bar.update()
-        if np.isfinite(measured.slopes[:, 1:]).any():  # else no computed step saw an error
-            slopes = spread_slopes(measured.slopes, probe.computed, self._statistics.num_steps)
-            self._climber.learn(np.broadcast_to(slopes.mean(2, keepdims=True), self._climber.slopes.shape).copy())
+        if np.isfinite(measured.error_gains[:, 1:]).any():  # else no computed step saw an error
+            error_gains = interpolated_error_gains(measured.error_gains, probe.computed, self._statistics.num_steps)
+            self._climber.learn(
+                np.broadcast_to(error_gains.mean(2, keepdims=True), self._climber.error_gains.shape).copy()
+            )
 
     def _loop(self, searched: Candidate) -> None:
         """Run candidates as long as there are runs left."""
@@ -239,19 +241,19 @@ class Refiner:
     def _follow(self, candidate: Candidate, damping: float) -> Candidate:
         """A Gauss-Newton step from a candidate, run."""
         assert candidate.measured is not None and candidate.weights is not None
-        slopes, outcome = self._slopes(candidate), candidate.measured.outcome
-        weights = self._climber.step(candidate.computed, candidate.weights, outcome, slopes, damping)
+        error_gains, outcome = self._error_gains(candidate), candidate.measured.outcome
+        weights = self._climber.step(candidate.computed, candidate.weights, outcome, error_gains, damping)
         return self._try(self._made(f"{candidate.name.removesuffix(' +')} +", candidate.computed, weights))
 
-    def _slopes(self, candidate: Candidate) -> np.ndarray:
+    def _error_gains(self, candidate: Candidate) -> np.ndarray:
         assert candidate.measured is not None
-        return spread_slopes(candidate.measured.slopes, candidate.computed, self._statistics.num_steps)
+        return interpolated_error_gains(candidate.measured.error_gains, candidate.computed, self._statistics.num_steps)
 
     def _learn(self, candidate: Candidate) -> None:
-        """Take the slopes measured with a candidate for the surrogate's."""
+        """Take the error gains measured with a candidate for the surrogate's."""
         if candidate is not self._taught:
             self._taught = candidate
-            self._climber.learn(self._slopes(candidate))
+            self._climber.learn(self._error_gains(candidate))
 
     def _try(self, candidate: Candidate) -> Candidate:
         """Run a candidate, and keep it if it is the best."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..models.gatherer import Gatherer
 from ..models.works import Work
-from ..planner.tables import prior_slopes
+from ..planner.tables import prior_error_gains
 from ..plans.plan import Plan, PlanError
 from . import candidates
 from .candidates import Given
@@ -228,7 +228,7 @@ class Session:
         }
         if refiner.skipped:
             figures["skipped"] = [[name, reason] for name, reason in refiner.skipped]
-        return finished(best, climber.slopes, figures, self.trials, self.held, self._likeness)
+        return finished(best, climber.error_gains, figures, self.trials, self.held, self._likeness)
 
     def _made(self, path: Path, budget: int) -> Plan | None:
         try:
@@ -249,6 +249,6 @@ class Session:
         if plan.surrogate is None:
             return True
         grams = plan.surrogate.grams
-        slopes = prior_slopes(self.trials.statistics, self.trials.count)
-        known = self.trials.surrogate(slopes).thinned().grams
+        error_gains = prior_error_gains(self.trials.statistics, self.trials.count)
+        known = self.trials.surrogate(error_gains).thinned().grams
         return grams.shape == known.shape and bool(np.abs(grams - known).max() <= _SAME * np.abs(known).max())

@@ -48,7 +48,7 @@ class Measured:
     Args:
         psnr: [P] in dB, of the pictures; of the final samples where there are none.
         outcome: inner products of its errors.
-        slopes: [C, N, P] of the denoiser's answers at the computed steps.
+        error_gains: [C, N, P] of the denoiser's answers at the computed steps.
         refused: why forecasts could not be used; then more was computed than the plan says.
         final: the pictures [P, ...]; None where there are none, or they were not kept.
         ssim: [P] of the pictures, where it was asked for.
@@ -56,7 +56,7 @@ class Measured:
 
     psnr: np.ndarray
     outcome: Outcome
-    slopes: np.ndarray
+    error_gains: np.ndarray
     refused: tuple[str, ...] = ()
     final: np.ndarray | None = None
     ssim: np.ndarray | None = None
@@ -103,10 +103,10 @@ class Trials:
                 grams.append((flat @ flat.T / flat.shape[1]).cpu().numpy())
         return np.stack(grams)
 
-    def surrogate(self, slopes: np.ndarray) -> Surrogate:
-        """The model of these requests with slopes [C, T, P]."""
+    def surrogate(self, error_gains: np.ndarray) -> Surrogate:
+        """The model of these requests with error gains [C, T, P]."""
         known = self.statistics
-        return Surrogate(self.grams, known.response, np.asarray(known.guidance), slopes, known.contexts)
+        return Surrogate(self.grams, known.impulse_response, np.asarray(known.guidance), error_gains, known.contexts)
 
     @cached_property
     def identity(self) -> str:
@@ -115,7 +115,7 @@ class Trials:
         told = [[work.labels for work in self.works], statistics.sigmas, statistics.guidance, statistics.config_hash]
         found = hashlib.sha256(json.dumps(told).encode())
         finals = [reference.final for reference in self.references if reference.final is not None]
-        for array in (statistics.response, self.grams, *finals):
+        for array in (statistics.impulse_response, self.grams, *finals):
             found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()
 
@@ -145,7 +145,7 @@ class Trials:
                 np.concatenate([part.outcome.along for part in parts], 1),
                 np.concatenate([part.outcome.error for part in parts], 1),
             ),
-            np.concatenate([part.slopes for part in parts], 2),
+            np.concatenate([part.error_gains for part in parts], 2),
             tuple(sorted({reason for part in parts for reason in part.refused})),
             np.concatenate(finals) if len(finals) == len(parts) else None,
         )
@@ -153,12 +153,12 @@ class Trials:
     def _run(self, plan: Plan, work: Work, reference: Reference) -> Measured:
         watch = Watch(plan, self.statistics, reference.outputs)
         final = final_of(work.run(watch, plan.site), len(work.labels))
-        outcome, slopes = watch.measured()
+        outcome, error_gains = watch.measured()
         if final is not None and reference.final is not None:
             psnr = decibels(final, reference.final)
         else:
             psnr = -10 * np.log10(np.maximum(outcome.error[-1], 10 ** (-_MOST_DB / 10)))
-        return Measured(psnr, outcome, slopes, tuple(watch.stats.refused), final)
+        return Measured(psnr, outcome, error_gains, tuple(watch.stats.refused), final)
 
 
 def decibels(final: np.ndarray, reference: np.ndarray) -> np.ndarray:

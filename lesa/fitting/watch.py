@@ -23,7 +23,7 @@ class Watch(Relay):
 
     Args:
         plan: of either site; its outputs are what is compared.
-        statistics: contexts, guidance and response.
+        statistics: contexts, guidance and impulse response.
         outputs: [C, T, B, L] of the full requests.
     """
 
@@ -35,11 +35,11 @@ class Watch(Relay):
         C, _, B, L = outputs.shape
         self._computed = {step: k for k, step in enumerate(plan.computed)}
         # The samples at the computed steps but the first, and the final one.
-        targets = torch.tensor(statistics.response[[*plan.computed[1:], plan.num_steps]])
+        targets = torch.tensor(statistics.impulse_response[[*plan.computed[1:], plan.num_steps]])
         self._targets = targets.to(outputs.device, self._wide)
         self._errors = torch.zeros(len(targets), B, L, dtype=self._wide, device=outputs.device)
         self._answers = torch.zeros(C, plan.budget, B, L, dtype=self._wide, device=outputs.device)
-        self._slopes = torch.zeros(C, plan.budget, B, dtype=self._wide, device=outputs.device)
+        self._error_gains = torch.zeros(C, plan.budget, B, dtype=self._wide, device=outputs.device)
 
     def observe(self, call: Call, output: Tensor) -> None:
         """Add the difference from the full request to the errors of all later targets."""
@@ -52,7 +52,7 @@ class Watch(Relay):
             self._answers[c, k] = own
             if k:
                 off = self._errors[k - 1]
-                self._slopes[c, k] = ((own - truth) * off).sum(1) / off.square().sum(1)
+                self._error_gains[c, k] = ((own - truth) * off).sum(1) / off.square().sum(1)
         weights = self._targets[:, call.step] * self._statistics.guidance[c]
         for target in weights.nonzero().flatten().tolist():
             self._errors[target].add_(own - truth, alpha=float(weights[target]))
@@ -66,7 +66,7 @@ class Watch(Relay):
             (torch.einsum("bml,qbl->qbm", basis, errors) / length).cpu().numpy(),
             (errors.square().sum(2) / length).cpu().numpy(),
         )
-        return outcome, self._slopes.double().cpu().numpy()
+        return outcome, self._error_gains.double().cpu().numpy()
 
 
 def by_request(output: Tensor, call: Call, count: int) -> Tensor:

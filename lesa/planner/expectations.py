@@ -1,6 +1,6 @@
 """Which errors the guard may expect of a plan's checks: how large they are in the fitting requests, and how scattered.
 
-Errors of requests that differ in difficulty differ by factors, so their logarithms are what has a mean and a spread.
+Errors of easy and hard requests differ by factors, so mean and standard deviation are of their logarithms.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import numpy as np
 
 from ..plans.plan import Expected, Row
 
-ENOUGH = 4  # requests, to tell a spread
-_LEAST = 0.2  # a spread: that of a few requests may be small by chance
+ENOUGH = 4  # requests, to tell a standard deviation
+_LEAST = 0.2  # a standard deviation: that of a few requests may be small by chance
 _DOUBT = 0.25  # added to it where the features are not those of requests run by the plan, but of full ones
 _TINY = 1e-30
 
@@ -58,5 +58,5 @@ def relative_errors(gram: np.ndarray, step: int, row: Row) -> np.ndarray:
 def _expected(errors: np.ndarray, measured: bool) -> Expected:
     logs = np.log(np.maximum(errors, _TINY))
     # Of one more request, whose own deviation comes on top of that of the mean.
-    spread = max(float(logs.std(ddof=1)) * math.sqrt(1 + 1 / len(logs)), _LEAST)
-    return Expected(float(np.exp(logs.mean())), spread if measured else math.hypot(spread, _DOUBT))
+    std = max(float(logs.std(ddof=1)) * math.sqrt(1 + 1 / len(logs)), _LEAST)
+    return Expected(float(np.exp(logs.mean())), std if measured else math.hypot(std, _DOUBT))

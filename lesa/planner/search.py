@@ -1,8 +1,8 @@
 """When, searched: the schedule of least displacement error for a budget, by dynamic programming on a Gram matrix.
 
-Between two computed steps q < n the sample should move by D = sum_t h_t F_t, q < t < n, where h is the response of the
-final sample to each step's output. The forecasts F_q + c_t (F_q - F_p), p the computed step before q, move it by
-H F_q + c (F_q - F_p) with H = sum_t h_t and one free scalar c = sum_t h_t c_t. What c cannot mend,
+Between two computed steps q < n the sample should move by D = sum_t h_t F_t, q < t < n, where h is the impulse
+response of the final sample to each step's output. The forecasts F_q + c_t (F_q - F_p), p the computed step before q,
+move it by H F_q + c (F_q - F_p) with H = sum_t h_t and one free scalar c = sum_t h_t c_t. What c cannot mend,
 || D - H F_q - c (F_q - F_p) ||^2, is the price of the segment (p, q, n): a quadratic form in the Gram matrix of F.
 """
 
@@ -23,7 +23,7 @@ _ROUNDING = 16 * np.finfo(np.float64).eps
 
 def search(
     gram: ArrayLike,
-    response: ArrayLike,
+    impulse_response: ArrayLike,
     budget: int,
     *,
     sensitivity: ArrayLike | None = None,
@@ -34,7 +34,8 @@ def search(
 
     Args:
         gram: [T, T], inner products of the features of the output site, e.g. `Statistics.gram("output", GUIDED)`.
-        response: [T], what one unit of each step's output does to the final sample, e.g. `Statistics.response[-1]`.
+        impulse_response: [T], what one unit of each step's output does to the final sample, e.g. the last row of
+            `Statistics.impulse_response`.
         budget: computed steps, `first` to T.
         sensitivity: [T], at least 0: how much of an error made up to and including step t is still seen in the final
             sample; ones by default.
@@ -47,12 +48,12 @@ def search(
     Raises:
         ValueError: a shape or value is out of place.
     """
-    return search_all(gram, response, (budget,), sensitivity=sensitivity, ridge=ridge, first=first)[int(budget)]
+    return search_all(gram, impulse_response, (budget,), sensitivity=sensitivity, ridge=ridge, first=first)[int(budget)]
 
 
 def search_all(
     gram: ArrayLike,
-    response: ArrayLike,
+    impulse_response: ArrayLike,
     budgets: Iterable[int],
     *,
     sensitivity: ArrayLike | None = None,
@@ -67,20 +68,20 @@ def search_all(
     Returns:
         For each budget, in the order given, what `search` returns.
     """
-    gram, response, sensitivity = _checked(gram, response, sensitivity, ridge)
-    total = len(response)
+    gram, impulse_response, sensitivity = _checked(gram, impulse_response, sensitivity, ridge)
+    total = len(impulse_response)
     wanted = [_whole("budget", budget, 1, total) for budget in budgets]
     if not wanted:
         raise ValueError("budgets is empty: give at least one number of computed steps")
     first = _whole("first", first, 1, min(wanted))
-    prices = _prices(gram, response, sensitivity, ridge)
+    prices = _prices(gram, impulse_response, sensitivity, ridge)
     table = _table(prices, max(wanted) - first + 1, first - 1)
     return {budget: _read(prices, table, budget, first) for budget in wanted}
 
 
 def price(
     gram: ArrayLike,
-    response: ArrayLike,
+    impulse_response: ArrayLike,
     computed: Iterable[int],
     *,
     sensitivity: ArrayLike | None = None,
@@ -95,13 +96,13 @@ def price(
     Raises:
         ValueError: a shape or value is out of place.
     """
-    gram, response, sensitivity = _checked(gram, response, sensitivity, ridge)
-    total = len(response)
+    gram, impulse_response, sensitivity = _checked(gram, impulse_response, sensitivity, ridge)
+    total = len(impulse_response)
     steps = check(computed, total)
     paid = 0.0
     for p, (q, n) in zip((None, *steps), pairwise((*steps, total)), strict=False):
         error = np.zeros(total)  # coefficients over the features
-        error[q + 1 : n] = response[q + 1 : n]
+        error[q + 1 : n] = impulse_response[q + 1 : n]
         error[q] = -error.sum()
         if p is not None:
             slope = np.zeros(total)
@@ -113,12 +114,12 @@ def price(
     return float(paid)
 
 
-def _prices(gram: np.ndarray, response: np.ndarray, sensitivity: np.ndarray, ridge: float) -> list[np.ndarray]:
+def _prices(gram: np.ndarray, impulse_response: np.ndarray, sensitivity: np.ndarray, ridge: float) -> list[np.ndarray]:
     """For each q the prices of the segments (p, q, n), [n - q - 1, p]; q = 0 has one column, which is reuse."""
-    every = np.arange(len(response))
-    sums = _prefix(response, 0)
-    cross = _prefix(response[:, None] * gram, 0)  # <sum of h_t F_t over t < k, F_s>
-    both = _prefix(_prefix(np.outer(response, response) * gram, 0), 1)
+    every = np.arange(len(impulse_response))
+    sums = _prefix(impulse_response, 0)
+    cross = _prefix(impulse_response[:, None] * gram, 0)  # <sum of h_t F_t over t < k, F_s>
+    both = _prefix(_prefix(np.outer(impulse_response, impulse_response) * gram, 0), 1)
     squares, norms = both.diagonal(), gram.diagonal()
     # Of all q and n, those of n <= q left unread: H, <D_n, F_q> and || D_n - H F_q ||^2.
     size = sums - sums[1:, None]
@@ -174,21 +175,21 @@ def _prefix(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _checked(
-    gram: ArrayLike, response: ArrayLike, sensitivity: ArrayLike | None, ridge: float
+    gram: ArrayLike, impulse_response: ArrayLike, sensitivity: ArrayLike | None, ridge: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The inputs as float64, the Gram matrix as if F_0 had been taken off every feature.
 
     No price changes by that, for all weights sum to one; but rounding then weighs differences, not the features' size.
     """
-    g, h = np.asarray(gram, np.float64), np.asarray(response, np.float64)
+    g, h = np.asarray(gram, np.float64), np.asarray(impulse_response, np.float64)
     if g.ndim != 2 or g.shape[0] != g.shape[1] or not len(g):
         raise ValueError(f"gram has shape {g.shape}: expected [T, T], the inner products of T features")
     s = np.ones(len(g)) if sensitivity is None else np.asarray(sensitivity, np.float64)
-    for name, value in (("response", h), ("sensitivity", s)):
+    for name, value in (("impulse_response", h), ("sensitivity", s)):
         if value.shape != (len(g),):
-            hint = "; of a [T + 1, T] response give the last row" if value.ndim == 2 else ""
+            hint = "; of a matrix [T + 1, T] give the last row" if value.ndim == 2 else ""
             raise ValueError(f"{name} has shape {value.shape}: expected [{len(g)}], one number a step of gram{hint}")
-    for name, value in (("gram", g), ("response", h), ("sensitivity", s)):
+    for name, value in (("gram", g), ("impulse_response", h), ("sensitivity", s)):
         if not np.isfinite(value).all():
             where = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
             raise ValueError(f"{name} holds {value[where]} at {where}: expected finite numbers; record it again")

@@ -1,7 +1,7 @@
 """The surrogate on one schedule, in the few numbers that its rows and their errors come down to.
 
-With s_j the computed steps, m_q the targets' steps and R the scheduler's response, the rows of all forecast steps t act
-through what they add up to at each target, and so does the truth they stand for:
+With s_j the computed steps, m_q the targets' steps and R the scheduler's impulse response, the rows of all forecast
+steps t act through what they add up to at each target, and so does the truth they stand for:
 
     a[q, c, j] = guidance_c sum_t R[m_q, t] w[c, t, j]        u_q = sum_t R[m_q, t] sum_c guidance_c v_(c, t)
 
@@ -27,7 +27,7 @@ import numpy as np
 
 from ..plans.plan import MAX_READS
 
-# Weight of the mean squared error at the computed steps beside that of the final sample: slopes are only nearly right.
+# Weight of the mean squared error at the computed steps beside that of the final sample: gains are only nearly right.
 KAPPA = 1.0
 _TINY = 1e-30
 _ENOUGH = 1e-3  # of the objective: what a step must gain to be followed by another
@@ -87,7 +87,7 @@ class Segments:
     """The surrogate on one schedule.
 
     Args:
-        grams, response, guidance, slopes: those of the surrogate.
+        grams, impulse_response, guidance, error_gains: those of the surrogate.
         computed: the schedule.
         most: how many of the newest computed steps' weights are varied in a row.
     """
@@ -95,21 +95,23 @@ class Segments:
     def __init__(
         self,
         grams: np.ndarray,
-        response: np.ndarray,
+        impulse_response: np.ndarray,
         guidance: np.ndarray,
-        slopes: np.ndarray,
+        error_gains: np.ndarray,
         computed: Sequence[int],
         most: int = MAX_READS,
     ) -> None:
-        (C, T, _), N, steps = slopes.shape, len(computed), list(computed)
+        (C, T, _), N, steps = error_gains.shape, len(computed), list(computed)
         ends = (*steps[1:], T)
         self._C, self._N, self._steps, self._guidance = C, N, np.array(steps), guidance
-        self._grams, self._slopes, self._one = grams, slopes[:, steps], np.eye(N)
-        self._slopes[:, 0] = 0.0  # the first computed step sees the sample as it is
-        response = response[list(ends)] * (np.arange(T) < np.array(ends)[:, None])
+        self._grams, self._error_gains, self._one = grams, error_gains[:, steps], np.eye(N)
+        self._error_gains[:, 0] = 0.0  # the first computed step sees the sample as it is
+        impulse_response = impulse_response[list(ends)] * (np.arange(T) < np.array(ends)[:, None])
         # What computed steps answer to earlier errors goes on to the targets.
-        self._answers = (guidance @ self._slopes.reshape(C, -1)).reshape(N, -1).T[:, None] * response[:, steps]
-        self._forecast = response.copy()
+        self._answers = (guidance @ self._error_gains.reshape(C, -1)).reshape(N, -1).T[:, None] * impulse_response[
+            :, steps
+        ]
+        self._forecast = impulse_response.copy()
         self._forecast[:, steps] = 0.0
         self._spans = np.add.reduceat(self._forecast, steps, axis=1)  # [Q, N], of each segment
         self._segment = np.searchsorted(self._steps, np.arange(T), side="right") - 1
@@ -130,7 +132,7 @@ class Segments:
     def priced(self, reads: np.ndarray) -> Priced:
         """What such reads lead to."""
         N, M = self._N, self._C * self._N
-        between = self._answers + (reads[..., None] * self._slopes[:, None]).sum(0).transpose(2, 0, 1)
+        between = self._answers + (reads[..., None] * self._error_gains[:, None]).sum(0).transpose(2, 0, 1)
         system = np.zeros_like(between)  # 1 - K
         system[:, :, :-1] = -between[:, :, 1:]
         onward = np.linalg.inv(system + self._one)
@@ -145,11 +147,11 @@ class Segments:
     def outcome(self, priced: Priced) -> Outcome:
         """As it is measured, with v^_(c, j) = v_(c, j) + s[c, j] d_j for a basis."""
         C, N = self._C, self._N
-        slopes = self._slopes.reshape(C * N, -1).T
+        error_gains = self._error_gains.reshape(C * N, -1).T
         before = np.tile(np.arange(-1, N - 1), C)  # the target at each one's step; any where the slope is 0
-        along = priced.along + priced.errors[:, :, before] * slopes[:, None]
-        basis = priced.along[:, before] * slopes[:, :, None]
-        basis = self._inner[:, : C * N, : C * N] + basis + along[:, before].transpose(0, 2, 1) * slopes[:, None]
+        along = priced.along + priced.errors[:, :, before] * error_gains[:, None]
+        basis = priced.along[:, before] * error_gains[:, :, None]
+        basis = self._inner[:, : C * N, : C * N] + basis + along[:, before].transpose(0, 2, 1) * error_gains[:, None]
         return Outcome(basis, along.transpose(1, 0, 2), priced.error)
 
     def change(self, outcome: Outcome, carried: np.ndarray, damping: float) -> np.ndarray:

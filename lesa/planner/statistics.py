@@ -41,8 +41,8 @@ class Statistics:
         guidance: weight of each context in what the scheduler is given: (1.0,), or (s, 1 - s) at guidance scale s.
         grams: for each site the symmetric [C * T, C * T] float64; block (a, b) holds at (i, j) the mean of
             F^a_i * F^b_j over requests and elements.
-        response: [T + 1, T] float64; the sample before step t is x_t = (a part of the noise) + sum_i response[t, i]
-            v_i, where the scheduler is given v_i at step i; 0 for i >= t.
+        impulse_response: R [T + 1, T] float64; the sample before step t is x_t = (a part of the noise) +
+            sum_i R[t, i] v_i, where the scheduler is given v_i at step i; 0 for i >= t.
         requests: how many were averaged, at least 1.
         scheduler: class name of the scheduler; None for a loop of one's own.
         denoiser: class name of the denoiser.
@@ -58,7 +58,7 @@ class Statistics:
     contexts: tuple[str, ...]
     guidance: tuple[float, ...]
     grams: Mapping[str, np.ndarray]
-    response: np.ndarray
+    impulse_response: np.ndarray
     requests: int
     scheduler: str | None = None
     denoiser: str | None = None
@@ -69,7 +69,7 @@ class Statistics:
         for name in ("sigmas", "timesteps", "guidance"):
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
         object.__setattr__(self, "contexts", tuple(self.contexts))
-        object.__setattr__(self, "response", np.asarray(self.response, np.float64))
+        object.__setattr__(self, "impulse_response", np.asarray(self.impulse_response, np.float64))
         object.__setattr__(self, "grams", {site: np.asarray(gram, np.float64) for site, gram in self.grams.items()})
         self._check()
 
@@ -105,7 +105,7 @@ class Statistics:
     def at(
         self,
         sigmas: Sequence[float],
-        response: np.ndarray | None = None,
+        impulse_response: np.ndarray | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> Statistics:
         """The statistics of requests with other noise levels, interpolated in sigma.
@@ -116,7 +116,7 @@ class Statistics:
 
         Args:
             sigmas: the T' + 1 noise levels of the other request, the final 0 included.
-            response: [T' + 1, T'] of its scheduler; None takes the flow-matching one.
+            impulse_response: [T' + 1, T'] of its scheduler; None takes the flow-matching one.
             timesteps: its T' timesteps; None interpolates them too.
 
         Raises:
@@ -132,7 +132,7 @@ class Statistics:
             sigmas=sigmas,
             timesteps=tuple(weights @ self.timesteps) if timesteps is None else tuple(timesteps),
             grams={site: _symmetric(every @ gram @ every.T) for site, gram in self.grams.items()},
-            response=flow_response(sigmas) if response is None else response,
+            impulse_response=flow_impulse_response(sigmas) if impulse_response is None else impulse_response,
         )
 
     def merge(self, others: Iterable[Statistics]) -> Statistics:
@@ -164,7 +164,7 @@ class Statistics:
         # neighbouring steps would drown.
         arrays = {f"gram.{site}": gram[np.triu_indices(len(gram))] for site, gram in self.grams.items()}
         arrays |= {name: np.asarray(getattr(self, name), np.float64) for name in ("sigmas", "timesteps", "guidance")}
-        arrays["response"] = np.ascontiguousarray(self.response)
+        arrays["response"] = np.ascontiguousarray(self.impulse_response)
         names = ("requests", "scheduler", "denoiser", "config_hash")
         description = {"format": _KIND.format, "contexts": list(self.contexts), "request": dict(self.request)}
         description |= {name: getattr(self, name) for name in names}
@@ -186,7 +186,8 @@ class Statistics:
         del description["format"]
         size = len(description["contexts"]) * len(arrays["timesteps"])
         grams = {name.removeprefix("gram."): _unpack(arrays.pop(name), size) for name in sorted(arrays) if "." in name}
-        return cls(grams=grams, **arrays, **description)
+        impulse_response = arrays.pop("response")
+        return cls(grams=grams, impulse_response=impulse_response, **arrays, **description)
 
     def _check(self) -> None:
         steps, contexts = len(self.timesteps), len(self.contexts)
@@ -206,14 +207,14 @@ class Statistics:
                 raise StatisticsError(f"gram of site {site!r} has shape {gram.shape}: expected {shape}, all finite")
             if not np.allclose(gram, gram.T, 1e-6, 1e-6 * float(np.abs(gram).max())):
                 raise StatisticsError(f"gram of site {site!r} is not symmetric, as inner products are")
-        if self.response.shape != (steps + 1, steps) or not np.isfinite(self.response).all():
+        if self.impulse_response.shape != (steps + 1, steps) or not np.isfinite(self.impulse_response).all():
             raise StatisticsError(
-                f"response has shape {self.response.shape}: expected {(steps + 1, steps)}, all finite"
+                f"impulse_response has shape {self.impulse_response.shape}: expected {(steps + 1, steps)}, all finite"
             )
 
 
-def flow_response(sigmas: Sequence[float]) -> np.ndarray:
-    """How Euler steps along a flow carry each velocity on: response[t, i] = sigma_{i+1} - sigma_i for i < t.
+def flow_impulse_response(sigmas: Sequence[float]) -> np.ndarray:
+    """How Euler steps along a flow carry each velocity on: R[t, i] = sigma_{i+1} - sigma_i for i < t.
 
     Args:
         sigmas: the T + 1 noise levels.

@@ -21,7 +21,7 @@ def closed_form(statistics: Statistics, computed: Sequence[int], forecaster: str
     return np.stack([_table(rows_of(forecaster, computed, T, gram), T) for gram in grams])
 
 
-def straight(computed: Sequence[int], contexts: int, num_steps: int) -> np.ndarray:
+def linear_extrapolation(computed: Sequence[int], contexts: int, num_steps: int) -> np.ndarray:
     """The rows [C, T, T] of "taylor-1", the same for all contexts, made at once: where to start a search from."""
     steps, every = np.asarray(computed), np.arange(num_steps)
     last = np.searchsorted(steps, every, side="right") - 1
@@ -57,7 +57,7 @@ def plan_of(statistics: Statistics, computed: tuple[int, ...], weights: np.ndarr
         denoiser=statistics.denoiser,
         config_hash=statistics.config_hash,
         checks={name: checks[context] for name, context in served.items()},
-        response=tuple(statistics.response[-1]),
+        impulse_response=tuple(statistics.impulse_response[-1]),
         **provenance,
     )
 
@@ -77,11 +77,11 @@ def served_by(statistics: Statistics) -> dict[str, str]:
     return first if len(statistics.contexts) == 1 else first | {context: context for context in statistics.contexts}
 
 
-def prior_slopes(statistics: Statistics, requests: int) -> np.ndarray:
-    """Slopes [C, T, P] of P requests, not measured: what is not signal goes as the noise does, with 1 / sigma."""
+def prior_error_gains(statistics: Statistics, requests: int) -> np.ndarray:
+    """Error gains [C, T, P] of P requests, not measured: what is not signal goes as the noise does, with 1 / sigma."""
     sigma = np.maximum(np.asarray(statistics.sigmas[:-1]), _TINY)
-    slopes = np.minimum(1.0 / sigma, _STEEPEST)[None, :, None]
-    return np.broadcast_to(slopes, (len(statistics.contexts), len(sigma), requests)).copy()
+    error_gains = np.minimum(1.0 / sigma, _STEEPEST)[None, :, None]
+    return np.broadcast_to(error_gains, (len(statistics.contexts), len(sigma), requests)).copy()
 
 
 def _rows(weights: np.ndarray, computed: tuple[int, ...]) -> dict[int, Row]:

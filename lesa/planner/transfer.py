@@ -12,9 +12,9 @@ import numpy as np
 from ..plans.plan import Expected, Plan, PlanError
 from .expectations import expectations
 from .search import search
-from .statistics import GUIDED, Statistics, flow_response
+from .statistics import GUIDED, Statistics, flow_impulse_response
 from .surrogate import Surrogate
-from .tables import plan_of, straight
+from .tables import linear_extrapolation, plan_of
 
 # A look at a schedule: so many steps of Gauss-Newton from Taylor's rows on, on the weights of so many newest steps.
 _HASTY, _HASTY_GUIDED, _NEWEST = 1, 2, 3
@@ -29,7 +29,7 @@ def adapted(
     plan: Plan,
     budget: int | float | None = None,
     sigmas: Sequence[float] | None = None,
-    response: np.ndarray | None = None,
+    impulse_response: np.ndarray | None = None,
 ) -> Plan:
     """The plan of another request, as near to a fit of its own as the fitted one's surrogate tells.
 
@@ -43,10 +43,11 @@ def adapted(
         plan: fitted, with a surrogate.
         budget: see `lesa.adapting.plan_for`; the plan's own by default, or all steps where there are fewer.
         sigmas: the T' + 1 noise levels of the request, the final 0 included; the plan's own by default.
-        response: [T' + 1, T'], see `Statistics`; by default the flow-matching one, or without `sigmas` the plan's own.
+        impulse_response: [T' + 1, T'], see `Statistics`; by default the flow-matching one, or without `sigmas` the
+            plan's own.
 
     Returns:
-        A plan of the same model without a surrogate; without `sigmas` and `response` and at its own budget `plan`.
+        A plan of the same model without a surrogate; `plan` itself where nothing differs from it.
 
     Raises:
         PlanError: the plan has no surrogate.
@@ -58,21 +59,26 @@ def adapted(
             f"the plan serves its own {plan.num_steps} steps only: it does not hold what it was fitted from; fit it "
             "again with this version of lesa.fit, or adapt the statistics of its requests"
         )
-    native, levels = sigmas is None and response is None, plan.sigmas if sigmas is None else tuple(map(float, sigmas))
+    native, levels = (
+        sigmas is None and impulse_response is None,
+        plan.sigmas if sigmas is None else tuple(map(float, sigmas)),
+    )
     total = len(levels) - 1
     number = min(plan.budget, total) if budget is None else computed_steps(budget, total)
     if native and number == plan.budget:
         return plan
     model = surrogate
     if not native:
-        model = surrogate.at(plan.sigmas, levels, flow_response(levels) if response is None else response)
+        model = surrogate.at(
+            plan.sigmas, levels, flow_impulse_response(levels) if impulse_response is None else impulse_response
+        )
     there = statistics_of(plan, model, levels)
     schedules = {
         nearest(plan, levels, number): "nearest",
-        search(there.gram("output", GUIDED), there.response[-1], number): "searched",
+        search(there.gram("output", GUIDED), there.impulse_response[-1], number): "searched",
     }
     best = _moved(model, schedules)
-    weights, _ = model.optimise(best, straight(best, len(model.guidance), total))
+    weights, _ = model.optimise(best, linear_extrapolation(best, len(model.guidance), total))
     more: dict[str, Any] = {"training": {"requests": surrogate.requests, "schedule": schedules.get(best, "moved")}}
     made = plan_of(there, best, weights, timesteps=plan.timesteps if sigmas is None else None, **more)
     return replace(made, expected=expected_by(model, made), likeness=plan.likeness)
@@ -102,7 +108,7 @@ def statistics_of(plan: Plan, surrogate: Surrogate, sigmas: Sequence[float]) -> 
         contexts=surrogate.contexts,
         guidance=tuple(surrogate.guidance.tolist()),
         grams={"output": surrogate.grams.mean(0)},
-        response=surrogate.response,
+        impulse_response=surrogate.impulse_response,
         requests=surrogate.requests,
         denoiser=plan.denoiser,
         config_hash=plan.config_hash,
@@ -136,7 +142,7 @@ def _moved(model: Surrogate, schedules: Collection[tuple[int, ...]]) -> tuple[in
 
     def price(computed: tuple[int, ...]) -> float:
         if computed not in prices:
-            rows = straight(computed, contexts, model.num_steps)
+            rows = linear_extrapolation(computed, contexts, model.num_steps)
             prices[computed] = model.on(computed, _NEWEST).optimise(rows, hasty)[1]
         return prices[computed]
 
@@ -167,7 +173,7 @@ def _neighbours(computed: tuple[int, ...], num_steps: int) -> Iterator[tuple[int
 
 def _microseconds(model: Surrogate, budget: int) -> int:
     """About what a look takes on one core: calls, a system of so many weights, and the Gram matrices it reads."""
-    C, T, _ = model.slopes.shape
+    C, T, _ = model.error_gains.shape
     return 400 + 2 * (C * budget) ** 2 // 3 + budget * (C * T) ** 2 // 800
 
 

@@ -55,11 +55,11 @@ class Expected:
 
     Args:
         error: its geometric mean, at least 0.
-        spread: the standard deviation of its natural logarithm, above 0.
+        std: the standard deviation of its natural logarithm, above 0.
     """
 
     error: float
-    spread: float
+    std: float
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Plan:
         checks: for each context the forecast that would have been made of computed steps, which the guard compares
             with the truth; "*" as in `rows`.
         expected: for each context how large the errors of those forecasts were in fitting; "*" as in `rows`.
-        response: [T], what one unit of each step's output does to the final sample; None takes Euler steps along a
-            flow, the differences of `sigmas`. The guard repays by it.
+        impulse_response: [T], what one unit of each step's output does to the final sample; None takes Euler steps
+            along a flow, the differences of `sigmas`. The guard repays by it.
         surrogate: the model of the requests that the plan was fitted to, of which plans for other noise levels and
             budgets are made, see `lesa.transfer`; for the output site only. The runtime does not read it, and plans
             that differ in nothing else are equal.
@@ -105,7 +105,7 @@ class Plan:
     library_version: str | None = None
     checks: Mapping[str, Mapping[int, Row]] = field(default_factory=dict, repr=False)
     expected: Mapping[str, Mapping[int, Expected]] = field(default_factory=dict, repr=False)
-    response: tuple[float, ...] | None = field(default=None, repr=False)
+    impulse_response: tuple[float, ...] | None = field(default=None, repr=False)
     surrogate: Surrogate | None = field(default=None, repr=False, compare=False)
     likeness: Likeness | None = field(default=None, repr=False)
 
@@ -114,8 +114,8 @@ class Plan:
         object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
-        if self.response is not None:
-            object.__setattr__(self, "response", tuple(float(r) for r in self.response))
+        if self.impulse_response is not None:
+            object.__setattr__(self, "impulse_response", tuple(float(r) for r in self.impulse_response))
         self._check_schedule()
         for context, rows in self.rows.items():
             self._check_rows(context, rows)
@@ -259,7 +259,17 @@ class Plan:
             raise PlanError("plans is empty: give at least one plan")
         first = next(iter(plans.values()))
         for context, plan in plans.items():
-            for name in ("computed", "sigmas", "site", "timesteps", "response", "denoiser", "config_hash", "stages"):
+            shared = (
+                "computed",
+                "sigmas",
+                "site",
+                "timesteps",
+                "impulse_response",
+                "denoiser",
+                "config_hash",
+                "stages",
+            )
+            for name in shared:
                 if getattr(plan, name) != getattr(first, name):
                     raise PlanError(
                         f"plans differ in {name} at context {context!r}: join plans of one schedule and model"
@@ -285,7 +295,7 @@ class Plan:
             raise PlanError(f"computed step {self.computed[-1]} is outside a request of {total} steps")
         if self.site not in SITES:
             raise PlanError(f"site={self.site!r}: expected one of {SITES}")
-        for name in ("timesteps", "response"):
+        for name in ("timesteps", "impulse_response"):
             values = getattr(self, name)
             if values is not None and (len(values) != total or not all(map(math.isfinite, values))):
                 raise PlanError(f"{name} has {len(values)} entries: expected {total} finite numbers, one a step")
@@ -319,8 +329,8 @@ class Plan:
             where = f"expected error of context {context!r}, step {step}"
             if step not in self.checks_of(context):
                 raise PlanError(f"{where}: the step has no check; give `checks` a row for it, or leave it out")
-            if not (0 <= error.error < math.inf and 0 < error.spread < math.inf):
-                raise PlanError(f"{where} is {error}: expected a finite error of at least 0 and a spread above 0")
+            if not (0 <= error.error < math.inf and 0 < error.std < math.inf):
+                raise PlanError(f"{where} is {error}: expected a finite error of at least 0 and a std above 0")
 
     def _check_surrogate(self, surrogate: Surrogate) -> None:
         if self.site != "output":

@@ -49,11 +49,12 @@ def save(plan: Plan, path: str | os.PathLike[str]) -> Path:
         "sigmas": np.asarray(plan.sigmas, np.float64),
         **_tables("", plan.rows, contexts, total),
         **_tables("check_", plan.checks, checked, total),
-        **{name: _numbers(plan.expected, name, expecting, total) for name in ("error", "spread")},
+        "error": _numbers(plan.expected, "error", expecting, total),
+        "spread": _numbers(plan.expected, "std", expecting, total),
     }
-    for name in ("timesteps", "response"):
-        if getattr(plan, name) is not None:
-            arrays[name] = np.asarray(getattr(plan, name), np.float64)
+    for name, values in (("timesteps", plan.timesteps), ("response", plan.impulse_response)):
+        if values is not None:
+            arrays[name] = np.asarray(values, np.float64)
     description: dict[str, Any] = {
         "format": KIND.format,
         "contexts": contexts,
@@ -92,31 +93,31 @@ def packed(surrogate: Surrogate) -> dict[str, np.ndarray]:
     What counts in the inner products are those of differences between features of neighbouring steps, many times
     smaller than the features: in float32 they keep their relative precision, and half of each matrix is enough.
     """
-    C, T, _ = surrogate.slopes.shape
+    C, T, _ = surrogate.error_gains.shape
     apart = np.kron(np.eye(C), np.eye(T) - np.eye(T, k=-1))
     half = np.triu_indices(C * T)
-    response = surrogate.response[np.tril_indices(T + 1, -1, T)]
-    narrow = response.astype(np.float32)  # loses nothing of what was probed in float32
+    impulse_response = surrogate.impulse_response[np.tril_indices(T + 1, -1, T)]
+    narrow = impulse_response.astype(np.float32)  # loses nothing of what was probed in float32
     return {
         "surrogate_grams": (apart @ surrogate.grams @ apart.T)[:, half[0], half[1]].astype(np.float32),
-        "surrogate_response": narrow if np.array_equal(narrow, response) else response,
+        "surrogate_response": narrow if np.array_equal(narrow, impulse_response) else impulse_response,
         "surrogate_guidance": np.asarray(surrogate.guidance, np.float64),
-        "surrogate_slopes": surrogate.slopes.astype(np.float32),
+        "surrogate_slopes": surrogate.error_gains.astype(np.float32),
     }
 
 
 def _unpacked(arrays: Mapping[str, np.ndarray], contexts: Iterable[str]) -> Surrogate:
     """The surrogate of `packed`."""
-    grams, response, slopes = (
+    grams, impulse_response, error_gains = (
         arrays[f"surrogate_{name}"].astype(np.float64) for name in ("grams", "response", "slopes")
     )
-    C, T, P = slopes.shape
+    C, T, P = error_gains.shape
     half, below = np.triu_indices(C * T), np.tril_indices(T + 1, -1, T)
     upper, whole = np.zeros((P, C * T, C * T)), np.zeros((T + 1, T))
-    upper[:, half[0], half[1]], whole[below] = grams, response
+    upper[:, half[0], half[1]], whole[below] = grams, impulse_response
     together = np.kron(np.eye(C), np.tri(T))
     grams = together @ (upper + np.triu(upper, 1).transpose(0, 2, 1)) @ together.T
-    return Surrogate(grams, whole, arrays["surrogate_guidance"], slopes, tuple(contexts))
+    return Surrogate(grams, whole, arrays["surrogate_guidance"], error_gains, tuple(contexts))
 
 
 def _of_likeness(likeness: Likeness) -> dict[str, np.ndarray]:
@@ -150,7 +151,7 @@ def _plan(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> Plan:
         sigmas=tuple(arrays["sigmas"].tolist()),
         rows=_rows("", arrays, description["contexts"], forecast),
         timesteps=tuple(arrays["timesteps"].tolist()) if "timesteps" in arrays else None,
-        response=tuple(arrays["response"].tolist()) if "response" in arrays else None,
+        impulse_response=tuple(arrays["response"].tolist()) if "response" in arrays else None,
         stages=tuple(Stage(**stage) for stage in description["stages"]),
         checks={context: {step: row for step, row in own.items() if row.steps} for context, own in checks.items()},
         expected=_expected(arrays, description.get("expected_contexts", [])),

@@ -13,28 +13,28 @@ import numpy as np
 
 from ..forecasters import plan_of
 from ..planner.search import search
-from ..planner.statistics import GUIDED, Statistics, flow_response
+from ..planner.statistics import GUIDED, Statistics, flow_impulse_response
 from ..planner.surrogate import Surrogate
+from ..planner.tables import linear_extrapolation, prior_error_gains, served_by
 from ..planner.tables import plan_of as table_plan
-from ..planner.tables import prior_slopes, served_by, straight
 from ..planner.transfer import adapted, computed_steps
 from ..plans.plan import Plan, PlanError
 from .clock import Request
 from .driver import Driver, LesaWarning, Relay
-from .response import response_of
+from .response import impulse_response_of
 from .runner import PlanRunner
 
 FITTED = "fitted"
 _MOST_PLANS = 16  # a few kilobytes each
 _DIGITS = 6  # of a sigma; noise levels come from float32
-_SAME = 1e-3  # of noise levels and responses
+_SAME = 1e-3  # of noise levels and impulse responses
 
 
 def plan_for(
     statistics: Statistics,
     budget: int | float,
     sigmas: Sequence[float] | None = None,
-    response: np.ndarray | None = None,
+    impulse_response: np.ndarray | None = None,
     *,
     site: str = "output",
     forecaster: str | None = None,
@@ -47,8 +47,8 @@ def plan_for(
         budget: computed steps: a number of them, at least 1 (all steps where it exceeds T), or as a float in (0, 1] a
             share of them.
         sigmas: the T + 1 noise levels of the request, the final 0 included; those of the statistics by default.
-        response: [T + 1, T], see `Statistics`; by default the flow-matching one, or without `sigmas` the statistics'
-            own.
+        impulse_response: [T + 1, T], see `Statistics`; by default the flow-matching one, or without `sigmas` the
+            statistics' own.
         site: where features are taken, "output" or "hidden"; the schedule is searched on the output in any case.
         forecaster: one of `lesa.forecasters.FORECASTERS`, or "fitted", the rows of the output site that
             `lesa.surrogate` finds best; by default that, and "regression" at the hidden site.
@@ -61,20 +61,20 @@ def plan_for(
         ValueError: a value is out of place, or the statistics lack the site.
     """
     native = sigmas is None
-    if not native or response is not None:
-        statistics = statistics.at(statistics.sigmas if sigmas is None else sigmas, response)
+    if not native or impulse_response is not None:
+        statistics = statistics.at(statistics.sigmas if sigmas is None else sigmas, impulse_response)
     total = statistics.num_steps
     gram = statistics.gram("output", GUIDED)
-    computed = search(gram, statistics.response[-1], computed_steps(budget, total), sensitivity=sensitivity)
+    computed = search(gram, statistics.impulse_response[-1], computed_steps(budget, total), sensitivity=sensitivity)
     training = {"requests": statistics.requests, "schedule": "searched"}
     timesteps = statistics.timesteps if native else None
     forecaster = forecaster or (FITTED if site == "output" else "regression")
     if forecaster == FITTED:
         if site != "output":
             raise ValueError(f"site={site!r} with forecaster='fitted': these rows are of the output site")
-        slopes, grams = prior_slopes(statistics, 1), statistics.grams["output"][None]
-        surrogate = Surrogate(grams, statistics.response, np.asarray(statistics.guidance), slopes)
-        weights, _ = surrogate.optimise(computed, straight(computed, len(slopes), total))
+        error_gains, grams = prior_error_gains(statistics, 1), statistics.grams["output"][None]
+        surrogate = Surrogate(grams, statistics.impulse_response, np.asarray(statistics.guidance), error_gains)
+        weights, _ = surrogate.optimise(computed, linear_extrapolation(computed, len(error_gains), total))
         return table_plan(statistics, computed, weights, timesteps=timesteps, training=training)
     return plan_of(
         forecaster,
@@ -92,8 +92,8 @@ def plan_for(
 class Adaptive(Relay):
     """A driver that makes a plan for each request out of statistics or a fitted plan, and has it run.
 
-    A fitted plan runs requests of its own noise levels and response itself, and those of a bare denoiser, which tells
-    neither. For others `lesa.transfer.adapted` makes plans of it, with what the guard may expect of each.
+    A fitted plan runs requests of its own noise levels and impulse response itself, and those of a bare denoiser,
+    which tells neither. For others `lesa.transfer.adapted` makes plans of it, with what the guard may expect of each.
 
     Args:
         source: statistics of the denoiser's requests, or a plan with a surrogate.
@@ -140,13 +140,13 @@ class Adaptive(Relay):
             self._install(plan)
         super().begin(request)
 
-    def _made(self, sigmas: Sequence[float] | None = None, response: np.ndarray | None = None) -> Plan:
+    def _made(self, sigmas: Sequence[float] | None = None, impulse_response: np.ndarray | None = None) -> Plan:
         if isinstance(self._source, Plan):
-            made = adapted(self._source, self._budget, sigmas, response)
+            made = adapted(self._source, self._budget, sigmas, impulse_response)
         elif self._budget is None:
             raise ValueError("budget=None: with statistics say how many steps to compute, e.g. budget=10")
         else:
-            made = plan_for(self._source, self._budget, sigmas, response, site=self.site)
+            made = plan_for(self._source, self._budget, sigmas, impulse_response, site=self.site)
         if made.budget == made.num_steps:
             warnings.warn(
                 f"lesa forecasts nothing in requests of {made.num_steps} steps: all of them are within its budget; "
@@ -156,16 +156,16 @@ class Adaptive(Relay):
             )
         return made
 
-    def _serves(self, sigmas: Sequence[float], response: np.ndarray | None) -> bool:
+    def _serves(self, sigmas: Sequence[float], impulse_response: np.ndarray | None) -> bool:
         """Whether a fitted plan, or the one made of it for its own noise levels, is the request's."""
         if not isinstance(self._source, Plan) or len(sigmas) != len(self._source.sigmas):
             return False
         surrogate = self._source.surrogate
         assert surrogate is not None
         # Multistep schedulers run the same noise levels, but make something else of an error.
-        response = flow_response(sigmas) if response is None else response
+        impulse_response = flow_impulse_response(sigmas) if impulse_response is None else impulse_response
         apart = float(np.abs(np.subtract(sigmas, self._source.sigmas)).max())
-        return max(apart, float(np.abs(response - surrogate.response).max())) <= _SAME
+        return max(apart, float(np.abs(impulse_response - surrogate.impulse_response).max())) <= _SAME
 
     def _install(self, plan: Plan) -> None:
         # Plans are cached, runners are not: their histories are as large as features.
@@ -187,9 +187,9 @@ class Adaptive(Relay):
                     f"sigmas={request.sigmas!r:.200} of the request are not finite: give others, or see to what the "
                     "scheduler is given"
                 )
-            response = _response(request)
-            own = self._serves(request.sigmas, response)
-            plan = self._home if own else self._made(request.sigmas, response)
+            impulse_response = _response(request)
+            own = self._serves(request.sigmas, impulse_response)
+            plan = self._home if own else self._made(request.sigmas, impulse_response)
             self._plans[key] = plan
             if len(self._plans) > _MOST_PLANS:
                 self._plans.popitem(last=False)
@@ -198,14 +198,14 @@ class Adaptive(Relay):
 
 
 def _response(request: Request) -> np.ndarray | None:
-    """The response of a request's scheduler; image-to-image leaves out its first steps."""
+    """The impulse response of a request's scheduler; image-to-image leaves out its first steps."""
     scheduler = request.scheduler
     if scheduler is None:
         return None
     assert request.num_steps is not None
-    return response_of(scheduler, len(scheduler.timesteps) - request.num_steps)
+    return impulse_response_of(scheduler, len(scheduler.timesteps) - request.num_steps)
 
 
 def _identity(scheduler: Any) -> tuple[str, str]:
-    """What the response depends on besides the noise levels."""
+    """What the impulse response depends on besides the noise levels."""
     return type(scheduler).__name__, repr(sorted(dict(getattr(scheduler, "config", {})).items()))

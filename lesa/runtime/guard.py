@@ -122,7 +122,7 @@ def deviation(error: float, expected: Expected, least: float) -> float:
     """
     if not error < math.inf:
         return math.inf
-    return math.log(max(error, least) / max(expected.error, least)) / expected.spread
+    return math.log(max(error, least) / max(expected.error, least)) / expected.std
 
 
 def foreign(plan: Plan, contexts: Collection[str]) -> bool:
@@ -153,7 +153,7 @@ def leaving(plan: Plan, step: int, held: Collection[int]) -> Plan:
     interpolated, with the step just computed on the far side, many times more exactly than it was foretold. The step
     after `step` is forecast once more, and to that forecast is added what is owed,
 
-        1 / h_t  sum_(i < t) h_i (F~_i - F^_i),    h: the response of the final sample to each step's output,
+        1 / h_t  sum_(i < t) h_i (F~_i - F^_i),    h: the impulse response of the final sample to each step's output,
 
     so that the sample comes back to where it would have been. All later steps are computed. At the hidden site, whose
     features do not add up to a sample, and where what a repayment reads is not held, all are computed at once.
@@ -188,15 +188,15 @@ def leaving(plan: Plan, step: int, held: Collection[int]) -> Plan:
 def _repayment(plan: Plan, context: str, step: int, held: Collection[int]) -> Row | None:
     """The row of the step after `step`; None where what it needs is not held."""
     known = sorted(s for s in held if s in plan.computed and s <= step)
-    response = np.diff(plan.sigmas) if plan.response is None else plan.response
+    impulse_response = np.diff(plan.sigmas) if plan.impulse_response is None else plan.impulse_response
     target = step + 1
-    if response[target] == 0 or any(row.bias for row in plan.rows_of(context).values()):
+    if impulse_response[target] == 0 or any(row.bias for row in plan.rows_of(context).values()):
         return None
     given = written_out(plan, context)
     weights = _interpolated(known, target, plan.num_steps)
     for i in sorted(set(range(step)) - set(plan.computed)):
         owed = _interpolated(known, i, plan.num_steps) - given[i]
-        weights += response[i] / response[target] * owed
+        weights += impulse_response[i] / impulse_response[target] * owed
     reads = [int(j) for j in np.flatnonzero(np.abs(weights) > _TINY)]
     if not set(reads) <= set(known) or not 1 <= len(reads) <= MAX_READS:
         return None

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..planner.statistics import flow_response
+from ..planner.statistics import flow_impulse_response
 from .clock import sigmas_of
 from .driver import LesaWarning
 
@@ -29,7 +29,7 @@ _BEFORE_EMPTY = ("ets", "derivatives")
 _BEFORE_COUNTS = ("lower_order_nums", "counter")
 
 
-def response_of(scheduler: Any, begin: int | None = None) -> np.ndarray:
+def impulse_response_of(scheduler: Any, begin: int | None = None) -> np.ndarray:
     """How each sample of a request depends on what the scheduler is given at each step.
 
     The scheduler is left as it is: a copy of it runs, without clipping and thresholding, which are not linear. Noise
@@ -41,7 +41,7 @@ def response_of(scheduler: Any, begin: int | None = None) -> np.ndarray:
 
     Returns:
         [T + 1, T] float64 for the T steps from `begin` on: x_t = ... + sum_i response[t, i] v_i, 0 for i >= t. Where
-        the scheduler cannot be probed or is not linear, `flow_response` of its noise levels, with a LesaWarning.
+        the scheduler cannot be probed or is not linear: `flow_impulse_response` of its noise levels, and a LesaWarning.
     """
     if begin is None:
         begin = getattr(scheduler, "begin_index", None) or 0
@@ -58,7 +58,7 @@ def response_of(scheduler: Any, begin: int | None = None) -> np.ndarray:
         LesaWarning,
         stacklevel=2,
     )
-    return flow_response(sigmas_of(scheduler)[begin:])
+    return flow_impulse_response(sigmas_of(scheduler)[begin:])
 
 
 def _probe(scheduler: Any, begin: int) -> tuple[np.ndarray, float]:

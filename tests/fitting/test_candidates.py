@@ -22,7 +22,7 @@ from lesa.fitting.kept import Kept
 from lesa.fitting.session import EFFORTS
 from lesa.fitting.trials import Measured
 from lesa.forecasters import FORECASTERS, plan_of
-from lesa.planner.statistics import Statistics, flow_response
+from lesa.planner.statistics import Statistics, flow_impulse_response
 from lesa.plans.plan import Plan, PlanError, Row
 
 REQUEST = {"num_inference_steps": 8, "height": 32, "width": 32, "max_sequence_length": 8}
@@ -130,7 +130,14 @@ def test_names_of_forecasters(tmp_path: Path, monkeypatch: Any) -> None:
 def test_misfits() -> None:
     grams = {"output": np.eye(8)}
     statistics = Statistics(
-        SIGMAS, (4, 3, 2, 1), ("cond", "uncond"), (2.0, -1.0), grams, flow_response(SIGMAS), 1, config_hash="abc"
+        SIGMAS,
+        (4, 3, 2, 1),
+        ("cond", "uncond"),
+        (2.0, -1.0),
+        grams,
+        flow_impulse_response(SIGMAS),
+        1,
+        config_hash="abc",
     )
     one = plan_of("reuse", (0, 2), SIGMAS)
     assert misfit(one, statistics) is None and misfit(replace(one, config_hash="abc"), statistics) is None
@@ -251,7 +258,7 @@ def test_what_the_guard_may_expect_of_it(pipe: Any, fitted: Plan, short: None) -
         expected = best.expected["*"][step]
         assert len(logs) == 4
         assert expected.error == pytest.approx(math.exp(statistics.mean(logs)), rel=1e-3)
-        assert expected.spread == pytest.approx(max(statistics.stdev(logs) * math.sqrt(5 / 4), 0.2), rel=1e-2)
+        assert expected.std == pytest.approx(max(statistics.stdev(logs) * math.sqrt(5 / 4), 0.2), rel=1e-2)
 
 
 def run_once(pipe: Any, prompt: str, seed: int, request: dict[str, Any]) -> None:

@@ -19,10 +19,10 @@ from lesa.forecasters import plan_of
 from lesa.models import gatherer as gatherer_module
 from lesa.models import hooks
 from lesa.models.requests import run
-from lesa.planner.statistics import GUIDED, StatisticsError, flow_response
+from lesa.planner.statistics import GUIDED, StatisticsError, flow_impulse_response
 from lesa.runtime.clock import Call, sigmas_of
 from lesa.runtime.driver import LesaWarning
-from lesa.runtime.response import response_of
+from lesa.runtime.response import impulse_response_of
 from lesa.runtime.runner import PlanRunner
 from lesa.training.recording import Recorder
 
@@ -109,7 +109,7 @@ def test_grams_are_the_products_of_the_recorded_features(case: Case) -> None:
         np.testing.assert_allclose(ours.grams[site], (products(alone[0]) + products(alone[1])) / 2, rtol=1e-9)
     assert ours.requests == 2 and ours.request == request
     np.testing.assert_allclose(ours.sigmas, sigmas_of(pipe.scheduler))
-    np.testing.assert_array_equal(ours.response, response_of(pipe.scheduler))
+    np.testing.assert_array_equal(ours.impulse_response, impulse_response_of(pipe.scheduler))
     assert ours.scheduler == type(pipe.scheduler).__name__ and ours.denoiser == type(case.denoiser(pipe)).__name__
     assert ours.config_hash is not None and hooks.attached(pipe) is None
 
@@ -204,7 +204,7 @@ def test_image_to_image_is_a_request_of_fewer_steps() -> None:
     ours = gather(pipe, requests=[lambda: case.call(pipe)])
     assert ours.num_steps == case.steps == 6
     np.testing.assert_allclose(ours.sigmas, sigmas_of(pipe.scheduler)[2:])
-    np.testing.assert_allclose(ours.response, flow_response(ours.sigmas), atol=1e-6)
+    np.testing.assert_allclose(ours.impulse_response, flow_impulse_response(ours.sigmas), atol=1e-6)
 
 
 def loop(denoiser: Any, sigmas: np.ndarray, scale: float, contexts: tuple[str, ...] = ()) -> Callable[[], None]:
@@ -249,7 +249,7 @@ def test_a_bare_denoiser_tells_its_sigmas(scale: float) -> None:
     ours = gather(bare, requests=[loop(bare, sigmas, scale)])
     np.testing.assert_allclose(ours.sigmas, sigmas, rtol=1e-6)
     np.testing.assert_allclose(ours.timesteps, scale * sigmas[:-1], rtol=1e-6)
-    np.testing.assert_allclose(ours.response, flow_response(ours.sigmas))
+    np.testing.assert_allclose(ours.impulse_response, flow_impulse_response(ours.sigmas))
     np.testing.assert_allclose(ours.grams["output"], products({"default": torch.stack(bare.seen["default"]).double()}))
     assert ours.scheduler is None and ours.denoiser == "Bare" and ours.guidance == (1.0,)
 

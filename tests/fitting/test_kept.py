@@ -201,7 +201,7 @@ def test_a_run_comes_back_as_it_was(trials: Trials, whole: Plan, tmp_path: Path)
     read = kept.measure(whole)
     assert kept.found == 1 and written.final is not None and read.final is None
     assert all(path.stat().st_size < 4000 for path in tmp_path.glob("*")), "no pictures"
-    for name in ("psnr", "slopes"):
+    for name in ("psnr", "error_gains"):
         np.testing.assert_array_equal(getattr(written, name), getattr(read, name))
     for name in ("basis", "along", "error"):
         np.testing.assert_array_equal(getattr(written.outcome, name), getattr(read.outcome, name))

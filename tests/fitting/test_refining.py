@@ -21,7 +21,7 @@ from lesa.fitting.trials import Measured, Trials
 from lesa.fitting.tuning import Session
 from lesa.forecasters import FORECASTERS, plan_of
 from lesa.models.works import works_of
-from lesa.planner.surrogate import spread_slopes
+from lesa.planner.surrogate import interpolated_error_gains
 from lesa.plans.plan import Plan
 
 REQUEST = {"num_inference_steps": 8, "height": 32, "width": 32, "max_sequence_length": 8}
@@ -108,15 +108,15 @@ def test_without_runs_one_call_tells_how_the_denoiser_answers(trials: Trials, mo
     ran, run = [], Trials._run
     monkeypatch.setattr(Trials, "_run", lambda self, *how: ran.append(how) or run(self, *how))
     climber = Climber(trials, 3, 60, 0)
-    exact, prior = climber.starts()[0], climber.slopes
+    exact, prior = climber.starts()[0], climber.error_gains
     best = Refiner(trials, Runs(trials), climber, 3, 0).run()
     [(probe, work, _)] = ran
     assert work is trials.works[0] and probe.computed == exact and best.measured is None
-    told = spread_slopes(trials.run(probe).slopes, exact, 8)
-    assert np.array_equal(climber.slopes, np.repeat(told[:, :, :1], 2, 2)), "of the first request, for all"
-    assert not np.allclose(climber.slopes, prior) and not np.allclose(climber.slopes, told)
+    told = interpolated_error_gains(trials.run(probe).error_gains, exact, 8)
+    assert np.array_equal(climber.error_gains, np.repeat(told[:, :, :1], 2, 2)), "of the first request, for all"
+    assert not np.allclose(climber.error_gains, prior) and not np.allclose(climber.error_gains, told)
     other = Climber(trials, 3, 60, 0)
-    other.learn(climber.slopes)
+    other.learn(climber.error_gains)
     assert best.computed == other.climb(other.starts())
     assert best.weights is not None and np.array_equal(best.weights, other.rows(best.computed))
 
@@ -124,9 +124,9 @@ def test_without_runs_one_call_tells_how_the_denoiser_answers(trials: Trials, mo
 @pytest.mark.parametrize("budget", [1, 8])
 def test_a_probe_without_errors_tells_nothing(trials: Trials, budget: int) -> None:
     climber = Climber(trials, budget, 60, 0)
-    prior = climber.slopes.copy()
+    prior = climber.error_gains.copy()
     assert Refiner(trials, Runs(trials), climber, budget, 0).run().plan.budget == budget
-    assert np.array_equal(climber.slopes, prior)
+    assert np.array_equal(climber.error_gains, prior)
 
 
 def test_a_search_that_goes_far_begins_as_one_that_does_not(trials: Trials, monkeypatch: Any) -> None:

@@ -61,7 +61,7 @@ def test_measured_is_what_the_requests_do(pipe: Any, site: str, request_: dict[s
     assert len(trials.statistics.contexts) == (1 if request_ is REQUEST else 2)
     plan = plan_of("taylor-1", COMPUTED, trials.statistics.sigmas, site)
     measured = trials.run(plan)
-    assert not measured.refused and measured.slopes.shape == (C, 4, 2)
+    assert not measured.refused and measured.error_gains.shape == (C, 4, 2)
     for p in range(2):
         full, truth, picture = seen(pipe, request_, p, None, C)
         fast, answers, other = seen(pipe, request_, p, plan, C)
@@ -76,7 +76,7 @@ def test_measured_is_what_the_requests_do(pipe: Any, site: str, request_: dict[s
         for c in range(C):
             for k in range(1, 4):
                 answer = (own[c, k] - truth[c, COMPUTED[k]]) @ off[k] / off[k].square().sum()
-                assert measured.slopes[c, k, p] == pytest.approx(float(answer), rel=1e-2, abs=1e-3)
+                assert measured.error_gains[c, k, p] == pytest.approx(float(answer), rel=1e-2, abs=1e-3)
         squared = np.square(np.float64(picture) - other).mean()
         assert measured.psnr[p] == pytest.approx(-10 * np.log10(squared), abs=1e-3)
 

@@ -168,8 +168,12 @@ def test_same_seed_same_plan(pipe):
     first, second = (lesa.fit(pipe, PROMPTS, budget=4, request=REQUEST, effort="quick", seed=3) for _ in range(2))
     assert first.computed == second.computed and first.rows == second.rows
     assert first.training["evaluations"] == 0 and first.training["fitting_psnr"] is None
-    slopes = first.surrogate.slopes  # those of the request that was probed, for all
-    assert np.array_equal(slopes, second.surrogate.slopes) and slopes.std(1).min() > 0 and slopes.std(2).max() == 0
+    error_gains = first.surrogate.error_gains  # those of the request that was probed, for all
+    assert (
+        np.array_equal(error_gains, second.surrogate.error_gains)
+        and error_gains.std(1).min() > 0
+        and error_gains.std(2).max() == 0
+    )
     # As the full requests have it; the first check says nothing.
     assert first.expected["*"].keys() == set(first.computed[2:]) and first.checks["*"].keys() == set(first.computed[1:])
 

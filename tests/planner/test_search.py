@@ -22,11 +22,13 @@ def schedules(steps, budget, first=1):
     return [(*range(first), *rest) for rest in combinations(range(first, steps), budget - first)]
 
 
-def price_by_hand(features, response, computed, sensitivity, ridge):
+def price_by_hand(features, impulse_response, computed, sensitivity, ridge):
     """The price from the features themselves, c by ridge regression on an augmented system."""
     total, ends = 0.0, [*computed[1:], len(features)]
     for i, (q, n) in enumerate(zip(computed, ends, strict=True)):
-        left = sum((response[t] * (features[t] - features[q]) for t in range(q + 1, n)), np.zeros(features.shape[1]))
+        left = sum(
+            (impulse_response[t] * (features[t] - features[q]) for t in range(q + 1, n)), np.zeros(features.shape[1])
+        )
         if i:
             slope = features[q] - features[computed[i - 1]]
             pull = np.sqrt(ridge) * np.linalg.norm(slope)
@@ -37,11 +39,11 @@ def price_by_hand(features, response, computed, sensitivity, ridge):
 
 
 def test_price_is_that_of_the_features(seed):
-    features, gram, response, sensitivity = problem(seed, 10)
+    features, gram, impulse_response, sensitivity = problem(seed, 10)
     for ridge in (0.0, 0.01, 1.0):
         for computed in [(0,), (0, 1), (0, 4, 5, 8), (0, 2, 9), tuple(range(10))]:
-            expected = price_by_hand(features, response, computed, sensitivity, ridge)
-            assert price(gram, response, computed, sensitivity=sensitivity, ridge=ridge) == pytest.approx(
+            expected = price_by_hand(features, impulse_response, computed, sensitivity, ridge)
+            assert price(gram, impulse_response, computed, sensitivity=sensitivity, ridge=ridge) == pytest.approx(
                 expected, rel=1e-9, abs=1e-12
             )
 
@@ -49,48 +51,50 @@ def test_price_is_that_of_the_features(seed):
 def test_price_worked_out():
     # F = (0, 1, 3): after step 1 step 2 is off by 2 from reuse; c = 2 * 1 / (1.25 * 1) mends 1.6 of it.
     features = np.array([[0.0], [1.0], [3.0]])
-    gram, response = features @ features.T, [7.0, 1.0, 0.5]
-    assert price(gram, response, (0, 1, 2)) == 0.0
-    assert price(gram, response, (0, 1), ridge=0.25) == pytest.approx((0.5 * (2.0 - 1.6)) ** 2)
-    assert price(gram, response, (0,), sensitivity=[5.0, 5.0, 3.0]) == pytest.approx(3.0 * (1.0 * 1.0 + 0.5 * 3.0) ** 2)
+    gram, impulse_response = features @ features.T, [7.0, 1.0, 0.5]
+    assert price(gram, impulse_response, (0, 1, 2)) == 0.0
+    assert price(gram, impulse_response, (0, 1), ridge=0.25) == pytest.approx((0.5 * (2.0 - 1.6)) ** 2)
+    assert price(gram, impulse_response, (0,), sensitivity=[5.0, 5.0, 3.0]) == pytest.approx(
+        3.0 * (1.0 * 1.0 + 0.5 * 3.0) ** 2
+    )
 
 
 @pytest.mark.parametrize("steps", [9, 10, 11, 12])
 @pytest.mark.parametrize("budget", [2, 3, 4, 5])
 def test_no_schedule_is_better(seed, steps, budget):
-    _, gram, response, sensitivity = problem(seed, steps)
+    _, gram, impulse_response, sensitivity = problem(seed, steps)
     for options in ({}, {"sensitivity": sensitivity}, {"sensitivity": sensitivity, "ridge": 0.0}):
-        prices = {s: price(gram, response, s, **options) for s in schedules(steps, budget)}
-        found = search(gram, response, budget, **options)
+        prices = {s: price(gram, impulse_response, s, **options) for s in schedules(steps, budget)}
+        found = search(gram, impulse_response, budget, **options)
         assert prices[found] == pytest.approx(min(prices.values()), rel=1e-9)
         assert found == min(prices, key=prices.get)
 
 
 @pytest.mark.parametrize("first", [2, 3])
 def test_the_first_steps_can_be_prescribed(seed, first):
-    _, gram, response, sensitivity = problem(seed, 9)
+    _, gram, impulse_response, sensitivity = problem(seed, 9)
     for budget in range(first, 7):
         candidates = schedules(9, budget, first)
-        expected = min(candidates, key=lambda s: price(gram, response, s, sensitivity=sensitivity))
-        assert search(gram, response, budget, sensitivity=sensitivity, first=first) == expected
+        expected = min(candidates, key=lambda s: price(gram, impulse_response, s, sensitivity=sensitivity))
+        assert search(gram, impulse_response, budget, sensitivity=sensitivity, first=first) == expected
 
 
 def test_one_table_serves_every_budget(seed):
-    _, gram, response, sensitivity = problem(seed, 12)
+    _, gram, impulse_response, sensitivity = problem(seed, 12)
     budgets = (5, 12, 1, 7)
-    found = search_all(gram, response, budgets, sensitivity=sensitivity)
+    found = search_all(gram, impulse_response, budgets, sensitivity=sensitivity)
     assert list(found) == list(budgets)
-    assert found == {b: search(gram, response, b, sensitivity=sensitivity) for b in budgets}
+    assert found == {b: search(gram, impulse_response, b, sensitivity=sensitivity) for b in budgets}
     assert found[1] == (0,) and found[12] == tuple(range(12))
     assert all(len(schedule) == budget for budget, schedule in found.items())
 
 
 def test_equal_schedules_are_decided_by_the_earliest_steps():
-    gram, response = np.full((8, 8), 0.7), np.full(8, -0.1)  # one feature over and over: every schedule is free
-    assert search(gram, response, 4) == (0, 1, 2, 3)
+    gram, impulse_response = np.full((8, 8), 0.7), np.full(8, -0.1)  # one feature over and over: every schedule is free
+    assert search(gram, impulse_response, 4) == (0, 1, 2, 3)
     # One jump between steps 3 and 4: a schedule that computes 4 is free, and (0, 1, 4) is the first of those.
     steps = np.array([0.0] * 4 + [1.0] * 4)
-    assert search(np.outer(steps, steps), response, 3) == (0, 1, 4)
+    assert search(np.outer(steps, steps), impulse_response, 3) == (0, 1, 4)
 
 
 def test_the_search_computes_around_a_kink():
@@ -110,35 +114,35 @@ def test_what_is_not_seen_in_the_end_is_not_computed():
 
 
 def test_a_common_offset_of_the_features_costs_no_digits(seed):
-    features, _, response, _ = problem(seed, 30)
+    features, _, impulse_response, _ = problem(seed, 30)
     far = features + 1e4
-    assert search(far @ far.T, response, 6) == search(features @ features.T, response, 6)
+    assert search(far @ far.T, impulse_response, 6) == search(features @ features.T, impulse_response, 6)
 
 
 GOOD = np.eye(4)
 
 
 @pytest.mark.parametrize(
-    ("gram", "response", "options", "message"),
+    ("gram", "impulse_response", "options", "message"),
     [
         (np.ones((4, 3)), np.ones(4), {}, r"gram has shape \(4, 3\)"),
         (np.ones((0, 0)), np.ones(0), {}, r"gram has shape \(0, 0\)"),
         (np.triu(np.ones((4, 4))), np.ones(4), {}, "gram differs from its transpose by up to 1"),
         (GOOD * [1, 1, np.nan, 1], np.ones(4), {}, "gram holds nan at"),
-        (GOOD, np.ones(5), {}, r"response has shape \(5,\): expected \[4\]"),
+        (GOOD, np.ones(5), {}, r"impulse_response has shape \(5,\): expected \[4\]"),
         (GOOD, np.ones((5, 4)), {}, "give the last row"),
-        (GOOD, [1, 1, np.inf, 1], {}, r"response holds inf at \(2,\)"),
+        (GOOD, [1, 1, np.inf, 1], {}, r"impulse_response holds inf at \(2,\)"),
         (GOOD, np.ones(4), {"sensitivity": np.ones(3)}, r"sensitivity has shape \(3,\)"),
         (GOOD, np.ones(4), {"sensitivity": [1, -2, 1, 1]}, "sensitivity=-2 at step 1"),
         (GOOD, np.ones(4), {"ridge": -1.0}, "ridge=-1.0"),
         (GOOD, np.ones(4), {"ridge": np.nan}, "ridge=nan"),
     ],
 )
-def test_bad_inputs_are_named(gram, response, options, message):
+def test_bad_inputs_are_named(gram, impulse_response, options, message):
     with pytest.raises(ValueError, match=message):
-        search(gram, response, 2, **options)
+        search(gram, impulse_response, 2, **options)
     with pytest.raises(ValueError, match=message):
-        price(gram, response, (0, 2), **options)
+        price(gram, impulse_response, (0, 2), **options)
 
 
 @pytest.mark.parametrize(("budget", "message"), [(0, "budget=0: .* 1 to 4"), (5, "budget=5"), (2.5, "budget=2.5")])

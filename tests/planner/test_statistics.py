@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lesa.planner.interpolation import interpolation, learned
-from lesa.planner.statistics import GUIDED, Statistics, StatisticsError, flow_response
+from lesa.planner.statistics import GUIDED, Statistics, StatisticsError, flow_impulse_response
 
 
 def levels(steps: int, shift: float = 3.0) -> np.ndarray:
@@ -35,7 +35,7 @@ def statistics(parts: dict[str, np.ndarray], sigmas: np.ndarray, **more: Any) ->
         "contexts": tuple(parts),
         "guidance": (1.0,) if len(parts) == 1 else (3.0, -2.0),
         "grams": {"output": stacked @ stacked.T / stacked.shape[1]},
-        "response": flow_response(sigmas),
+        "impulse_response": flow_impulse_response(sigmas),
         "requests": 2,
     }
     return Statistics(**{**values, **more})
@@ -48,8 +48,8 @@ def differences(gram: np.ndarray) -> np.ndarray:
 
 
 def test_flow_response_by_hand() -> None:
-    response = flow_response((1.0, 0.75, 0.25, 0.0))
-    assert response.tolist() == [[0, 0, 0], [-0.25, 0, 0], [-0.25, -0.5, 0], [-0.25, -0.5, -0.25]]
+    impulse_response = flow_impulse_response((1.0, 0.75, 0.25, 0.0))
+    assert impulse_response.tolist() == [[0, 0, 0], [-0.25, 0, 0], [-0.25, -0.5, 0], [-0.25, -0.5, -0.25]]
 
 
 def test_grams_of_contexts_and_of_what_guidance_makes_of_them(seed: int) -> None:
@@ -78,7 +78,7 @@ def test_at_its_own_sigmas_nothing_changes(seed: int) -> None:
     same = ours.at(sigmas)
     np.testing.assert_allclose(same.grams["output"], ours.grams["output"], rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(same.timesteps, ours.timesteps)
-    np.testing.assert_array_equal(same.response, ours.response)
+    np.testing.assert_array_equal(same.impulse_response, ours.impulse_response)
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(20, 3.0), (28, 3.0), (35, 3.0), (50, 1.5), (100, 3.0)])
@@ -99,14 +99,14 @@ def test_another_step_count_or_shift(steps: int, shift: float, seed: int) -> Non
         gram = ours.gram("output", context)
         assert np.linalg.eigvalsh(gram).min() > -1e-12 * np.trace(gram)
     np.testing.assert_allclose(np.array(ours.timesteps)[inside], 1000 * wanted[:-1][inside], rtol=1e-9)
-    np.testing.assert_array_equal(ours.response, flow_response(wanted))
+    np.testing.assert_array_equal(ours.impulse_response, flow_impulse_response(wanted))
 
 
 def test_at_takes_the_response_and_the_timesteps_it_is_given(seed: int) -> None:
     ours = statistics({"cond": features(levels(9), seed)}, levels(9))
-    response = np.tril(np.random.default_rng(seed).normal(size=(6, 5)), -1)
-    there = ours.at(levels(5), response, (5.0, 4.0, 3.0, 2.0, 1.0))
-    np.testing.assert_array_equal(there.response, response)
+    impulse_response = np.tril(np.random.default_rng(seed).normal(size=(6, 5)), -1)
+    there = ours.at(levels(5), impulse_response, (5.0, 4.0, 3.0, 2.0, 1.0))
+    np.testing.assert_array_equal(there.impulse_response, impulse_response)
     assert there.timesteps == (5, 4, 3, 2, 1) and there.requests == ours.requests
 
 
@@ -131,9 +131,9 @@ def test_interpolation_below_what_is_known_by_hand() -> None:
         np.testing.assert_allclose(rows[0] @ roots**power, 0.125 ** (power / 2), rtol=1e-12)
     # What goes on as the logarithm does, as features do near the end, is met better than by a straight line.
     known, wanted = np.array([0.1, 0.08, 0.06, 0.04, 0.02]), 0.01
-    straight = np.log(0.02) + (np.log(0.02) - np.log(0.04)) / 2
+    linear = np.log(0.02) + (np.log(0.02) - np.log(0.04)) / 2
     found = (interpolation(known, [wanted]) @ np.log(known))[0]
-    assert abs(found - np.log(wanted)) < 0.5 * abs(straight - np.log(wanted))
+    assert abs(found - np.log(wanted)) < 0.5 * abs(linear - np.log(wanted))
 
 
 def test_levels_below_are_learned_where_features_look_alike_at_every_scale(seed: int) -> None:
@@ -216,8 +216,8 @@ def test_saved_and_loaded_they_are_the_same(tmp_path: Path, seed: int) -> None:
     assert set(again.grams) == {"hidden", "output"}
     for site, gram in ours.grams.items():
         np.testing.assert_array_equal(again.grams[site], np.triu(gram) + np.triu(gram, 1).T)
-    np.testing.assert_array_equal(again.response, ours.response)
-    plain = {"grams": {}, "response": None}
+    np.testing.assert_array_equal(again.impulse_response, ours.impulse_response)
+    plain = {"grams": {}, "impulse_response": None}
     assert {**vars(again), **plain} == {**vars(ours), **plain}
 
 
@@ -254,7 +254,7 @@ def test_files_that_hold_no_statistics(tmp_path: Path, seed: int) -> None:
         ({"grams": {"output": np.eye(4)}}, "shape"),
         ({"grams": {"output": np.full((5, 5), np.inf)}}, "finite"),
         ({"grams": {"output": np.tri(5)}}, "symmetric"),
-        ({"response": np.zeros((5, 5))}, "response"),
+        ({"impulse_response": np.zeros((5, 5))}, "impulse_response"),
     ],
 )
 def test_values_out_of_place_are_named(change: dict[str, Any], message: str, seed: int) -> None:

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from lesa.forecasters import rows_of
-from lesa.planner.statistics import flow_response
-from lesa.planner.surrogate import Outcome, Surrogate, spread_slopes
-from lesa.planner.tables import straight
+from lesa.planner.statistics import flow_impulse_response
+from lesa.planner.surrogate import Outcome, Surrogate, interpolated_error_gains
+from lesa.planner.tables import linear_extrapolation
 
 T, L, P = 9, 40, 3
 COMPUTED = (0, 1, 3, 6)
@@ -21,7 +21,7 @@ def generator(seed):
 def world(contexts, generator):
     """Requests of v_c(x, t) = a_(c,t) + s_(c,t) x, and their full trajectories."""
     sigmas = np.linspace(1, 0, T + 1)
-    slopes = 0.5 * torch.randn(contexts, T, generator=generator).double().numpy()
+    error_gains = 0.5 * torch.randn(contexts, T, generator=generator).double().numpy()
     drift = torch.randn(P, contexts, T, L, generator=generator).double().numpy()
     noise = torch.randn(P, L, generator=generator).double().numpy()
     guidance = np.array([1.0]) if contexts == 1 else np.array([3.0, -2.0])
@@ -31,7 +31,7 @@ def world(contexts, generator):
         for t in range(T):
             x = samples[-1]
             if weights is None or t in COMPUTED:
-                outputs[:, :, t] = drift[:, :, t] + slopes[:, t, None] * x[:, None]
+                outputs[:, :, t] = drift[:, :, t] + error_gains[:, t, None] * x[:, None]
             else:
                 outputs[:, :, t] = np.einsum("cj,pcjl->pcl", weights[:, t], outputs)
             guided = np.einsum("c,pcl->pl", guidance, outputs[:, :, t])
@@ -41,8 +41,8 @@ def world(contexts, generator):
     full, samples = run()
     flat = full.reshape(P, contexts * T, L)
     grams = flat @ flat.transpose(0, 2, 1) / L
-    every = np.repeat(slopes[:, :, None], P, 2)
-    return Surrogate(grams, flow_response(sigmas), guidance, every), run, samples
+    every = np.repeat(error_gains[:, :, None], P, 2)
+    return Surrogate(grams, flow_impulse_response(sigmas), guidance, every), run, samples
 
 
 def some_rows(contexts, generator):
@@ -119,7 +119,7 @@ def test_a_request_weighs_by_its_decibels(generator):
     weights = some_rows(1, generator)
     louder = surrogate.grams.copy()
     louder[0] *= 1e4
-    loud = Surrogate(louder, surrogate.response, surrogate.guidance, surrogate.slopes)
+    loud = Surrogate(louder, surrogate.impulse_response, surrogate.guidance, surrogate.error_gains)
     first, second = (
         model.step(COMPUTED, weights, model.outcome(COMPUTED, weights), 0.0) for model in (surrogate, loud)
     )
@@ -137,12 +137,12 @@ def test_everything_computed_has_no_error_and_no_step(generator):
 def test_slopes_between_computed_steps_are_interpolated_and_cut():
     measured = np.zeros((1, 4, 1))
     measured[0, :, 0] = [5.0, 1.0, 2.0, 100.0]
-    slopes = spread_slopes(measured, (0, 2, 4, 6), 8)[0, :, 0]
-    np.testing.assert_allclose(slopes, [1.0, 1.0, 1.0, 1.5, 2.0, 5.0, 8.0, 8.0])
+    error_gains = interpolated_error_gains(measured, (0, 2, 4, 6), 8)[0, :, 0]
+    np.testing.assert_allclose(error_gains, [1.0, 1.0, 1.0, 1.5, 2.0, 5.0, 8.0, 8.0])
     measured[0, 2, 0] = np.nan
-    slopes = spread_slopes(measured, (0, 2, 4, 6), 8)[0, :, 0]
-    np.testing.assert_allclose(slopes, [1.0, 1.0, 1.0, 2.75, 4.5, 6.25, 8.0, 8.0])
-    assert not spread_slopes(measured[:, :1], (0,), 8).any()
+    error_gains = interpolated_error_gains(measured, (0, 2, 4, 6), 8)[0, :, 0]
+    np.testing.assert_allclose(error_gains, [1.0, 1.0, 1.0, 2.75, 4.5, 6.25, 8.0, 8.0])
+    assert not interpolated_error_gains(measured[:, :1], (0,), 8).any()
 
 
 def test_objective_is_the_mean_logarithm():
@@ -153,20 +153,22 @@ def test_objective_is_the_mean_logarithm():
 
 
 def test_any_response_and_any_features(generator):
-    """Against the recursion step by step, for a scheduler that remembers and slopes that differ between requests."""
+    """Against the recursion step by step, for a scheduler with memory and error gains that differ between requests."""
     C, computed = 2, (0, 1, 3, 6)
     flat = torch.randn(P, C * T, L, generator=generator).double().numpy()
-    response = np.tril(torch.randn(T + 1, T, generator=generator).double().numpy(), -1)
-    slopes = torch.randn(C, T, P, generator=generator).double().numpy()
+    impulse_response = np.tril(torch.randn(T + 1, T, generator=generator).double().numpy(), -1)
+    error_gains = torch.randn(C, T, P, generator=generator).double().numpy()
     guidance, weights = np.array([3.0, -2.0]), some_rows(C, generator)
-    outcome = Surrogate(flat @ flat.transpose(0, 2, 1) / L, response, guidance, slopes).outcome(computed, weights)
+    outcome = Surrogate(flat @ flat.transpose(0, 2, 1) / L, impulse_response, guidance, error_gains).outcome(
+        computed, weights
+    )
     truth, outputs = flat.reshape(P, C, T, L), np.zeros((P, C, T, L))
     off = np.zeros((T + 1, P, L))
     for t in range(T + 1):
         guided = np.einsum("c,pctl->tpl", guidance, (outputs - truth)[:, :, :t])
-        off[t] = np.einsum("i,ipl->pl", response[t, :t], guided)
+        off[t] = np.einsum("i,ipl->pl", impulse_response[t, :t], guided)
         if t in computed:
-            outputs[:, :, t] = truth[:, :, t] + slopes[:, t].T[:, :, None] * off[t][:, None]
+            outputs[:, :, t] = truth[:, :, t] + error_gains[:, t].T[:, :, None] * off[t][:, None]
         elif t < T:
             outputs[:, :, t] = np.einsum("cj,pcjl->pcl", weights[:, t], outputs)
     basis = outputs[:, :, list(computed)].reshape(P, -1, L)
@@ -196,4 +198,4 @@ def test_straight_rows_are_those_of_taylor(computed):
     expected = np.zeros((2, T, T))
     for step, row in rows.items():
         expected[:, step, list(row.steps)] = row.weights
-    np.testing.assert_allclose(straight(computed, 2, T), expected, atol=1e-12)
+    np.testing.assert_allclose(linear_extrapolation(computed, 2, T), expected, atol=1e-12)

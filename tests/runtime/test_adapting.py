@@ -15,12 +15,12 @@ from pipelines import CASES_BY_NAME
 import lesa
 from lesa.models.hooks import attached
 from lesa.planner.search import price, search
-from lesa.planner.statistics import GUIDED, Statistics, flow_response
+from lesa.planner.statistics import GUIDED, Statistics, flow_impulse_response
 from lesa.plans.plan import ANY_CONTEXT, PlanError
 from lesa.runtime import adapting
 from lesa.runtime.adapting import Adaptive, plan_for
 from lesa.runtime.clock import Request, sigmas_of
-from lesa.runtime.response import response_of
+from lesa.runtime.response import impulse_response_of
 
 pytestmark = pytest.mark.filterwarnings("error::lesa.LesaWarning")
 
@@ -50,7 +50,7 @@ def statistics(contexts=("cond",), guidance=(1.0,)):
         contexts=contexts,
         guidance=guidance,
         grams={"output": flat @ flat.T / 8, "hidden": flat @ np.diag(np.arange(1.0, 9.0)) @ flat.T},
-        response=flow_response(sigmas),
+        impulse_response=flow_impulse_response(sigmas),
         requests=2,
     )
 
@@ -75,7 +75,7 @@ def test_a_plan_is_the_searched_schedule_with_least_squares_rows():
     known = statistics()
     plan = plan_for(known, 8, forecaster="regression")
     gram = known.gram("output", "cond")
-    assert plan.computed == search(gram, known.response[-1], 8) and plan.site == "output"
+    assert plan.computed == search(gram, known.impulse_response[-1], 8) and plan.site == "output"
     assert (plan.sigmas, plan.timesteps) == (known.sigmas, known.timesteps)
     for step, row in plan.rows[ANY_CONTEXT].items():
         past = [s for s in plan.computed if s < step][-2:]
@@ -99,8 +99,8 @@ def test_fitted_rows_keep_the_schedule_and_lower_the_error_in_the_end():
         """Squared error of the final sample, if the denoiser answered no error."""
         off = np.zeros(known.num_steps)
         for step, row in plan.rows[ANY_CONTEXT].items():
-            off[list(row.steps)] += known.response[-1][step] * np.array(row.weights)
-            off[step] -= known.response[-1][step]
+            off[list(row.steps)] += known.impulse_response[-1][step] * np.array(row.weights)
+            off[step] -= known.impulse_response[-1][step]
         return off @ known.gram("output", "cond") @ off
 
     assert error(fitted) < 0.5 * error(regression)
@@ -114,18 +114,18 @@ def test_other_noise_levels_get_the_schedule_of_the_interpolated_statistics():
     there = statistics().at(sigmas)
     assert plan.computed == search(there.gram("output", "cond"), np.diff(sigmas), 6)
     assert plan.sigmas == sigmas and plan.timesteps is None
-    # A response of the scheduler's own decides otherwise: here all that counts is what the last ten steps do.
-    response = flow_response(sigmas) * (np.arange(20) >= 10)
-    late = plan_for(statistics(), 6, sigmas, response)
-    weighed = there.gram("output", "cond"), response[-1]
+    # An impulse response of the scheduler's own decides otherwise: here all that counts is what the last ten steps do.
+    impulse_response = flow_impulse_response(sigmas) * (np.arange(20) >= 10)
+    late = plan_for(statistics(), 6, sigmas, impulse_response)
+    weighed = there.gram("output", "cond"), impulse_response[-1]
     assert price(*weighed, late.computed) < price(*weighed, plan.computed)
-    assert plan_for(there, 6, response=response).computed == late.computed
+    assert plan_for(there, 6, impulse_response=impulse_response).computed == late.computed
 
 
 def test_contexts_have_rows_of_their_own_on_one_schedule():
     known = statistics(("cond", "uncond"), (3.0, -2.0))
     plan = plan_for(known, 8, site="hidden")
-    assert plan.computed == search(known.gram("output", GUIDED), known.response[-1], 8)
+    assert plan.computed == search(known.gram("output", GUIDED), known.impulse_response[-1], 8)
     assert plan.site == "hidden" and set(plan.rows) == {"*", "cond", "uncond"}
     assert plan.rows_of("default") == plan.rows_of("cond") != plan.rows_of("uncond")
     alone = replace(known, contexts=("cond",), guidance=(1.0,), grams={"output": known.gram("hidden", "uncond")})
@@ -217,19 +217,19 @@ def test_image_to_image_is_a_request_of_fewer_noise_levels(plans):
 def test_the_response_of_the_scheduler_decides_on_the_schedule(monkeypatch):
     asked = []
 
-    def response_of(scheduler, begin):
+    def impulse_response_of(scheduler, begin):
         assert scheduler.step_index is None  # no update was made yet
         asked.append((scheduler, begin))
-        return flow_response(sigmas_of(scheduler)[begin:]) * (np.arange(9) >= 5)
+        return flow_impulse_response(sigmas_of(scheduler)[begin:]) * (np.arange(9) >= 5)
 
-    monkeypatch.setattr(adapting, "response_of", response_of)
+    monkeypatch.setattr(adapting, "impulse_response_of", impulse_response_of)
     pipe = IMAGE.make()
     lesa.enable(pipe, statistics(), budget=3)
     IMAGE.call(pipe, steps=12, strength=0.75)
     assert asked == [(pipe.scheduler, 3)]
     sigmas = sigmas_of(pipe.scheduler)[-10:]
-    response = flow_response(sigmas) * (np.arange(9) >= 5)
-    assert attached(pipe).driver.plan.computed == plan_for(statistics(), 3, sigmas, response).computed
+    impulse_response = flow_impulse_response(sigmas) * (np.arange(9) >= 5)
+    assert attached(pipe).driver.plan.computed == plan_for(statistics(), 3, sigmas, impulse_response).computed
     assert attached(pipe).driver.plan.computed != plan_for(statistics(), 3, sigmas).computed
 
 
@@ -275,10 +275,10 @@ def test_solvers_of_higher_order_are_asked_for_their_response():
     lesa.enable(pipe, statistics(("cond", "uncond"), (3.0, -2.0)), budget=4)
     wan.call(pipe, steps=12)
     plan = attached(pipe).driver.plan
-    response = response_of(pipe.scheduler)
-    assert not np.allclose(response, flow_response(plan.sigmas), atol=1e-2)
+    impulse_response = impulse_response_of(pipe.scheduler)
+    assert not np.allclose(impulse_response, flow_impulse_response(plan.sigmas), atol=1e-2)
     known = statistics(("cond", "uncond"), (3.0, -2.0)).at(plan.sigmas)
-    assert plan.computed == search(known.gram("output", GUIDED), response[-1], 4)
+    assert plan.computed == search(known.gram("output", GUIDED), impulse_response[-1], 4)
     assert (lesa.stats(pipe).computed, lesa.stats(pipe).forecast) == (8, 16)
 
 

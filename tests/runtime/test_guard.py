@@ -412,14 +412,20 @@ def test_repayment_by_hand() -> None:
     assert (rest.sigmas, rest.site, rest.denoiser) == (plan.sigmas, plan.site, plan.denoiser)
     assert not rest.checks and not rest.expected
     # Twice as long a step owes half as much; what an error does is what the plan says, not what its sigmas do.
-    doubled = replace(plan, response=tuple(2.0 if s == 7 else 1.0 for s in range(14)))
+    doubled = replace(plan, impulse_response=tuple(2.0 if s == 7 else 1.0 for s in range(14)))
     row = leaving(doubled, 6, {0, 3, 6}).rows_of("any")[7]
     assert sum(w * feature[s] for s, w in zip(row.steps, row.weights, strict=True)) == pytest.approx(49 + owed / 2)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"held": {0, 6}}, {"held": {0, 3}}, {"site": "hidden"}, {"response": (1.0,) * 7 + (0.0,) * 7}, {"bias": 1.0}],
+    [
+        {"held": {0, 6}},
+        {"held": {0, 3}},
+        {"site": "hidden"},
+        {"impulse_response": (1.0,) * 7 + (0.0,) * 7},
+        {"bias": 1.0},
+    ],
     ids=["one not held", "the newest not held", "hidden", "no response", "bias"],
 )
 def test_what_cannot_be_repaid_is_computed_at_once(changes: dict[str, Any]) -> None:
@@ -739,7 +745,7 @@ def test_relative_error() -> None:
             "expected error of context 'c', step 3: the step has no check",
         ),
         ({2: Row((0,), (1.0,))}, {2: Expected(-1.0, 1.0)}, "expected error of context 'c', step 2 is .*error=-1.0"),
-        ({2: Row((0,), (1.0,))}, {2: Expected(1.0, 0.0)}, "expected error of context 'c', step 2 is .*spread=0.0"),
+        ({2: Row((0,), (1.0,))}, {2: Expected(1.0, 0.0)}, "expected error of context 'c', step 2 is .*std=0.0"),
         ({2: Row((0,), (1.0,))}, {2: Expected(math.nan, 1.0)}, "expected error of context 'c', step 2 is .*error=nan"),
     ],
 )
@@ -756,7 +762,7 @@ def test_round_trip_and_joining(tmp_path: Path, seed: int) -> None:
             c: {s: Expected(rng.random(), 0.1 + rng.random()) for s in by if rng.random() < 0.8}
             for c, by in plan.checks.items()
         }
-        plan = replace(plan, expected=errors, response=tuple(rng.gauss(0, 1) for _ in range(plan.num_steps)))
+        plan = replace(plan, expected=errors, impulse_response=tuple(rng.gauss(0, 1) for _ in range(plan.num_steps)))
         loaded = Plan.load(plan.save(tmp_path / "plan"))
         assert replace(loaded, library_version=None) == plan
         again = Plan.join(dict.fromkeys(plan.rows, plan))

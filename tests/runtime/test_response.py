@@ -23,11 +23,11 @@ from diffusers import (
 )
 from torch import Tensor
 
-from lesa.planner.statistics import flow_response
+from lesa.planner.statistics import flow_impulse_response
 from lesa.runtime import response
 from lesa.runtime.clock import sigmas_of
 from lesa.runtime.driver import LesaWarning
-from lesa.runtime.response import response_of
+from lesa.runtime.response import impulse_response_of
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 SCHEDULERS: dict[str, Callable[[], Any]] = {
@@ -82,7 +82,7 @@ def test_the_response_is_what_the_scheduler_does(name: str, seed: int) -> None:
     scheduler = make()
     with warnings.catch_warnings():
         warnings.simplefilter("error", LesaWarning)
-        response = response_of(scheduler)
+        response = impulse_response_of(scheduler)
     steps = len(scheduler.timesteps)
     assert response.shape == (steps + 1, steps) and response.dtype == np.float64
     assert not np.triu(response).any()
@@ -92,7 +92,7 @@ def test_the_response_is_what_the_scheduler_does(name: str, seed: int) -> None:
 def test_euler_along_a_flow_is_the_closed_form() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     scheduler.set_timesteps(9)
-    np.testing.assert_allclose(response_of(scheduler), flow_response(sigmas_of(scheduler)), atol=1e-6)
+    np.testing.assert_allclose(impulse_response_of(scheduler), flow_impulse_response(sigmas_of(scheduler)), atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "runs"), [("unipc flow", 1), ("stochastic euler flow", 2), ("euler ancestral", 2)])
@@ -101,14 +101,14 @@ def test_one_run_unless_something_comes_of_nothing(name: str, runs: int, monkeyp
     scheduler.set_timesteps(STEPS)
     run = response._run
     monkeypatch.setattr(response, "_run", lambda *args: seen.append(args) or run(*args))  # type: ignore[func-returns-value]
-    response_of(scheduler)
+    impulse_response_of(scheduler)
     assert len(seen) == runs
 
 
 def test_heun_calls_twice_a_step() -> None:
     scheduler = FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(4)
-    response = response_of(scheduler)
+    response = impulse_response_of(scheduler)
     assert response.shape == (8, 7)
     # After the first trial step x moves by the whole step along v_0, after its correction by half along each.
     step = float(scheduler.sigmas[1] - scheduler.sigmas[0])
@@ -119,7 +119,7 @@ def test_heun_calls_twice_a_step() -> None:
 def test_the_scheduler_stays_as_it_was_and_its_state_does_not_matter(name: str, seed: int) -> None:
     scheduler = SCHEDULERS[name]()
     scheduler.set_timesteps(STEPS)
-    clean = response_of(scheduler)
+    clean = impulse_response_of(scheduler)
     random = torch.Generator().manual_seed(seed)
     outputs = torch.randn(5, 1, 2, 2, generator=random)
     state = torch.get_rng_state()
@@ -129,7 +129,7 @@ def test_the_scheduler_stays_as_it_was_and_its_state_does_not_matter(name: str, 
         scheduler.step(output, timestep, output, return_dict=False)
     torch.set_rng_state(state)
     timesteps, before = scheduler.timesteps, copy.deepcopy(vars(scheduler))
-    np.testing.assert_array_equal(response_of(scheduler), clean)
+    np.testing.assert_array_equal(impulse_response_of(scheduler), clean)
     assert torch.equal(torch.get_rng_state(), state)
     assert scheduler.timesteps is timesteps and vars(scheduler).keys() == before.keys()
     for key, value in before.items():
@@ -145,7 +145,7 @@ def test_generators_of_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
                 monkeypatch.setattr(device, seeds, lambda _: pytest.fail("seeded"))
     scheduler = SCHEDULERS["euler ancestral"]()
     scheduler.set_timesteps(STEPS)
-    response_of(scheduler)
+    impulse_response_of(scheduler)
 
 
 @pytest.mark.parametrize("name", ["euler flow", "dpm-solver++ flow", "unipc flow", "ddim", "euler"])
@@ -157,11 +157,11 @@ def test_image_to_image_leaves_out_the_first_steps(name: str, seed: int) -> None
             scheduler.set_begin_index(4)
         return scheduler
 
-    response = response_of(make(), 4)
+    response = impulse_response_of(make(), 4)
     assert response.shape == (STEPS - 3, STEPS - 4)
     check(response, make, STEPS - 4, seed)
     if hasattr(make(), "begin_index"):
-        np.testing.assert_array_equal(response_of(make()), response)
+        np.testing.assert_array_equal(impulse_response_of(make()), response)
 
 
 @pytest.mark.parametrize("bend", [{"clip_sample": True}, {"thresholding": True}])
@@ -169,7 +169,7 @@ def test_clipping_is_left_out(bend: dict[str, bool]) -> None:
     straight, bent = DDIMScheduler(clip_sample=False), DDIMScheduler(**{"clip_sample": False, **bend})
     for scheduler in (straight, bent):
         scheduler.set_timesteps(STEPS)
-    np.testing.assert_array_equal(response_of(bent), response_of(straight))
+    np.testing.assert_array_equal(impulse_response_of(bent), impulse_response_of(straight))
     assert dict(bent.config)[next(iter(bend))]
 
 
@@ -188,32 +188,32 @@ class Own:
 
 def test_a_scheduler_of_ones_own_by_hand() -> None:
     expected = [[0, 0, 0], [0.9, 0, 0], [0.45, 0.6, 0], [0.225, 0.3, 0.3]]
-    np.testing.assert_allclose(response_of(Own()), expected, atol=1e-6)
+    np.testing.assert_allclose(impulse_response_of(Own()), expected, atol=1e-6)
 
 
 def test_a_scheduler_that_is_not_linear_gets_the_flows_response() -> None:
     with pytest.warns(LesaWarning, match="Own.*not linear"):
-        response = response_of(Own(power=2.0))
-    np.testing.assert_allclose(response, flow_response((0.9, 0.6, 0.3, 0.0)))
+        response = impulse_response_of(Own(power=2.0))
+    np.testing.assert_allclose(response, flow_impulse_response((0.9, 0.6, 0.3, 0.0)))
 
 
 def test_a_scheduler_that_cannot_be_run_gets_the_flows_response() -> None:
     scheduler = Own()
     scheduler.power = None  # type: ignore[assignment]
     with pytest.warns(LesaWarning, match="Own.*could not be run.*TypeError"):
-        response = response_of(scheduler, 1)
-    np.testing.assert_allclose(response, flow_response((0.6, 0.3, 0.0)))
+        response = impulse_response_of(scheduler, 1)
+    np.testing.assert_allclose(response, flow_impulse_response((0.6, 0.3, 0.0)))
 
 
 def test_a_wrapper_around_the_update_is_not_run() -> None:
     scheduler, calls = Own(), []
-    expected, step = response_of(scheduler), scheduler.step
+    expected, step = impulse_response_of(scheduler), scheduler.step
     scheduler.step = lambda *args: calls.append(args) or step(*args)  # type: ignore[method-assign]
-    np.testing.assert_array_equal(response_of(scheduler), expected)
+    np.testing.assert_array_equal(impulse_response_of(scheduler), expected)
     assert not calls and "step" in vars(scheduler)
 
 
 def test_a_scheduler_that_yields_nan_gets_the_flows_response() -> None:
     scheduler = Own(power=float("nan"))
     with pytest.warns(LesaWarning, match="not linear"):
-        assert np.isfinite(response_of(scheduler)).all()
+        assert np.isfinite(impulse_response_of(scheduler)).all()
