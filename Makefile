@@ -1,4 +1,4 @@
-# make demo | test | lint      Each sets up .venv once, and again when pyproject.toml, setup.py or csrc changes.
+# make demo | test | lint | docs    Each sets up .venv once, and again when pyproject.toml, setup.py or csrc changes.
 #
 # PYTHON   makes .venv; 3.10 or newer.
 # TORCH    what pip installs as torch, pip options included. Plain torch from the public index brings CUDA
@@ -12,7 +12,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 demo: .venv/demo.done
 	$(BIN)/lesa demo
@@ -24,6 +24,11 @@ lint: .venv/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/ into site/; fails on a broken link, and on a table that differs from benchmarks/results.
+docs: .venv/docs.done
+	$(BIN)/python -m benchmarks.tables --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .venv/torch.done:
 	@echo "== 1/2 .venv with $(TORCH) (a minute or more)"

@@ -7,9 +7,10 @@ import io
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.fitted_methods import Settings
+if TYPE_CHECKING:
+    from benchmarks.fitted_methods import Settings
 
 COLUMNS = (
     *("hardware", "commit", "date", "pipeline", "captions", "guidance", "method", "schedule", "site", "effort"),
@@ -61,19 +62,24 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One markdown table for each guidance scale: PSNR ± standard error and SSIM, the best PSNR of a column in bold."""
+    """One markdown table for each guidance scale, under its title."""
     parts = []
     for guidance in dict.fromkeys(row["guidance"] for row in rows):
-        cells, budgets = _cells(row for row in rows if row["guidance"] == guidance)
-        best = {b: max(float(by[b]["psnr"]) for by in cells.values() if b in by) for b in budgets}
-        lines = [f"{_TITLES.get(guidance, f'guidance {guidance}')}:", ""]
-        lines.append("| method | schedule | " + " | ".join(f"{budget} computed" for budget in budgets) + " |")
-        lines.append("|---" * (len(budgets) + 2) + "|")
-        for (method, schedule), by in cells.items():
-            texts = [_text(by[b], b, best[b]) if b in by else "" for b in budgets]
-            lines.append(f"| {_label(method, by.values())} | {schedule} | " + " | ".join(texts) + " |")
-        parts.append("\n".join(lines))
+        title = f"{_TITLES.get(guidance, f'guidance {guidance}')}:"
+        parts.append(title + "\n\n" + table_of([row for row in rows if row["guidance"] == guidance]))
     return "\n\n".join(parts)
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """A markdown table: PSNR ± standard error and SSIM, the best PSNR of a column in bold."""
+    cells, budgets = _cells(rows)
+    best = {b: max(float(by[b]["psnr"]) for by in cells.values() if b in by) for b in budgets}
+    lines = ["| method | schedule | " + " | ".join(f"{budget} computed" for budget in budgets) + " |"]
+    lines.append("|---" * (len(budgets) + 2) + "|")
+    for (method, schedule), by in cells.items():
+        texts = [_text(by[b], b, best[b]) if b in by else "" for b in budgets]
+        lines.append(f"| {_label(method, by.values())} | {schedule} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
 
 
 def margins(rows: Sequence[Row]) -> str:

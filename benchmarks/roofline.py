@@ -27,6 +27,7 @@ from matplotlib.patches import Patch
 from lesa.evaluation.grid import DPI, FAINT, INK, MUTED, write_png
 
 RESULTS = Path(__file__).parent / "results"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 COPY = "copy"
 # Okabe and Ito's colours, as in the other pictures; the orange is lesa's there too.
 COLORS = {"triton": "#D55E00", "cpp": "#D55E00", "compile": "#009E73", "eager": "#0072B2", "paper": "#CC79A7"}
@@ -239,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read, draw, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS / "ops.csv")
-    parser.add_argument("--out", type=Path, default=RESULTS / "roofline.png")
+    parser.add_argument("--out", type=Path, default=IMAGES / "roofline.png")
     parser.add_argument("--hardware", help="what the picture shows")
     options = parser.parse_args(arguments)
     found = read(options.results)

@@ -1,0 +1,66 @@
+"""Every snippet of README.md and docs/ runs, and every `lesa` command in them is one that the parser knows.
+
+The requests are made short and few, so that all pages together run in less than a minute.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lesa import assets
+from lesa.cli import main as cli
+
+ROOT = Path(__file__).parents[2]
+STEPS, PROMPTS = 12, 3
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCED = re.compile(r"^( *)```(python|bash)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+
+
+def snippets(page, language):
+    """The blocks of one language, without the indentation of what they stand in, each with its first line's number."""
+    text = page.read_text()
+    for found in FENCED.finditer(text):
+        if found[2] == language:
+            body = re.sub(f"^{found[1]}", "", found[3], flags=re.MULTILINE)
+            yield text[: found.start(3)].count("\n") + 1, body
+
+
+def commands(page):
+    """The `lesa` commands of a page, without comments."""
+    lines = (line for _, body in snippets(page, "bash") for line in body.replace("\\\n", " ").splitlines())
+    return [words[1:] for line in lines if (words := shlex.split(line, comments=True)) and words[0] == "lesa"]
+
+
+def named(pages):
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages]
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """Requests of few steps, few prompts, and a folder for what the snippets write."""
+    few = assets.fitting_prompts()[:PROMPTS]
+    monkeypatch.setitem(assets.REQUEST, "num_inference_steps", STEPS)
+    monkeypatch.setattr(assets, "fitting_prompts", lambda: list(few))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::lesa.LesaWarning")  # of so few prompts and steps
+@pytest.mark.parametrize("page", named(page for page in PAGES if any(snippets(page, "python"))))
+def test_snippets_run(page, short):
+    names = {"__name__": "__main__"}
+    for line, body in snippets(page, "python"):
+        # The blank lines make a traceback name the page's own line.
+        exec(compile("\n" * line + body, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", named(page for page in PAGES if commands(page)))
+def test_commands_are_understood(page):
+    for words in commands(page):
+        cli._parser().parse_args(words)
+
+
+def test_snippets_are_found():
+    assert len([page for page in PAGES if any(snippets(page, "python"))]) >= 7
+    assert len([command for page in PAGES for command in commands(page)]) >= 8
