@@ -135,7 +135,7 @@ def _from_statistics(
     if isinstance(target, torch.nn.Module):
         raise ValueError(
             f"a bare {type(target).__name__} does not tell the noise levels of a request before it runs: enable the "
-            "pipeline, or the plan that lesa.adapting.plan_for(statistics, budget, sigmas) makes"
+            "pipeline, or the plan that lesa.planner.build.plan_for(statistics, budget, sigmas) makes"
         )
     driver = Adaptive(statistics, budget, runner=lambda plan: PlanRunner(plan, backend, guard_for(guard, plan)))
     try:

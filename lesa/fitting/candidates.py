@@ -14,8 +14,8 @@ import torch
 
 from ..forecasters import FORECASTERS, rows_of
 from ..models.denoisers import check_fit
+from ..planner.build import served_by, written_out
 from ..planner.statistics import Statistics
-from ..planner.tables import served_by, written_out
 from ..plans.plan import MAX_READS, Plan, PlanError
 
 TRAINED = "lesa"  # the forecaster that is no rule

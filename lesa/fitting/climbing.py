@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..planner.build import closed_form, prior_error_gains
 from ..planner.search import search
 from ..planner.statistics import GUIDED
 from ..planner.surrogate import Outcome
-from ..planner.tables import closed_form, prior_error_gains
 from ..plans import schedule
 from .trials import Trials
 

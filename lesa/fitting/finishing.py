@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from ..models.denoisers import denoiser_of
-from ..planner.expectations import expectations
+from ..planner.build import expectations, expected_by
 from ..planner.surrogate import Surrogate, interpolated_error_gains
-from ..planner.transfer import expected_by
 from ..plans.plan import Plan
 from ..runtime.likeness import Likeness, likeness_of
 from .candidates import served
@@ -52,9 +51,10 @@ def finished(
         **_ssim("fitting_ssim", best.measured),
         **_ssim("held_out_ssim", kept_out),
     }
-    plan = replace(plan, training=told, surrogate=_surrogate(best, error_gains, trials), likeness=likeness)
+    model = _surrogate(best, error_gains, trials)
+    plan = replace(plan, training=told, surrogate=None if model is None else model.to_arrays(), likeness=likeness)
     measured = [part for part in (best.measured, kept_out) if part is not None] if best.measured is not None else []
-    return replace(plan, expected=_expected(plan, trials, measured))
+    return replace(plan, expected=_expected(plan, model, trials, measured))
 
 
 def remembered(target: Any, parts: Sequence[Trials]) -> Likeness:
@@ -77,13 +77,13 @@ def _surrogate(best: Candidate, error_gains: np.ndarray, trials: Trials) -> Surr
     return trials.surrogate(error_gains).thinned()
 
 
-def _expected(plan: Plan, trials: Trials, measured: Sequence[Measured]) -> Mapping[str, Any]:
+def _expected(plan: Plan, model: Surrogate | None, trials: Trials, measured: Sequence[Measured]) -> Mapping[str, Any]:
     """What the guard may expect of a plan's checks; those of a given plan that are of other features it knows."""
     reads = {read for own in plan.checks.values() for row in own.values() for read in row.steps}
-    if plan.surrogate is None or not reads <= set(plan.computed):
+    if model is None or not reads <= set(plan.computed):
         return plan.expected
     if not measured:
-        return expected_by(plan.surrogate, plan)
+        return expected_by(model, plan)
     # Inner products at the computed steps, which is all that checks read.
     run = np.concatenate([part.outcome.basis for part in measured])
     N, T, grams = plan.budget, plan.num_steps, {}

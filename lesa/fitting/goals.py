@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..planner.expectations import ENOUGH
+from ..planner.build import ENOUGH
 from ..plans import files
 from ..plans.plan import Plan, PlanError
 from ..runtime.driver import LesaWarning

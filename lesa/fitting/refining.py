@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..planner.build import closed_form, plan_from_weights
 from ..planner.surrogate import interpolated_error_gains
-from ..planner.tables import closed_form, plan_of
 from ..plans.plan import Plan
 from .candidates import TRAINED, Given, expressible, table_of
 from .climbing import Climber, published, spaced
@@ -151,7 +151,7 @@ class Refiner:
     def _made(self, name: str, computed: tuple[int, ...], weights: np.ndarray | None = None) -> Candidate:
         """A candidate, by default with the surrogate's rows."""
         weights = self._climber.rows(computed) if weights is None else weights
-        plan = plan_of(self._statistics, computed, weights, timesteps=self._statistics.timesteps)
+        plan = plan_from_weights(self._statistics, computed, weights, timesteps=self._statistics.timesteps)
         return Candidate(name, plan, weights)
 
     def _survey(self, floor: tuple[int, ...], searched: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..models.gatherer import Gatherer
 from ..models.works import Work
-from ..planner.tables import prior_error_gains
+from ..planner.build import prior_error_gains, surrogate_of
 from ..plans.plan import Plan, PlanError
 from . import candidates
 from .candidates import Given
@@ -248,7 +248,7 @@ class Session:
         """Whether a plan was fitted to what was recorded; weights may have changed since."""
         if plan.surrogate is None:
             return True
-        grams = plan.surrogate.grams
+        grams = surrogate_of(plan).grams
         error_gains = prior_error_gains(self.trials.statistics, self.trials.count)
         known = self.trials.surrogate(error_gains).thinned().grams
         return grams.shape == known.shape and bool(np.abs(grams - known).max() <= _SAME * np.abs(known).max())

@@ -44,7 +44,7 @@ def fit(
     """Fit a plan: search its schedule, learn its weights, and judge both by running the requests.
 
     The fitting requests are run in full once. Their inner products (`lesa.statistics`) and a linear model of what the
-    denoiser makes of errors (`lesa.surrogate`) give schedules and weights; the best are run, their weights bettered
+    denoiser makes of errors (`lesa.planner`) give schedules and weights; the best are run, their weights bettered
     from what is measured, their computed steps moved. "thorough" begins as "default" and searches farther; it also runs
     a rule of each kind in `lesa.forecasters` at the output site, on the published schedule and on the searched one, and
     even and front-loaded schedules; and it trains the paper's own forecaster, "lesa", for the paper's schedule, unless

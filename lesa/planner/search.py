@@ -1,23 +1,20 @@
-"""When, searched: the schedule of least displacement error for a budget, by dynamic programming on a Gram matrix.
+"""When to compute: the schedule of least displacement error for a budget, by dynamic programming on a Gram matrix.
 
 Between two computed steps q < n the sample should move by D = sum_t h_t F_t, q < t < n, where h is the impulse
 response of the final sample to each step's output. The forecasts F_q + c_t (F_q - F_p), p the computed step before q,
-move it by H F_q + c (F_q - F_p) with H = sum_t h_t and one free scalar c = sum_t h_t c_t. What c cannot mend,
-|| D - H F_q - c (F_q - F_p) ||^2, is the price of the segment (p, q, n): a quadratic form in the Gram matrix of F.
+move it by H F_q + c (F_q - F_p) with H = sum_t h_t and one free scalar c = sum_t h_t c_t. What c cannot correct,
+|| D - H F_q - c (F_q - F_p) ||^2, is the cost of the segment (p, q, n): a quadratic form in the Gram matrix of F.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..plans.schedule import check
-
-# A price or a norm below this share of the largest is what rounding left of zero.
+# A cost or a norm below this share of the largest is what rounding left of zero.
 _ROUNDING = 16 * np.finfo(np.float64).eps
 
 
@@ -26,19 +23,16 @@ def search(
     impulse_response: ArrayLike,
     budget: int,
     *,
-    sensitivity: ArrayLike | None = None,
     ridge: float = 0.01,
     first: int = 1,
 ) -> tuple[int, ...]:
-    """The schedule of exactly `budget` computed steps with the lowest `price`.
+    """The schedule of exactly `budget` computed steps with the lowest cost.
 
     Args:
         gram: [T, T], inner products of the features of the output site, e.g. `Statistics.gram("output", GUIDED)`.
         impulse_response: [T], what one unit of each step's output does to the final sample, e.g. the last row of
             `Statistics.impulse_response`.
         budget: computed steps, `first` to T.
-        sensitivity: [T], at least 0: how much of an error made up to and including step t is still seen in the final
-            sample; ones by default.
         ridge: pull of c towards 0 (reuse), relative to || F_q - F_p ||^2, at least 0.
         first: how many steps at the start are all computed, 1 to `budget`.
 
@@ -48,7 +42,7 @@ def search(
     Raises:
         ValueError: a shape or value is out of place.
     """
-    return search_all(gram, impulse_response, (budget,), sensitivity=sensitivity, ridge=ridge, first=first)[int(budget)]
+    return search_all(gram, impulse_response, (budget,), ridge=ridge, first=first)[int(budget)]
 
 
 def search_all(
@@ -56,7 +50,6 @@ def search_all(
     impulse_response: ArrayLike,
     budgets: Iterable[int],
     *,
-    sensitivity: ArrayLike | None = None,
     ridge: float = 0.01,
     first: int = 1,
 ) -> dict[int, tuple[int, ...]]:
@@ -68,54 +61,19 @@ def search_all(
     Returns:
         For each budget, in the order given, what `search` returns.
     """
-    gram, impulse_response, sensitivity = _checked(gram, impulse_response, sensitivity, ridge)
+    gram, impulse_response = _checked(gram, impulse_response, ridge)
     total = len(impulse_response)
     wanted = [_whole("budget", budget, 1, total) for budget in budgets]
     if not wanted:
         raise ValueError("budgets is empty: give at least one number of computed steps")
     first = _whole("first", first, 1, min(wanted))
-    prices = _prices(gram, impulse_response, sensitivity, ridge)
-    table = _table(prices, max(wanted) - first + 1, first - 1)
-    return {budget: _read(prices, table, budget, first) for budget in wanted}
+    costs = _costs(gram, impulse_response, ridge)
+    table = _table(costs, max(wanted) - first + 1, first - 1)
+    return {budget: _read(costs, table, budget, first) for budget in wanted}
 
 
-def price(
-    gram: ArrayLike,
-    impulse_response: ArrayLike,
-    computed: Iterable[int],
-    *,
-    sensitivity: ArrayLike | None = None,
-    ridge: float = 0.01,
-) -> float:
-    """The displacement error of a schedule, squared and summed over its segments.
-
-    Args:
-        computed: the computed steps, ascending, step 0 among them; the first segment, which has no p, is reuse of step
-            0, and the last one ends with the request. The other arguments are those of `search`.
-
-    Raises:
-        ValueError: a shape or value is out of place.
-    """
-    gram, impulse_response, sensitivity = _checked(gram, impulse_response, sensitivity, ridge)
-    total = len(impulse_response)
-    steps = check(computed, total)
-    paid = 0.0
-    for p, (q, n) in zip((None, *steps), pairwise((*steps, total)), strict=False):
-        error = np.zeros(total)  # coefficients over the features
-        error[q + 1 : n] = impulse_response[q + 1 : n]
-        error[q] = -error.sum()
-        if p is not None:
-            slope = np.zeros(total)
-            slope[q], slope[p] = 1.0, -1.0
-            norm = slope @ gram @ slope
-            if norm > _ROUNDING * gram.diagonal().max():
-                error -= (error @ gram @ slope) / ((1.0 + ridge) * norm) * slope
-        paid += sensitivity[n - 1] * max(error @ gram @ error, 0.0)
-    return float(paid)
-
-
-def _prices(gram: np.ndarray, impulse_response: np.ndarray, sensitivity: np.ndarray, ridge: float) -> list[np.ndarray]:
-    """For each q the prices of the segments (p, q, n), [n - q - 1, p]; q = 0 has one column, which is reuse."""
+def _costs(gram: np.ndarray, impulse_response: np.ndarray, ridge: float) -> list[np.ndarray]:
+    """For each q the costs of the segments (p, q, n), [n - q - 1, p]; q = 0 has one column, which is reuse."""
     every = np.arange(len(impulse_response))
     sums = _prefix(impulse_response, 0)
     cross = _prefix(impulse_response[:, None] * gram, 0)  # <sum of h_t F_t over t < k, F_s>
@@ -129,40 +87,40 @@ def _prices(gram: np.ndarray, impulse_response: np.ndarray, sensitivity: np.ndar
     gain = (1.0 + 2.0 * ridge) / (1.0 + ridge) ** 2
     apart = norms[:, None] - 2.0 * gram + norms  # C, of q and p
     least = _ROUNDING * np.abs(both).max()
-    prices = []
+    costs = []
     for q in every:
         k = q + 1
-        price = reuse[q, k:, None]
+        cost = reuse[q, k:, None]
         if q:
             along = onward[q, k:, None] - (cross[k:, :q] - cross[k, :q])
             along -= np.outer(size[q, k:], norms[q] - gram[q, :q])  # B
             norm = apart[q, :q]
             known = norm > _ROUNDING * norm.max()
-            price = price - along**2 * np.divide(gain, norm, out=np.zeros(q), where=known)
-        prices.append(np.where(price > least, price, 0.0) * sensitivity[q:, None])
-    return prices
+            cost = cost - along**2 * np.divide(gain, norm, out=np.zeros(q), where=known)
+        costs.append(np.where(cost > least, cost, 0.0))
+    return costs
 
 
-def _table(prices: list[np.ndarray], most: int, lowest: int) -> np.ndarray:
-    """Least price from here on, [q, r, p]: q is computed, p was the one before, r computed steps are left, q included.
+def _table(costs: list[np.ndarray], most: int, lowest: int) -> np.ndarray:
+    """Least cost from here on, [q, r, p]: q is computed, p was the one before, r computed steps are left, q included.
 
     Step T stands for the end of the request, where none is left. Filled for r <= `most` and q >= `lowest`.
     """
-    total = len(prices)
+    total = len(costs)
     table = np.full((total + 1, most + 1, total), np.inf)
     table[total, 0] = 0.0
     for q in reversed(range(lowest, total)):
-        own = prices[q][:, None]  # [n - q - 1, 1, p]; where too few steps follow n, the table is infinite
+        own = costs[q][:, None]  # [n - q - 1, 1, p]; where too few steps follow n, the table is infinite
         table[q, 1:, : own.shape[2]] = (own + table[q + 1 :, :-1, q, None]).min(axis=0)
     return table
 
 
-def _read(prices: list[np.ndarray], table: np.ndarray, budget: int, first: int) -> tuple[int, ...]:
+def _read(costs: list[np.ndarray], table: np.ndarray, budget: int, first: int) -> tuple[int, ...]:
     """Walk the table from the start: at each step the earliest of the best next ones."""
     steps = list(range(first))
     p, q = max(first - 2, 0), first - 1
     for left in range(budget - first, 0, -1):
-        after = prices[q][:, p] + table[q + 1 :, left, q]
+        after = costs[q][:, p] + table[q + 1 :, left, q]
         p, q = q, q + 1 + int(after.argmin())
         steps.append(q)
     return tuple(steps)
@@ -174,34 +132,28 @@ def _prefix(values: np.ndarray, axis: int) -> np.ndarray:
     return np.pad(values.cumsum(axis), widths)
 
 
-def _checked(
-    gram: ArrayLike, impulse_response: ArrayLike, sensitivity: ArrayLike | None, ridge: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _checked(gram: ArrayLike, impulse_response: ArrayLike, ridge: float) -> tuple[np.ndarray, np.ndarray]:
     """The inputs as float64, the Gram matrix as if F_0 had been taken off every feature.
 
-    No price changes by that, for all weights sum to one; but rounding then weighs differences, not the features' size.
+    All weights sum to one, so this changes no cost; but rounding errors then scale with differences of features.
     """
     g, h = np.asarray(gram, np.float64), np.asarray(impulse_response, np.float64)
     if g.ndim != 2 or g.shape[0] != g.shape[1] or not len(g):
         raise ValueError(f"gram has shape {g.shape}: expected [T, T], the inner products of T features")
-    s = np.ones(len(g)) if sensitivity is None else np.asarray(sensitivity, np.float64)
-    for name, value in (("impulse_response", h), ("sensitivity", s)):
-        if value.shape != (len(g),):
-            hint = "; of a matrix [T + 1, T] give the last row" if value.ndim == 2 else ""
-            raise ValueError(f"{name} has shape {value.shape}: expected [{len(g)}], one number a step of gram{hint}")
-    for name, value in (("gram", g), ("impulse_response", h), ("sensitivity", s)):
+    if h.shape != (len(g),):
+        hint = "; of a matrix [T + 1, T] give the last row" if h.ndim == 2 else ""
+        raise ValueError(f"impulse_response has shape {h.shape}: expected [{len(g)}], one number a step of gram{hint}")
+    for name, value in (("gram", g), ("impulse_response", h)):
         if not np.isfinite(value).all():
             where = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
             raise ValueError(f"{name} holds {value[where]} at {where}: expected finite numbers; record it again")
     gap = float(np.abs(g - g.T).max())
     if gap > 1e-5 * float(np.abs(g).max()):
         raise ValueError(f"gram differs from its transpose by up to {gap:g}: expected a symmetric matrix")
-    if (s < 0.0).any():
-        raise ValueError(f"sensitivity={s.min():g} at step {int(s.argmin())}: expected at least 0")
     if not 0.0 <= ridge < np.inf:
         raise ValueError(f"ridge={ridge}: expected a finite number of at least 0")
     g = (g + g.T) / 2.0
-    return g - g[0] - g[:, :1] + g[0, 0], h, s
+    return g - g[0] - g[:, :1] + g[0, 0], h
 
 
 def _whole(name: str, value: int, low: int, high: int) -> int:

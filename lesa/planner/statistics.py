@@ -1,14 +1,14 @@
-"""Statistics: what fitting needs to know of a denoiser's features, and nothing that grows with their size.
+"""Statistics: inner products of a denoiser's features, which replace the features, and interpolation in sigma.
 
-The best weights of a forecast and the price of a schedule are both quadratic forms in the inner products of the
-features, so a matrix of T x T numbers for each site and pair of contexts replaces the features themselves.
+The best weights of a forecast and the cost of a schedule are quadratic forms in these inner products. So a matrix of
+T x T numbers for each site and pair of contexts is enough, whatever the size of the features.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from safetensors.numpy import save as serialize
 
 from ..plans import files
 from ..plans.plan import SITES
-from .interpolation import SAME, interpolation
 
 GUIDED = "guided"
+_SAME = 1e-6  # noise levels come from float32
+_RIDGE = 1e-6  # towards interpolation, relative
 
 
 class StatisticsError(ValueError):
@@ -110,9 +111,8 @@ class Statistics:
     ) -> Statistics:
         """The statistics of requests with other noise levels, interpolated in sigma.
 
-        Features are taken to be smooth in sigma; as each is a weighted sum of the gathered ones, the matrices stay
-        positive semidefinite. Noise levels beyond those gathered go on as the features do there for half a step,
-        then are taken as there.
+        Features are assumed to be smooth in sigma. Each is a weighted sum of the gathered ones, so the matrices stay
+        positive semidefinite. Beyond the gathered levels features are extrapolated for half a step, then constant.
 
         Args:
             sigmas: the T' + 1 noise levels of the other request, the final 0 included.
@@ -135,33 +135,10 @@ class Statistics:
             impulse_response=flow_impulse_response(sigmas) if impulse_response is None else impulse_response,
         )
 
-    def merge(self, others: Iterable[Statistics]) -> Statistics:
-        """The mean over these requests and those of `others`, each request weighing the same.
-
-        Raises:
-            StatisticsError: they are of another model, schedule, guidance or site.
-        """
-        every = (self, *others)
-        for other in every[1:]:
-            for name in ("contexts", "guidance", "scheduler", "denoiser", "config_hash"):
-                if getattr(other, name) != getattr(self, name):
-                    raise StatisticsError(
-                        f"{name} differs ({getattr(self, name)!r} and {getattr(other, name)!r}): merge statistics of "
-                        "one model and one kind of request"
-                    )
-            if len(other.sigmas) != len(self.sigmas) or not np.allclose(other.sigmas, self.sigmas, 0, SAME):
-                raise StatisticsError("sigmas differ: bring one to the other's with Statistics.at before merging")
-            if other.grams.keys() != self.grams.keys():
-                raise StatisticsError(f"sites differ ({sorted(self.grams)} and {sorted(other.grams)}): gather the same")
-        count = sum(one.requests for one in every)
-        shares = np.array([one.requests / count for one in every])
-        grams = {site: np.tensordot(shares, np.stack([one.grams[site] for one in every]), 1) for site in self.grams}
-        return replace(self, grams=grams, requests=count)
-
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the statistics as safetensors with JSON metadata; `path` is replaced at once or not at all."""
-        # Half of a symmetric matrix in float64 takes the room of a whole one in float32, where the differences of
-        # neighbouring steps would drown.
+        # Half of a symmetric matrix in float64 is as large as a whole one in float32, which would lose the differences
+        # of neighbouring steps.
         arrays = {f"gram.{site}": gram[np.triu_indices(len(gram))] for site, gram in self.grams.items()}
         arrays |= {name: np.asarray(getattr(self, name), np.float64) for name in ("sigmas", "timesteps", "guidance")}
         arrays["response"] = np.ascontiguousarray(self.impulse_response)
@@ -214,7 +191,7 @@ class Statistics:
 
 
 def flow_impulse_response(sigmas: Sequence[float]) -> np.ndarray:
-    """How Euler steps along a flow carry each velocity on: R[t, i] = sigma_{i+1} - sigma_i for i < t.
+    """The impulse response of Euler steps along a flow: R[t, i] = sigma_{i+1} - sigma_i for i < t.
 
     Args:
         sigmas: the T + 1 noise levels.
@@ -224,6 +201,100 @@ def flow_impulse_response(sigmas: Sequence[float]) -> np.ndarray:
     """
     steps = np.diff(np.asarray(sigmas, np.float64))
     return np.tril(np.broadcast_to(steps, (len(steps) + 1, len(steps))), -1)
+
+
+def interpolation(known: Sequence[float], wanted: Sequence[float]) -> np.ndarray:
+    """Weights that interpolate values at known noise levels to other noise levels.
+
+    A level that comes twice in a request, as in Heun's method, has a curve for each time.
+
+    Args:
+        known: T noise levels, in any order.
+        wanted: T' noise levels.
+
+    Returns:
+        [T', T] float64; every row sums to one.
+    """
+    weights = np.zeros((len(wanted), len(known)))
+    turns, wanted_turns = _turns(known), _turns(wanted)
+    for turn in set(wanted_turns):
+        last = {round(level / _SAME): i for i, level in enumerate(known) if turns[i] <= turn}
+        nodes = np.array([i for _, i in sorted(last.items())])
+        rows = np.array([i for i, own in enumerate(wanted_turns) if own == turn])
+        weights[np.ix_(rows, nodes)] = _curve(np.asarray(known)[nodes], np.asarray(wanted)[rows])
+    return weights
+
+
+def learned(weights: np.ndarray, known: Sequence[float], wanted: Sequence[float], gram: np.ndarray) -> np.ndarray:
+    """Interpolation weights with those below all known noise levels replaced by least squares.
+
+    Near zero noise, features look alike at every scale. So a level is forecast from the three levels above it with the
+    weights that forecast the lowest known level from three levels as many times higher.
+
+    Args:
+        weights: [T', T], of `interpolation`.
+        known: T noise levels.
+        wanted: T' noise levels.
+        gram: [T, T], mean inner products of the features at the known ones.
+    """
+    rows, levels, others = weights.copy(), np.asarray(known), np.asarray(wanted)
+    for i in np.flatnonzero(others < levels.min()):
+        nodes = np.flatnonzero(weights[i])
+        nodes = nodes[np.argsort(levels[nodes])]
+        x = levels[nodes]
+        at = max(others[i], x[0] - (x[1] - x[0]) / 2) if len(nodes) == 3 else 0.0
+        if at > 0 and x[0] * x[2] / at <= levels.max():
+            higher = interpolation(known, (x[0] * x / at).tolist())
+            inner, start = higher @ gram @ higher.T, weights[i, nodes]
+            ridge = _RIDGE * np.trace(inner) / 3 * np.eye(3)
+            rows[i, nodes] += np.linalg.solve(inner + ridge, higher @ gram[:, nodes[0]] - inner @ start)
+    return rows
+
+
+def _turns(levels: Sequence[float]) -> list[int]:
+    """How often each level came before."""
+    keys = [round(level / _SAME) for level in levels]
+    return [keys[:i].count(key) for i, key in enumerate(keys)]
+
+
+def _curve(x: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Weights [N', N] of the cubic Hermite curve through values at ascending x [N], evaluated at `at` [N'].
+
+    Its slope at a node is that of the parabola through the node and its neighbours; at an end, that of the outermost
+    parabola. Beyond its ends the curve goes on for half a step and then is constant. Above it is linear. Below, where
+    features change faster the less noise is left, it is the parabola in sqrt(x) through the three lowest nodes.
+    """
+    if len(x) == 1:
+        return np.ones((len(at), 1))
+    one, step = np.eye(len(x)), np.diff(x)
+    rise = np.diff(one, axis=0) / step[:, None]
+    slope = np.concatenate([rise, rise[-1:]])
+    if len(x) > 2:
+        before, after = step[:-1, None], step[1:, None]
+        slope[1:-1] = (rise[:-1] * after + rise[1:] * before) / (before + after)
+        slope[0], slope[-1] = 2 * rise[0] - slope[1], 2 * rise[-1] - slope[-2]
+    left = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 2)
+    h = step[left, None]
+    inside = np.clip(at, x[0], x[-1])
+    u = (inside - x[left])[:, None] / h
+    values = (1 + 2 * u) * (1 - u) ** 2 * one[left] + u**2 * (3 - 2 * u) * one[left + 1]
+    slopes = u * (1 - u) ** 2 * slope[left] - u**2 * (1 - u) * slope[left + 1]
+    beyond = np.clip((at - inside)[:, None], -h / 2, h / 2)
+    curve = values + h * slopes + beyond * np.where(beyond < 0, slope[0], slope[-1])
+    below = at < x[0]
+    if below.any() and len(x) > 2 and x[0] > 0:
+        curve[below] = 0.0
+        curve[below, :3] = _parabola(np.sqrt(x[:3]), np.sqrt(np.maximum(at[below], max(x[0] - step[0] / 2, 0.0))))
+    return curve
+
+
+def _parabola(x: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Weights [N', 3] of the values at x [3] in the parabola through them at `at` [N'], by Lagrange's formula."""
+    weights = np.ones((len(at), 3))
+    for i in range(3):
+        for j in {0, 1, 2} - {i}:
+            weights[:, i] *= (at - x[j]) / (x[i] - x[j])
+    return weights
 
 
 def _symmetric(matrix: np.ndarray) -> np.ndarray:

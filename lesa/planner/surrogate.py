@@ -1,31 +1,99 @@
-"""What a plan's rows do to the final sample, to first order, and the rows that do least harm.
+"""A linear model of what a plan's rows do to the final sample, and the rows that do least harm.
 
 With v^_t what the scheduler is given at step t of an accelerated request and v_t in the full one, the samples differ by
 
     d_m = sum_(i < m) R[m, i] (v^_i - v_i)                                  R: the scheduler's impulse response
 
 At a forecast step v^_t is a sum over contexts c and computed steps j of guidance_c w[c, t, j] v^_(c, j). At a computed
-step the denoiser sees a sample that is off by d, and to first order answers v^_(c, j) = v_(c, j) + s[c, j] d_j, with a
-slope s for each request. So all errors lie in the span of the full requests' outputs, priced by their Gram matrices.
+step the denoiser sees a sample that is off by d. To first order it returns v^_(c, j) = v_(c, j) + s[c, j] d_j, with an
+error gain s for each request. So all errors lie in the span of the full requests' outputs, and their Gram matrices give
+all costs.
 
-What is varied are numbers B[k, c, j], added to the weights of all rows of segment k (the forecast steps after the k-th
-computed one): for samples and steps so close together nothing else counts. The same step of Gauss-Newton serves the
-model and a measured request, since both come down to inner products: an `Outcome`.
+On one schedule, with s_j the computed steps and m_q the targets' steps, rows and truth act through their sums
 
-Legend: P requests, C contexts, T steps, N computed steps, Q targets (the samples at the computed steps but the first,
-and the final one), M = C N basis vectors v^_(c, j).
+    a[q, c, j] = guidance_c sum_t R[m_q, t] w[c, t, j]        u_q = sum_t R[m_q, t] sum_c guidance_c v_(c, t)
+
+over the forecast steps t, and the samples at the targets are off by
+
+    d_q = sum_(c, j) a[q, c, j] (v_(c, j) + s[c, j] d_j) + sum_(c, j) guidance_c R[m_q, s_j] s[c, j] d_j - u_q
+
+where the error d_j at a computed step is that of an earlier target. So d = (1 - K)^-1 (a v - u) with K strictly lower
+triangular. The only features left are the C N outputs at computed steps and the N displacements u: whatever the number
+of steps, Gram matrices of (C + 1) N are enough.
+
+What is optimised are numbers B[k, c, j], added to the weights of all rows of segment k (the forecast steps after the
+k-th computed one), which are close together. The same step of Gauss-Newton serves the model and a measured request,
+since both come down to inner products: an `Outcome`.
+
+Legend: P requests, C contexts, T steps, N computed steps, Q = N targets (the samples at the computed steps but the
+first, and the final one), M = C N basis vectors v^_(c, j).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from ..plans.plan import MAX_READS
-from .interpolation import interpolation, learned
-from .segments import Outcome, Segments
+from .statistics import interpolation, learned
+
+# Weight of the mean squared error at the computed steps beside that of the final sample: gains are only nearly right.
+KAPPA = 1.0
+_TINY = 1e-30
+_ENOUGH = 1e-3  # of the objective: what a step must gain to be followed by another
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Inner products, divided by the number of elements, of one plan's errors in P requests.
+
+    Args:
+        basis: [P, M, M], of the outputs v^_(c, j) at the computed steps, contexts first.
+        along: [Q, P, M], of each target's error with them.
+        error: [Q, P], mean squared errors of the targets, the final sample last.
+    """
+
+    basis: np.ndarray
+    along: np.ndarray
+    error: np.ndarray
+
+    @property
+    def cost(self) -> np.ndarray:
+        """[P]: the final error and, with weight `KAPPA`, the mean of those on the way."""
+        return _cost(self.error)
+
+    @property
+    def objective(self) -> float:
+        """The mean logarithm of the cost: decibels, in which each request weighs the same."""
+        return _objective(self.error)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What certain reads lead to, as far as the objective needs it.
+
+    Args:
+        onward: [P, Q, Q], (1 - K)^-1: what an error added at one target does to itself and to later ones.
+        along: [P, Q, M], inner products of the errors d with the outputs v_(c, j) of the full requests.
+        errors: [P, Q, Q], of the errors with each other.
+    """
+
+    onward: np.ndarray
+    along: np.ndarray
+    errors: np.ndarray
+
+    @property
+    def error(self) -> np.ndarray:
+        """[Q, P]: mean squared errors of the targets."""
+        return self.errors.diagonal(0, 1, 2).T
+
+    @cached_property
+    def objective(self) -> float:
+        """As of an `Outcome`."""
+        return _objective(self.error)
 
 
 @dataclass(frozen=True)
@@ -37,7 +105,7 @@ class Surrogate:
         impulse_response: [T + 1, T] of the scheduler.
         guidance: [C], the weight of each context in what the scheduler is given.
         error_gains: [C, T, P].
-        contexts: the names of the C contexts, where anybody asks for them.
+        contexts: the names of the C contexts, where they are needed.
 
     Raises:
         ValueError: the shapes are not those of one C, T and P.
@@ -59,6 +127,37 @@ class Surrogate:
                 f"{expected}, as its error_gains [C, T, P] = {list(self.error_gains.shape)} have it"
             )
 
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Surrogate:
+        """The surrogate that `to_arrays` wrote, as in `Plan.surrogate`."""
+        grams, response, slopes = (arrays[name].astype(np.float64) for name in ("grams", "response", "slopes"))
+        C, T, P = slopes.shape
+        half, below = np.triu_indices(C * T), np.tril_indices(T + 1, -1, T)
+        upper, impulse_response = np.zeros((P, C * T, C * T)), np.zeros((T + 1, T))
+        upper[:, half[0], half[1]], impulse_response[below] = grams, response
+        together = np.kron(np.eye(C), np.tri(T))
+        whole = together @ (upper + np.triu(upper, 1).transpose(0, 2, 1)) @ together.T
+        return cls(whole, impulse_response, arrays["guidance"], slopes, tuple(arrays["contexts"].tolist()))
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The surrogate as arrays of some tens of kilobytes (7 requests of 50 steps: 42, with guidance 150).
+
+        What counts in the inner products are those of differences between features of neighbouring steps, many times
+        smaller than the features: in float32 they keep their relative precision, and half of each matrix is enough.
+        """
+        C, T, _ = self.error_gains.shape
+        apart = np.kron(np.eye(C), np.eye(T) - np.eye(T, k=-1))
+        half = np.triu_indices(C * T)
+        response = self.impulse_response[np.tril_indices(T + 1, -1, T)]
+        narrow = response.astype(np.float32)  # exact for what was probed in float32
+        return {
+            "grams": (apart @ self.grams @ apart.T)[:, half[0], half[1]].astype(np.float32),
+            "response": narrow if np.array_equal(narrow, response) else response,
+            "guidance": np.asarray(self.guidance, np.float64),
+            "slopes": self.error_gains.astype(np.float32),
+            "contexts": np.array(self.contexts),
+        }
+
     @property
     def num_steps(self) -> int:
         """T, the number of steps of a request."""
@@ -69,16 +168,10 @@ class Surrogate:
         """P, how many requests."""
         return len(self.grams)
 
-    def is_finite(self) -> bool:
-        """Whether all its numbers are."""
-        return all(
-            np.isfinite(part).all() for part in (self.grams, self.impulse_response, self.guidance, self.error_gains)
-        )
-
     def at(self, sigmas: Sequence[float], others: Sequence[float], impulse_response: np.ndarray) -> Surrogate:
         """The model of the same requests at other noise levels, interpolated in sigma as in `Statistics.at`.
 
-        Where levels lie below all that are known, the weights of features are learned from the Gram matrices.
+        Below all known levels the interpolation weights are learned from the Gram matrices.
 
         Args:
             sigmas: the T + 1 noise levels of this model, the final 0 included.
@@ -108,13 +201,8 @@ class Surrogate:
         return replace(self, grams=self.grams[kept], error_gains=self.error_gains[:, :, kept])
 
     def on(self, computed: Sequence[int], most: int = MAX_READS) -> Segments:
-        """The model on one schedule, with the weights of so many of the newest computed steps to be varied."""
-        return Segments(self.grams, self.impulse_response, self.guidance, self.error_gains, computed, most)
-
-    def outcome(self, computed: Sequence[int], weights: np.ndarray) -> Outcome:
-        """The predicted outcome of rows `weights` [C, T, T] on a schedule."""
-        segments = self.on(computed)
-        return segments.outcome(segments.priced(segments.reads(weights)))
+        """The model on one schedule, where the weights of so many of the newest computed steps are optimised."""
+        return Segments(self, computed, most)
 
     def step(self, computed: Sequence[int], weights: np.ndarray, outcome: Outcome, damping: float) -> np.ndarray:
         """One damped step of Gauss-Newton on `Outcome.objective`, from an outcome predicted or measured.
@@ -129,30 +217,170 @@ class Surrogate:
             [C, T, T], other rows.
         """
         segments = self.on(computed)
-        change = segments.change(outcome, segments.carried(segments.priced(segments.reads(weights))), damping)
-        return segments.spread(weights, change)
+        change = segments.change(outcome, segments.carried(segments.evaluate(segments.reads(weights))), damping)
+        return segments.with_change(weights, change)
 
     def optimise(
         self, computed: Sequence[int], weights: np.ndarray, iterations: int = 12, damping: float = 0.01
     ) -> tuple[np.ndarray, float]:
-        """Rows [C, T, T] from `weights` on, bettered by up to `iterations` steps, and their predicted objective."""
+        """Rows [C, T, T], from `weights` refined by up to `iterations` steps, and their predicted objective."""
         segments = self.on(computed)
         change, objective = segments.optimise(weights, iterations, damping)
-        return segments.spread(weights, change), objective
+        return segments.with_change(weights, change), objective
+
+
+class Segments:
+    """A surrogate on one schedule.
+
+    Args:
+        model: the surrogate.
+        computed: the schedule.
+        most: how many of the newest computed steps' weights are optimised in a row.
+    """
+
+    def __init__(self, model: Surrogate, computed: Sequence[int], most: int = MAX_READS) -> None:
+        (C, T, _), N, steps = model.error_gains.shape, len(computed), list(computed)
+        guidance = model.guidance
+        ends = (*steps[1:], T)
+        self._C, self._N, self._steps, self._guidance = C, N, np.array(steps), guidance
+        self._grams, self._error_gains, self._one = model.grams, model.error_gains[:, steps], np.eye(N)
+        self._error_gains[:, 0] = 0.0  # the first computed step sees the sample as it is
+        impulse_response = model.impulse_response[list(ends)] * (np.arange(T) < np.array(ends)[:, None])
+        # What computed steps make of earlier errors reaches the targets.
+        guided_gains = (guidance @ self._error_gains.reshape(C, -1)).reshape(N, -1)
+        self._answers = guided_gains.T[:, None] * impulse_response[:, steps]
+        self._forecast = impulse_response.copy()
+        self._forecast[:, steps] = 0.0
+        self._spans = np.add.reduceat(self._forecast, steps, axis=1)  # [Q, N], of each segment
+        self._segment = np.searchsorted(self._steps, np.arange(T), side="right") - 1
+        varied = [
+            (k, c, j)
+            for k in range(N)
+            if ends[k] > steps[k] + 1
+            for c in range(C)
+            for j in range(max(0, k + 1 - most), k + 1)
+        ]
+        self._varied = np.array(varied, dtype=int).reshape(-1, 3).T
+
+    def reads(self, weights: np.ndarray) -> np.ndarray:
+        """[C, Q, N]: what rows [C, T, T] add up to at each target."""
+        past = weights[:, :, self._steps] * (np.arange(weights.shape[1])[:, None] > self._steps)
+        return self._guidance[:, None, None] * (self._forecast @ past)
+
+    def evaluate(self, reads: np.ndarray) -> Evaluation:
+        """What such reads lead to."""
+        N, M = self._N, self._C * self._N
+        between = self._answers + (reads[..., None] * self._error_gains[:, None]).sum(0).transpose(2, 0, 1)
+        system = np.zeros_like(between)  # 1 - K
+        system[:, :, :-1] = -between[:, :, 1:]
+        onward = np.linalg.inv(system + self._one)
+        off = onward @ np.concatenate([reads.transpose(1, 0, 2).reshape(N, M), -self._one], 1)
+        along = off @ self._inner
+        return Evaluation(onward, along[:, :, :M], along @ off.transpose(0, 2, 1))
+
+    def carried(self, evaluation: Evaluation) -> np.ndarray:
+        """[Q, P, N]: what one unit, added to all forecasts of segment k, does to each target."""
+        return (evaluation.onward @ self._spans).transpose(1, 0, 2)
+
+    def outcome(self, evaluation: Evaluation) -> Outcome:
+        """The predicted outcome, with v^_(c, j) = v_(c, j) + s[c, j] d_j as its basis."""
+        C, N = self._C, self._N
+        error_gains = self._error_gains.reshape(C * N, -1).T
+        before = np.tile(np.arange(-1, N - 1), C)  # the target at each one's step; any where the gain is 0
+        along = evaluation.along + evaluation.errors[:, :, before] * error_gains[:, None]
+        basis = evaluation.along[:, before] * error_gains[:, :, None]
+        basis = self._inner[:, : C * N, : C * N] + basis + along[:, before].transpose(0, 2, 1) * error_gains[:, None]
+        return Outcome(basis, along.transpose(1, 0, 2), evaluation.error)
+
+    def change(self, outcome: Outcome, carried: np.ndarray, damping: float) -> np.ndarray:
+        """[C, N, N], of the weights of context c and segment k on computed step j: a damped step of Gauss-Newton.
+
+        Args:
+            outcome: predicted or measured.
+            carried: at the same rows.
+            damping: of the change of each segment's displacement, relative to the normal matrix.
+        """
+        change = np.zeros((self._C, self._N, self._N))
+        k, c, j = self._varied
+        if not len(k):
+            return change
+        m, weight, within = self._system
+        share = np.full((len(outcome.error), 1), KAPPA / max(len(outcome.error) - 1, 1))
+        share[-1] = 1.0
+        weighed = carried * (share / np.maximum(outcome.cost, _TINY))[:, :, None]
+        pairs = weighed.transpose(1, 2, 0) @ carried.transpose(1, 0, 2)
+        inner = outcome.basis.take(m, 1).take(m, 2) * np.outer(weight, weight)
+        normal = (pairs.take(k, 1).take(k, 2) * inner).sum(0)
+        gradient = (weighed.take(k, 2) * outcome.along.take(m, 2)).sum((0, 1)) * weight
+        prior = inner.mean(0) * within
+        size = np.trace(normal)
+        system = normal + damping * size / max(np.trace(prior), _TINY) * prior
+        system.flat[:: len(k) + 1] += max(1e-9 * size / len(k), _TINY)
+        change[c, k, j] = -np.linalg.solve(system, gradient)
+        return change
+
+    def optimise(self, weights: np.ndarray, iterations: int, damping: float = 0.01) -> tuple[np.ndarray, float]:
+        """The change [C, N, N] that up to so many steps make of rows [C, T, T], and the objective after it."""
+        reads, total = self.reads(weights), np.zeros((self._C, self._N, self._N))
+        evaluation = self.evaluate(reads)
+        for _ in range(iterations):
+            change = self.change(self.outcome(evaluation), self.carried(evaluation), damping)
+            trial = reads + self._guidance[:, None, None] * (self._spans @ change)
+            result = self.evaluate(trial)
+            gained = evaluation.objective - result.objective
+            if gained > 0:
+                reads, evaluation, total, damping = trial, result, total + change, damping / 3
+                if gained < _ENOUGH:
+                    break
+            else:
+                damping *= 10
+        return total, evaluation.objective
+
+    def with_change(self, weights: np.ndarray, change: np.ndarray) -> np.ndarray:
+        """Rows [C, T, T] with a change [C, N, N] added to all rows of each segment."""
+        rows = weights.copy()
+        forecast = np.setdiff1d(np.arange(len(self._segment)), self._steps)
+        rows[:, forecast[:, None], self._steps] += change[:, self._segment[forecast]]
+        return rows
+
+    @cached_property
+    def _system(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the varied weights: basis vectors, contexts' guidance, and the spans where two are of one segment."""
+        k, c, j = self._varied
+        spans = self._spans[-1, k]
+        return c * self._N + j, self._guidance[c], np.where(k[:, None] == k, np.outer(spans, spans), 0.0)
+
+    @cached_property
+    def _inner(self) -> np.ndarray:
+        """[P, M + Q, M + Q]: inner products of the outputs at computed steps, and of the displacements u."""
+        C, N = self._C, self._N
+        own = (np.arange(C)[:, None] * len(self._segment) + self._steps).ravel()
+        truth = (self._guidance[:, None] * self._forecast[:, None]).reshape(N, -1)
+        rows = np.concatenate([self._grams[:, own], truth @ self._grams], 1)
+        return np.concatenate([rows[:, :, own], rows @ truth.T], 2)
 
 
 def interpolated_error_gains(measured: np.ndarray, computed: Sequence[int], num_steps: int) -> np.ndarray:
     """Error gains [C, T, P] of all steps, interpolated from those measured at the computed ones [C, N, P].
 
-    A computed step that sees the sample as it is, as the first one does, tells none, and is left out; without any that
-    does, error gains are 0. They are cut to where first order means anything.
+    A computed step whose sample has no error, such as the first one, has no gain (NaN) and is left out; without any
+    other, gains are 0. They are clipped to -8 and 8: beyond, a first-order model means nothing.
     """
     C, _, P = measured.shape
     error_gains = np.zeros((C, num_steps, P))
     steps, every = np.array(computed[1:]), np.arange(num_steps)
     for c in range(C):
         for p in range(P):
-            told = np.isfinite(measured[c, 1:, p])
-            if told.any():
-                error_gains[c, :, p] = np.interp(every, steps[told], np.clip(measured[c, 1:, p][told], -8.0, 8.0))
+            known = np.isfinite(measured[c, 1:, p])
+            if known.any():
+                error_gains[c, :, p] = np.interp(every, steps[known], np.clip(measured[c, 1:, p][known], -8.0, 8.0))
     return error_gains
+
+
+def _cost(error: np.ndarray) -> np.ndarray:
+    way = error[:-1].mean(0) if len(error) > 1 else 0.0
+    return error[-1] + KAPPA * way
+
+
+def _objective(error: np.ndarray) -> float:
+    return float(np.log(np.maximum(_cost(error), _TINY)).mean())

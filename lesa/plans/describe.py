@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from .plan import Plan
-from .planfile import packed
 
 # Figures of fitting, as people want to read them.
 _LABELS = {
@@ -49,10 +48,10 @@ def describe(plan: Plan) -> str:
     else:
         lines.append("guard        none: the plan does not say which errors to expect")
     if plan.surrogate is not None:
-        size = sum(array.nbytes for array in packed(plan.surrogate).values()) / 1000
+        size = sum(array.nbytes for name, array in plan.surrogate.items() if name != "contexts") / 1000
         lines.append(
             f"adapts       to other step counts, spacings and budgets, out of what it knows of "
-            f"{plan.surrogate.requests} requests, {size:.0f} KB"
+            f"{len(plan.surrogate['grams'])} requests, {size:.0f} KB"
         )
     if plan.likeness is not None and (plan.likeness.prompts or plan.likeness.weights):
         known = [f"prompts of {context}" for context in plan.likeness.prompts]

@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .routing import Stage
 
 if TYPE_CHECKING:
-    from ..planner.surrogate import Surrogate
     from ..runtime.likeness import Likeness
 
 ANY_CONTEXT = "*"
@@ -83,9 +84,8 @@ class Plan:
         expected: for each context how large the errors of those forecasts were in fitting; "*" as in `rows`.
         impulse_response: [T], what one unit of each step's output does to the final sample; None takes Euler steps
             along a flow, the differences of `sigmas`. The guard repays by it.
-        surrogate: the model of the requests that the plan was fitted to, of which plans for other noise levels and
-            budgets are made, see `lesa.transfer`; for the output site only. The runtime does not read it, and plans
-            that differ in nothing else are equal.
+        surrogate: arrays of the model of the fitting requests, of `lesa.planner.surrogate.Surrogate.to_arrays`, for
+            `lesa.planner.build.adapt`; for the output site only. Plans that differ in nothing else are equal.
         likeness: what the guard knows of the prompts and the weights that the plan was fitted to.
 
     Raises:
@@ -106,7 +106,7 @@ class Plan:
     checks: Mapping[str, Mapping[int, Row]] = field(default_factory=dict, repr=False)
     expected: Mapping[str, Mapping[int, Expected]] = field(default_factory=dict, repr=False)
     impulse_response: tuple[float, ...] | None = field(default=None, repr=False)
-    surrogate: Surrogate | None = field(default=None, repr=False, compare=False)
+    surrogate: Mapping[str, np.ndarray] | None = field(default=None, repr=False, compare=False)
     likeness: Likeness | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -332,14 +332,22 @@ class Plan:
             if not (0 <= error.error < math.inf and 0 < error.std < math.inf):
                 raise PlanError(f"{where} is {error}: expected a finite error of at least 0 and a std above 0")
 
-    def _check_surrogate(self, surrogate: Surrogate) -> None:
+    def _check_surrogate(self, arrays: Mapping[str, np.ndarray]) -> None:
         if self.site != "output":
             raise PlanError(f"surrogate with site={self.site!r}: plans made of it are of the output site; leave it out")
-        if surrogate.num_steps != self.num_steps or not surrogate.contexts or not surrogate.is_finite():
+        names = ("slopes", "grams", "response", "guidance", "contexts")
+        if missing := [name for name in names if name not in arrays]:
+            raise PlanError(f"surrogate lacks {missing}: give what Surrogate.to_arrays makes, or fit the plan again")
+        slopes, *others = (np.asarray(arrays[name]) for name in names)
+        C, T, P = slopes.shape if slopes.ndim == 3 else (0, 0, 0)
+        shapes = [(P, C * T * (C * T + 1) // 2), (T * (T + 1) // 2,), (C,), (C,)]
+        if self.num_steps != T or not C or [array.shape for array in others] != shapes:
             raise PlanError(
-                f"surrogate of {surrogate.num_steps} steps and contexts {surrogate.contexts}: expected the "
-                f"{self.num_steps} steps of the plan, named contexts and finite numbers"
+                f"surrogate of {T} steps and contexts {tuple(arrays['contexts'])}: expected the {self.num_steps} steps "
+                "of the plan, named contexts and arrays of their shapes"
             )
+        if not all(np.isfinite(array).all() for array in (slopes, *others[:-1])):
+            raise PlanError("surrogate holds numbers that are not finite: fit the plan again")
 
 
 def _is_sound(row: Row, step: int) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as serialize
 
-from ..planner.surrogate import Surrogate
 from ..runtime.likeness import Likeness, Prompts
 from . import files
 from .plan import PLAN_FILE, Expected, Plan, PlanError, Row
@@ -29,6 +28,7 @@ KIND = files.Kind(
         "lesa.enable(pipe, path, budget=10)"
     },
 )
+_SURROGATE = "surrogate_"  # before the names of its arrays
 # Fields that JSON holds as they are.
 _PLAIN = ("site", "forecaster", "denoiser", "config_hash", "training", "library_version")
 
@@ -67,8 +67,9 @@ def save(plan: Plan, path: str | os.PathLike[str]) -> Path:
         "library_version": __version__,
     }
     if plan.surrogate is not None:
-        arrays |= packed(plan.surrogate)
-        description["surrogate_contexts"] = list(plan.surrogate.contexts)
+        parts = dict(plan.surrogate)
+        description["surrogate_contexts"] = parts.pop("contexts").tolist()
+        arrays |= {f"{_SURROGATE}{name}": array for name, array in parts.items()}
     if plan.likeness is not None:
         arrays |= _of_likeness(plan.likeness)
         description["likeness_contexts"] = list(plan.likeness.prompts)
@@ -87,37 +88,10 @@ def load(path: str | os.PathLike[str]) -> Plan:
     return files.load(path, KIND, _plan)
 
 
-def packed(surrogate: Surrogate) -> dict[str, np.ndarray]:
-    """A surrogate as arrays of some tens of kilobytes (7 requests of 50 steps: 42, with guidance 150).
-
-    What counts in the inner products are those of differences between features of neighbouring steps, many times
-    smaller than the features: in float32 they keep their relative precision, and half of each matrix is enough.
-    """
-    C, T, _ = surrogate.error_gains.shape
-    apart = np.kron(np.eye(C), np.eye(T) - np.eye(T, k=-1))
-    half = np.triu_indices(C * T)
-    impulse_response = surrogate.impulse_response[np.tril_indices(T + 1, -1, T)]
-    narrow = impulse_response.astype(np.float32)  # loses nothing of what was probed in float32
-    return {
-        "surrogate_grams": (apart @ surrogate.grams @ apart.T)[:, half[0], half[1]].astype(np.float32),
-        "surrogate_response": narrow if np.array_equal(narrow, impulse_response) else impulse_response,
-        "surrogate_guidance": np.asarray(surrogate.guidance, np.float64),
-        "surrogate_slopes": surrogate.error_gains.astype(np.float32),
-    }
-
-
-def _unpacked(arrays: Mapping[str, np.ndarray], contexts: Iterable[str]) -> Surrogate:
-    """The surrogate of `packed`."""
-    grams, impulse_response, error_gains = (
-        arrays[f"surrogate_{name}"].astype(np.float64) for name in ("grams", "response", "slopes")
-    )
-    C, T, P = error_gains.shape
-    half, below = np.triu_indices(C * T), np.tril_indices(T + 1, -1, T)
-    upper, whole = np.zeros((P, C * T, C * T)), np.zeros((T + 1, T))
-    upper[:, half[0], half[1]], whole[below] = grams, impulse_response
-    together = np.kron(np.eye(C), np.tri(T))
-    grams = together @ (upper + np.triu(upper, 1).transpose(0, 2, 1)) @ together.T
-    return Surrogate(grams, whole, arrays["surrogate_guidance"], error_gains, tuple(contexts))
+def _surrogate(arrays: Mapping[str, np.ndarray], contexts: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of `Plan.surrogate`."""
+    own = {name.removeprefix(_SURROGATE): array for name, array in arrays.items() if name.startswith(_SURROGATE)}
+    return own | {"contexts": np.array(contexts)}
 
 
 def _of_likeness(likeness: Likeness) -> dict[str, np.ndarray]:
@@ -155,7 +129,7 @@ def _plan(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> Plan:
         stages=tuple(Stage(**stage) for stage in description["stages"]),
         checks={context: {step: row for step, row in own.items() if row.steps} for context, own in checks.items()},
         expected=_expected(arrays, description.get("expected_contexts", [])),
-        surrogate=None if modelled is None else _unpacked(arrays, modelled),
+        surrogate=None if modelled is None else _surrogate(arrays, modelled),
         likeness=None if alike is None else _likeness(arrays, alike),
         **{name: description[name] for name in _PLAIN},
     )

@@ -11,89 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from ..forecasters import plan_of
-from ..planner.search import search
-from ..planner.statistics import GUIDED, Statistics, flow_impulse_response
-from ..planner.surrogate import Surrogate
-from ..planner.tables import linear_extrapolation, prior_error_gains, served_by
-from ..planner.tables import plan_of as table_plan
-from ..planner.transfer import adapted, computed_steps
+from ..planner.build import adapt, plan_for, surrogate_of
+from ..planner.statistics import Statistics, flow_impulse_response
 from ..plans.plan import Plan, PlanError
 from .clock import Request
 from .driver import Driver, LesaWarning, Relay
 from .response import impulse_response_of
 from .runner import PlanRunner
 
-FITTED = "fitted"
 _MOST_PLANS = 16  # a few kilobytes each
 _DIGITS = 6  # of a sigma; noise levels come from float32
 _SAME = 1e-3  # of noise levels and impulse responses
-
-
-def plan_for(
-    statistics: Statistics,
-    budget: int | float,
-    sigmas: Sequence[float] | None = None,
-    impulse_response: np.ndarray | None = None,
-    *,
-    site: str = "output",
-    forecaster: str | None = None,
-    sensitivity: Sequence[float] | None = None,
-) -> Plan:
-    """The plan of a request: statistics brought to its noise levels, the best schedule on them, and its rows.
-
-    Args:
-        statistics: of full requests at the noise levels they were gathered at.
-        budget: computed steps: a number of them, at least 1 (all steps where it exceeds T), or as a float in (0, 1] a
-            share of them.
-        sigmas: the T + 1 noise levels of the request, the final 0 included; those of the statistics by default.
-        impulse_response: [T + 1, T], see `Statistics`; by default the flow-matching one, or without `sigmas` the
-            statistics' own.
-        site: where features are taken, "output" or "hidden"; the schedule is searched on the output in any case.
-        forecaster: one of `lesa.forecasters.FORECASTERS`, or "fitted", the rows of the output site that
-            `lesa.surrogate` finds best; by default that, and "regression" at the hidden site.
-        sensitivity: [T], see `search`.
-
-    Returns:
-        A plan with rows for each context of the statistics; those of the first serve contexts not named there.
-
-    Raises:
-        ValueError: a value is out of place, or the statistics lack the site.
-    """
-    native = sigmas is None
-    if not native or impulse_response is not None:
-        statistics = statistics.at(statistics.sigmas if sigmas is None else sigmas, impulse_response)
-    total = statistics.num_steps
-    gram = statistics.gram("output", GUIDED)
-    computed = search(gram, statistics.impulse_response[-1], computed_steps(budget, total), sensitivity=sensitivity)
-    training = {"requests": statistics.requests, "schedule": "searched"}
-    timesteps = statistics.timesteps if native else None
-    forecaster = forecaster or (FITTED if site == "output" else "regression")
-    if forecaster == FITTED:
-        if site != "output":
-            raise ValueError(f"site={site!r} with forecaster='fitted': these rows are of the output site")
-        error_gains, grams = prior_error_gains(statistics, 1), statistics.grams["output"][None]
-        surrogate = Surrogate(grams, statistics.impulse_response, np.asarray(statistics.guidance), error_gains)
-        weights, _ = surrogate.optimise(computed, linear_extrapolation(computed, len(error_gains), total))
-        return table_plan(statistics, computed, weights, timesteps=timesteps, training=training)
-    return plan_of(
-        forecaster,
-        computed,
-        statistics.sigmas,
-        site,
-        gram={name: statistics.gram(site, context) for name, context in served_by(statistics).items()},
-        timesteps=timesteps,
-        denoiser=statistics.denoiser,
-        config_hash=statistics.config_hash,
-        training=training,
-    )
 
 
 class Adaptive(Relay):
     """A driver that makes a plan for each request out of statistics or a fitted plan, and has it run.
 
     A fitted plan runs requests of its own noise levels and impulse response itself, and those of a bare denoiser,
-    which tells neither. For others `lesa.transfer.adapted` makes plans of it, with what the guard may expect of each.
+    which tells neither. For others `lesa.planner.build.adapt` makes plans of it, with their expected errors.
 
     Args:
         source: statistics of the denoiser's requests, or a plan with a surrogate.
@@ -133,7 +68,7 @@ class Adaptive(Relay):
         if request.sigmas is None and not isinstance(self._source, Plan):
             raise PlanError(
                 "a plan on the fly needs the noise levels of the request, which a bare denoiser does not tell: make "
-                "the plan with lesa.adapting.plan_for(statistics, budget, sigmas) and enable that"
+                "the plan with lesa.planner.build.plan_for(statistics, budget, sigmas) and enable that"
             )
         plan = self._plan_of(request)
         if plan is not self._plan:
@@ -142,7 +77,7 @@ class Adaptive(Relay):
 
     def _made(self, sigmas: Sequence[float] | None = None, impulse_response: np.ndarray | None = None) -> Plan:
         if isinstance(self._source, Plan):
-            made = adapted(self._source, self._budget, sigmas, impulse_response)
+            made = adapt(self._source, self._budget, sigmas, impulse_response)
         elif self._budget is None:
             raise ValueError("budget=None: with statistics say how many steps to compute, e.g. budget=10")
         else:
@@ -160,12 +95,10 @@ class Adaptive(Relay):
         """Whether a fitted plan, or the one made of it for its own noise levels, is the request's."""
         if not isinstance(self._source, Plan) or len(sigmas) != len(self._source.sigmas):
             return False
-        surrogate = self._source.surrogate
-        assert surrogate is not None
         # Multistep schedulers run the same noise levels, but make something else of an error.
         impulse_response = flow_impulse_response(sigmas) if impulse_response is None else impulse_response
         apart = float(np.abs(np.subtract(sigmas, self._source.sigmas)).max())
-        return max(apart, float(np.abs(impulse_response - surrogate.impulse_response).max())) <= _SAME
+        return max(apart, float(np.abs(impulse_response - surrogate_of(self._source).impulse_response).max())) <= _SAME
 
     def _install(self, plan: Plan) -> None:
         # Plans are cached, runners are not: their histories are as large as features.

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..planner.tables import written_out
+from ..planner.build import written_out
 from ..plans.plan import ANY_CONTEXT, MAX_READS, Expected, Plan, PlanError, Row
 
 # Standard deviations of the logarithm of an error. On emoji-flux captions like the fitted ones reach up to 3.8.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..planner.expectations import ENOUGH
+from ..planner.build import ENOUGH
 from .inputs import Inputs
 
 # As often the scatter of the fitted prompts may another be away from their mean: 164 captions of emoji-flux reach 2.4.

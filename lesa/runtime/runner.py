@@ -19,7 +19,7 @@ from .vigil import Vigil
 
 # Beyond this the weights were made for a visibly different schedule of noise levels.
 _SIGMA_TOLERANCE = 0.05
-_ELSEWHERE = "enable a plan made for yours; of a fitted one, lesa.transfer.adapted(plan, sigmas=...) makes it"
+_ELSEWHERE = "enable a plan made for yours; of a fitted one, lesa.planner.build.adapt(plan, sigmas=...) makes it"
 
 
 class PlanRunner:

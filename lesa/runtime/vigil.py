@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..planner.tables import written_out
+from ..planner.build import written_out
 from ..plans.plan import Expected, Plan, Row
 from .clock import Call, Request
 from .guard import Guard, deviation, relative_error

@@ -19,8 +19,8 @@ from benchmarks.transfer_cases import Case
 from lesa import assets
 from lesa.fitting import tuning
 from lesa.fitting.gathering import gather
+from lesa.planner.build import plan_for
 from lesa.plans.plan import PlanError
-from lesa.runtime.adapting import plan_for
 
 BUDGET, STEPS, KNOWN = 3, 6, 9
 KINDS = (

@@ -15,6 +15,7 @@ from lesa.fitting.trials import final_of
 from lesa.forecasters import plan_of
 from lesa.models.requests import run
 from lesa.planner import statistics
+from lesa.planner.build import surrogate_of
 from lesa.plans.plan import Plan
 from lesa.runtime.runner import PlanRunner
 
@@ -168,9 +169,9 @@ def test_same_seed_same_plan(pipe):
     first, second = (lesa.fit(pipe, PROMPTS, budget=4, request=REQUEST, effort="quick", seed=3) for _ in range(2))
     assert first.computed == second.computed and first.rows == second.rows
     assert first.training["evaluations"] == 0 and first.training["fitting_psnr"] is None
-    error_gains = first.surrogate.error_gains  # those of the request that was probed, for all
+    error_gains = surrogate_of(first).error_gains  # those of the request that was probed, for all
     assert (
-        np.array_equal(error_gains, second.surrogate.error_gains)
+        np.array_equal(error_gains, surrogate_of(second).error_gains)
         and error_gains.std(1).min() > 0
         and error_gains.std(2).max() == 0
     )

@@ -1,4 +1,4 @@
-"""Schedule search: against every schedule there is, and against features written out."""
+"""Schedule search: against every schedule there is, with costs from features written out."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from lesa.planner.search import price, search, search_all
+from lesa.planner.search import search, search_all
 
 
 def problem(seed, steps):
-    """Random features seen through their Gram matrix, random responses of both signs, and sensitivities."""
+    """Random features, their Gram matrix, and a random impulse response of both signs."""
     rng = np.random.default_rng([seed, steps])
     features = rng.normal(size=(steps, 6)) + 3.0 * rng.normal(size=6)
-    return features, features @ features.T, rng.normal(size=steps), rng.random(steps)
+    return features, features @ features.T, rng.normal(size=steps)
 
 
 def schedules(steps, budget, first=1):
@@ -22,71 +22,51 @@ def schedules(steps, budget, first=1):
     return [(*range(first), *rest) for rest in combinations(range(first, steps), budget - first)]
 
 
-def price_by_hand(features, impulse_response, computed, sensitivity, ridge):
-    """The price from the features themselves, c by ridge regression on an augmented system."""
+def cost(features, impulse_response, computed, ridge=0.01):
+    """The cost from the features themselves, c by ridge regression on an augmented system."""
     total, ends = 0.0, [*computed[1:], len(features)]
     for i, (q, n) in enumerate(zip(computed, ends, strict=True)):
-        left = sum(
-            (impulse_response[t] * (features[t] - features[q]) for t in range(q + 1, n)), np.zeros(features.shape[1])
-        )
+        left = (impulse_response[q + 1 : n, None] * (features[q + 1 : n] - features[q])).sum(0)
         if i:
             slope = features[q] - features[computed[i - 1]]
             pull = np.sqrt(ridge) * np.linalg.norm(slope)
             c = np.linalg.lstsq(np.append(slope, pull)[:, None], np.append(left, 0.0), rcond=None)[0]
             left = left - c * slope
-        total += sensitivity[n - 1] * np.sum(left**2)
+        total += np.sum(left**2)
     return total
 
 
-def test_price_is_that_of_the_features(seed):
-    features, gram, impulse_response, sensitivity = problem(seed, 10)
-    for ridge in (0.0, 0.01, 1.0):
-        for computed in [(0,), (0, 1), (0, 4, 5, 8), (0, 2, 9), tuple(range(10))]:
-            expected = price_by_hand(features, impulse_response, computed, sensitivity, ridge)
-            assert price(gram, impulse_response, computed, sensitivity=sensitivity, ridge=ridge) == pytest.approx(
-                expected, rel=1e-9, abs=1e-12
-            )
+def test_the_cost_worked_out_by_hand():
+    # F = (0, 1, 3): after step 1 step 2 is off by 2 from reuse; c = 2 * 1 / (1.25 * 1) corrects 1.6 of it.
+    features, impulse_response = np.array([[0.0], [1.0], [3.0]]), np.array([7.0, 1.0, 0.5])
+    assert cost(features, impulse_response, (0, 1, 2)) == 0.0
+    assert cost(features, impulse_response, (0, 1), ridge=0.25) == pytest.approx((0.5 * (2.0 - 1.6)) ** 2)
+    assert cost(features, impulse_response, (0,)) == pytest.approx((1.0 * 1.0 + 0.5 * 3.0) ** 2)
 
 
-def test_price_worked_out():
-    # F = (0, 1, 3): after step 1 step 2 is off by 2 from reuse; c = 2 * 1 / (1.25 * 1) mends 1.6 of it.
-    features = np.array([[0.0], [1.0], [3.0]])
-    gram, impulse_response = features @ features.T, [7.0, 1.0, 0.5]
-    assert price(gram, impulse_response, (0, 1, 2)) == 0.0
-    assert price(gram, impulse_response, (0, 1), ridge=0.25) == pytest.approx((0.5 * (2.0 - 1.6)) ** 2)
-    assert price(gram, impulse_response, (0,), sensitivity=[5.0, 5.0, 3.0]) == pytest.approx(
-        3.0 * (1.0 * 1.0 + 0.5 * 3.0) ** 2
-    )
-
-
-@pytest.mark.parametrize("steps", [9, 10, 11, 12])
-@pytest.mark.parametrize("budget", [2, 3, 4, 5])
+@pytest.mark.parametrize(("steps", "budget"), [(9, 2), (12, 3), (11, 4), (10, 5)])
 def test_no_schedule_is_better(seed, steps, budget):
-    _, gram, impulse_response, sensitivity = problem(seed, steps)
-    for options in ({}, {"sensitivity": sensitivity}, {"sensitivity": sensitivity, "ridge": 0.0}):
-        prices = {s: price(gram, impulse_response, s, **options) for s in schedules(steps, budget)}
-        found = search(gram, impulse_response, budget, **options)
-        assert prices[found] == pytest.approx(min(prices.values()), rel=1e-9)
-        assert found == min(prices, key=prices.get)
+    features, gram, impulse_response = problem(seed, steps)
+    for ridge in (0.0, 0.01, 1.0):
+        costs = {s: cost(features, impulse_response, s, ridge) for s in schedules(steps, budget)}
+        assert search(gram, impulse_response, budget, ridge=ridge) == min(costs, key=costs.get)
 
 
 @pytest.mark.parametrize("first", [2, 3])
 def test_the_first_steps_can_be_prescribed(seed, first):
-    _, gram, impulse_response, sensitivity = problem(seed, 9)
+    features, gram, impulse_response = problem(seed, 9)
     for budget in range(first, 7):
-        candidates = schedules(9, budget, first)
-        expected = min(candidates, key=lambda s: price(gram, impulse_response, s, sensitivity=sensitivity))
-        assert search(gram, impulse_response, budget, sensitivity=sensitivity, first=first) == expected
+        expected = min(schedules(9, budget, first), key=lambda s: cost(features, impulse_response, s))
+        assert search(gram, impulse_response, budget, first=first) == expected
 
 
 def test_one_table_serves_every_budget(seed):
-    _, gram, impulse_response, sensitivity = problem(seed, 12)
+    _, gram, impulse_response = problem(seed, 12)
     budgets = (5, 12, 1, 7)
-    found = search_all(gram, impulse_response, budgets, sensitivity=sensitivity)
+    found = search_all(gram, impulse_response, budgets)
     assert list(found) == list(budgets)
-    assert found == {b: search(gram, impulse_response, b, sensitivity=sensitivity) for b in budgets}
+    assert found == {b: search(gram, impulse_response, b) for b in budgets}
     assert found[1] == (0,) and found[12] == tuple(range(12))
-    assert all(len(schedule) == budget for budget, schedule in found.items())
 
 
 def test_equal_schedules_are_decided_by_the_earliest_steps():
@@ -102,19 +82,10 @@ def test_the_search_computes_around_a_kink():
     sigmas = np.linspace(1.0, 0.0, 21)
     line = np.stack([sigmas[:-1], np.maximum(0.0, sigmas[12] - sigmas[:-1]), np.ones(20)], axis=1)
     assert search(line @ line.T, np.diff(sigmas), 4, ridge=0.0) == (0, 1, 12, 13)
-    assert price(line @ line.T, np.diff(sigmas), (0, 1, 12, 13), ridge=0.0) == pytest.approx(0.0, abs=1e-15)
-
-
-def test_what_is_not_seen_in_the_end_is_not_computed():
-    rng = np.random.default_rng(1)
-    features = rng.normal(size=(10, 4))
-    sensitivity = np.r_[np.zeros(5), np.ones(5)]
-    computed = search(features @ features.T, np.ones(10), 6, sensitivity=sensitivity)
-    assert computed[-5:] == (5, 6, 7, 8, 9)
 
 
 def test_a_common_offset_of_the_features_costs_no_digits(seed):
-    features, _, impulse_response, _ = problem(seed, 30)
+    features, _, impulse_response = problem(seed, 30)
     far = features + 1e4
     assert search(far @ far.T, impulse_response, 6) == search(features @ features.T, impulse_response, 6)
 
@@ -126,26 +97,20 @@ GOOD = np.eye(4)
     ("gram", "impulse_response", "options", "message"),
     [
         (np.ones((4, 3)), np.ones(4), {}, r"gram has shape \(4, 3\)"),
-        (np.ones((0, 0)), np.ones(0), {}, r"gram has shape \(0, 0\)"),
         (np.triu(np.ones((4, 4))), np.ones(4), {}, "gram differs from its transpose by up to 1"),
         (GOOD * [1, 1, np.nan, 1], np.ones(4), {}, "gram holds nan at"),
         (GOOD, np.ones(5), {}, r"impulse_response has shape \(5,\): expected \[4\]"),
         (GOOD, np.ones((5, 4)), {}, "give the last row"),
         (GOOD, [1, 1, np.inf, 1], {}, r"impulse_response holds inf at \(2,\)"),
-        (GOOD, np.ones(4), {"sensitivity": np.ones(3)}, r"sensitivity has shape \(3,\)"),
-        (GOOD, np.ones(4), {"sensitivity": [1, -2, 1, 1]}, "sensitivity=-2 at step 1"),
         (GOOD, np.ones(4), {"ridge": -1.0}, "ridge=-1.0"),
-        (GOOD, np.ones(4), {"ridge": np.nan}, "ridge=nan"),
     ],
 )
 def test_bad_inputs_are_named(gram, impulse_response, options, message):
     with pytest.raises(ValueError, match=message):
         search(gram, impulse_response, 2, **options)
-    with pytest.raises(ValueError, match=message):
-        price(gram, impulse_response, (0, 2), **options)
 
 
-@pytest.mark.parametrize(("budget", "message"), [(0, "budget=0: .* 1 to 4"), (5, "budget=5"), (2.5, "budget=2.5")])
+@pytest.mark.parametrize(("budget", "message"), [(0, "budget=0"), (5, "budget=5"), (2.5, "budget=2.5")])
 def test_bad_budgets_are_named(budget, message):
     with pytest.raises(ValueError, match=message):
         search(GOOD, np.ones(4), budget)
@@ -155,7 +120,5 @@ def test_other_bad_arguments_are_named():
     with pytest.raises(ValueError, match="budgets is empty"):
         search_all(GOOD, np.ones(4), ())
     for first in (0, 3):
-        with pytest.raises(ValueError, match=f"first={first}: expected a whole number from 1 to 2"):
+        with pytest.raises(ValueError, match=f"first={first}"):
             search(GOOD, np.ones(4), 2, first=first)
-    with pytest.raises(ValueError, match="expected step 0 first"):
-        price(GOOD, np.ones(4), (1, 2))

@@ -10,8 +10,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lesa.planner.interpolation import interpolation, learned
-from lesa.planner.statistics import GUIDED, Statistics, StatisticsError, flow_impulse_response
+from lesa.planner.statistics import (
+    GUIDED,
+    Statistics,
+    StatisticsError,
+    flow_impulse_response,
+    interpolation,
+    learned,
+)
 
 
 def levels(steps: int, shift: float = 3.0) -> np.ndarray:
@@ -166,38 +172,6 @@ def test_levels_that_come_twice_have_a_curve_for_each_time() -> None:
     rows = interpolation(known, wanted)
     np.testing.assert_allclose(rows, np.eye(5)[[0, 1, 2, 3]], atol=1e-12)
     np.testing.assert_allclose(interpolation(wanted, known)[-1], [0, 0, 0, 1], atol=1e-12)
-
-
-def test_merging_weighs_requests(seed: int) -> None:
-    first = statistics({"cond": features(levels(5), seed)}, levels(5), requests=1)
-    second = statistics({"cond": features(levels(5), seed + 1)}, levels(5), requests=3)
-    merged = first.merge([second])
-    assert merged.requests == 4
-    expected = (first.grams["output"] + 3 * second.grams["output"]) / 4
-    np.testing.assert_allclose(merged.grams["output"], expected, rtol=1e-12)
-    assert first.merge([]).requests == 1
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"guidance": (2.0,)},
-        {"denoiser": "Other"},
-        {"config_hash": "x"},
-        {"scheduler": "Heun"},
-        {"sigmas": levels(5, 1.0)},
-    ],
-)
-def test_only_statistics_of_one_kind_are_merged(change: dict[str, Any], seed: int) -> None:
-    first = statistics({"cond": features(levels(5), seed)}, levels(5))
-    with pytest.raises(StatisticsError, match=f"{next(iter(change))}.* differ"):
-        first.merge([replace(first, **change)])
-
-
-def test_sites_must_agree_to_merge(seed: int) -> None:
-    first = statistics({"cond": features(levels(5), seed)}, levels(5))
-    with pytest.raises(StatisticsError, match="sites differ"):
-        first.merge([replace(first, grams={"hidden": first.grams["output"]})])
 
 
 def test_saved_and_loaded_they_are_the_same(tmp_path: Path, seed: int) -> None:

@@ -1,13 +1,14 @@
 """The model of a plan's errors: exact where the denoiser is linear, and Gauss-Newton finds what least squares finds."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from written import CONTEXTS, LENGTH, REQUESTS, STEPS, features, model, shifted
 
-from lesa.forecasters import rows_of
-from lesa.planner.statistics import flow_impulse_response
+from lesa.planner.statistics import flow_impulse_response, interpolation
 from lesa.planner.surrogate import Outcome, Surrogate, interpolated_error_gains
-from lesa.planner.tables import linear_extrapolation
 
 T, L, P = 9, 40, 3
 COMPUTED = (0, 1, 3, 6)
@@ -45,6 +46,12 @@ def world(contexts, generator):
     return Surrogate(grams, flow_impulse_response(sigmas), guidance, every), run, samples
 
 
+def predicted(surrogate, computed, weights):
+    """The outcome of rows [C, T, T]."""
+    segments = surrogate.on(computed)
+    return segments.outcome(segments.evaluate(segments.reads(weights)))
+
+
 def some_rows(contexts, generator):
     weights = np.zeros((contexts, T, T))
     for t in set(range(T)) - set(COMPUTED):
@@ -57,7 +64,7 @@ def some_rows(contexts, generator):
 def test_exact_for_a_linear_denoiser(contexts, generator):
     surrogate, run, samples = world(contexts, generator)
     weights = some_rows(contexts, generator)
-    outcome = surrogate.outcome(COMPUTED, weights)
+    outcome = predicted(surrogate, COMPUTED, weights)
     outputs, accelerated = run(weights)
     for q, step in enumerate((*COMPUTED[1:], T)):
         error = accelerated[step] - samples[step]
@@ -73,7 +80,7 @@ def test_what_is_carried_is_the_derivative(contexts, generator):
     surrogate, run, samples = world(contexts, generator)
     weights = some_rows(contexts, generator)
     segments = surrogate.on(COMPUTED)
-    carried = segments.carried(segments.priced(segments.reads(weights)))
+    carried = segments.carried(segments.evaluate(segments.reads(weights)))
     outputs, base = run(weights)
     k, j, tiny = 2, 1, 1e-6
     moved = weights.copy()
@@ -88,9 +95,9 @@ def test_what_is_carried_is_the_derivative(contexts, generator):
 def test_steps_lower_the_objective_to_a_minimum(generator):
     surrogate, run, samples = world(1, generator)
     weights = some_rows(1, generator)
-    start = surrogate.outcome(COMPUTED, weights).objective
+    start = predicted(surrogate, COMPUTED, weights).objective
     better, objective = surrogate.optimise(COMPUTED, weights, 60)
-    assert objective == pytest.approx(surrogate.outcome(COMPUTED, better).objective)
+    assert objective == pytest.approx(predicted(surrogate, COMPUTED, better).objective)
     assert objective < start - 0.1
     # No small change of the varied numbers lowers it further.
     for k, j in ((1, 0), (2, 1), (3, 3)):
@@ -98,13 +105,13 @@ def test_steps_lower_the_objective_to_a_minimum(generator):
             moved = better.copy()
             end = (*COMPUTED[1:], T)[k]
             moved[0, COMPUTED[k] + 1 : end, COMPUTED[j]] += sign * 3e-3
-            assert surrogate.outcome(COMPUTED, moved).objective > objective - 1e-3
+            assert predicted(surrogate, COMPUTED, moved).objective > objective - 1e-3
 
 
 def test_only_rows_of_forecast_steps_change_and_read_computed_steps(generator):
     surrogate, _, _ = world(2, generator)
     weights = some_rows(2, generator)
-    moved = surrogate.step(COMPUTED, weights, surrogate.outcome(COMPUTED, weights), 0.1) - weights
+    moved = surrogate.step(COMPUTED, weights, predicted(surrogate, COMPUTED, weights), 0.1) - weights
     assert np.abs(moved).max() > 1e-3
     for t, j in np.argwhere(np.abs(moved).max(0) > 0):
         assert t not in COMPUTED and j in COMPUTED and j < t
@@ -121,7 +128,7 @@ def test_a_request_weighs_by_its_decibels(generator):
     louder[0] *= 1e4
     loud = Surrogate(louder, surrogate.impulse_response, surrogate.guidance, surrogate.error_gains)
     first, second = (
-        model.step(COMPUTED, weights, model.outcome(COMPUTED, weights), 0.0) for model in (surrogate, loud)
+        model.step(COMPUTED, weights, predicted(model, COMPUTED, weights), 0.0) for model in (surrogate, loud)
     )
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-6)
 
@@ -129,7 +136,7 @@ def test_a_request_weighs_by_its_decibels(generator):
 def test_everything_computed_has_no_error_and_no_step(generator):
     surrogate, _, _ = world(1, generator)
     computed, weights = tuple(range(T)), np.zeros((1, T, T))
-    outcome = surrogate.outcome(computed, weights)
+    outcome = predicted(surrogate, computed, weights)
     assert np.abs(outcome.error).max() == 0.0
     np.testing.assert_array_equal(surrogate.step(computed, weights, outcome, 0.1), weights)
 
@@ -159,9 +166,8 @@ def test_any_response_and_any_features(generator):
     impulse_response = np.tril(torch.randn(T + 1, T, generator=generator).double().numpy(), -1)
     error_gains = torch.randn(C, T, P, generator=generator).double().numpy()
     guidance, weights = np.array([3.0, -2.0]), some_rows(C, generator)
-    outcome = Surrogate(flat @ flat.transpose(0, 2, 1) / L, impulse_response, guidance, error_gains).outcome(
-        computed, weights
-    )
+    surrogate = Surrogate(flat @ flat.transpose(0, 2, 1) / L, impulse_response, guidance, error_gains)
+    outcome = predicted(surrogate, computed, weights)
     truth, outputs = flat.reshape(P, C, T, L), np.zeros((P, C, T, L))
     off = np.zeros((T + 1, P, L))
     for t in range(T + 1):
@@ -192,10 +198,52 @@ def test_weights_of_the_newest_steps_alone_may_be_varied(generator):
     assert objectives[2] == pytest.approx(surrogate.optimise(COMPUTED, weights, 30)[1])
 
 
-@pytest.mark.parametrize("computed", [(0,), (0, 1, 3, 6), (0, 4, 8), tuple(range(T))])
-def test_straight_rows_are_those_of_taylor(computed):
-    rows = rows_of("taylor-1", computed, T)
-    expected = np.zeros((2, T, T))
-    for step, row in rows.items():
-        expected[:, step, list(row.steps)] = row.weights
-    np.testing.assert_allclose(linear_extrapolation(computed, 2, T), expected, atol=1e-12)
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_surrogate_elsewhere_is_that_of_the_interpolated_features(count):
+    sigmas, others = shifted(STEPS), shifted(23, 3.0)
+    impulse_response = flow_impulse_response(others) * 1.5
+    there = model(sigmas, count).at(sigmas, others, impulse_response)
+    weights = interpolation(sigmas[:-1], others[:-1])
+    outputs, error_gains = features(sigmas, count)
+    flat = (weights @ outputs).reshape(REQUESTS, -1, LENGTH)
+    np.testing.assert_allclose(there.grams, flat @ flat.transpose(0, 2, 1) / LENGTH, atol=1e-12)
+    np.testing.assert_allclose(there.error_gains, np.einsum("ts,csp->ctp", weights, error_gains), atol=1e-12)
+    assert there.impulse_response is impulse_response and there.contexts == CONTEXTS[count][0] and there.num_steps == 23
+    # Features as smooth as these are at the other noise levels what their interpolation says, to a small share of what
+    # they change by from step to step.
+    truth = model(others, count)
+    np.testing.assert_allclose(there.error_gains, truth.error_gains, atol=1e-9)
+    step = np.diff(features(others, count)[0], axis=2)
+    assert np.abs(weights @ outputs - features(others, count)[0]).max() < 0.02 * np.abs(step).max()
+
+
+def test_the_surrogate_at_its_own_noise_levels_is_itself():
+    known = model(shifted(STEPS), 2)
+    same = known.at(shifted(STEPS), shifted(STEPS), known.impulse_response)
+    np.testing.assert_allclose(same.grams, known.grams, atol=1e-12)
+    np.testing.assert_allclose(same.error_gains, known.error_gains, atol=1e-12)
+    with pytest.raises(ValueError, match="21 sigmas for a surrogate of 50 steps"):
+        known.at(shifted(20), shifted(STEPS), known.impulse_response)
+
+
+def test_of_many_requests_some_are_kept():
+    known = model(shifted(STEPS))
+    assert known.thinned() is known and known.thinned(7) is known
+    some = known.thinned(3)
+    np.testing.assert_array_equal(some.grams, known.grams[[0, 3, 6]])
+    np.testing.assert_array_equal(some.error_gains, known.error_gains[:, :, [0, 3, 6]])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grams": np.zeros((6, STEPS, STEPS))},
+        {"grams": np.zeros((7, STEPS, STEPS + 1))},
+        {"impulse_response": np.zeros((STEPS, STEPS))},
+        {"guidance": np.ones(2)},
+        {"contexts": ("cond", "uncond")},
+    ],
+)
+def test_shapes_that_do_not_agree(change):
+    with pytest.raises(ValueError, match="of a surrogate have shapes"):
+        replace(model(shifted(STEPS)), **change)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from dataclasses import replace
@@ -11,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 from pipelines import CASES_BY_NAME
+from written import shifted, statistics
 
 import lesa
 from lesa.models.hooks import attached
-from lesa.planner.search import price, search
-from lesa.planner.statistics import GUIDED, Statistics, flow_impulse_response
-from lesa.plans.plan import ANY_CONTEXT, PlanError
+from lesa.planner.build import plan_for
+from lesa.planner.search import search
+from lesa.planner.statistics import GUIDED, flow_impulse_response
+from lesa.plans.plan import PlanError
 from lesa.runtime import adapting
-from lesa.runtime.adapting import Adaptive, plan_for
+from lesa.runtime.adapting import Adaptive
 from lesa.runtime.clock import Request, sigmas_of
 from lesa.runtime.response import impulse_response_of
 
@@ -27,32 +28,6 @@ pytestmark = pytest.mark.filterwarnings("error::lesa.LesaWarning")
 FLUX = CASES_BY_NAME["flux_dev"]
 IMAGE = CASES_BY_NAME["flux_img2img"]
 QWEN = CASES_BY_NAME["qwen_image"]
-STEPS = 50
-
-
-def spread(steps, shift=2.0):
-    """The shifted sigmas of a request, the final 0 included."""
-    even = np.linspace(1.0, 0.0, steps + 1)
-    return tuple(shift * even / (1.0 + (shift - 1.0) * even))
-
-
-@functools.cache
-def statistics(contexts=("cond",), guidance=(1.0,)):
-    """Statistics of smooth features of sigma, written down instead of recorded."""
-    sigmas = spread(STEPS)
-    rng = np.random.default_rng(3)
-    phases = rng.uniform(0.0, 6.0, (len(contexts), 1, 8))
-    features = np.sin(np.asarray(sigmas[:-1])[None, :, None] * np.arange(1, 9) + phases) / np.arange(1, 9)
-    flat = features.reshape(-1, 8)
-    return Statistics(
-        sigmas=sigmas,
-        timesteps=tuple(1000.0 * s for s in sigmas[:-1]),
-        contexts=contexts,
-        guidance=guidance,
-        grams={"output": flat @ flat.T / 8, "hidden": flat @ np.diag(np.arange(1.0, 9.0)) @ flat.T},
-        impulse_response=flow_impulse_response(sigmas),
-        requests=2,
-    )
 
 
 @pytest.fixture
@@ -66,86 +41,6 @@ def plans(monkeypatch):
 
     monkeypatch.setattr(adapting, "plan_for", counted)
     return made
-
-
-# The plan of a request
-
-
-def test_a_plan_is_the_searched_schedule_with_least_squares_rows():
-    known = statistics()
-    plan = plan_for(known, 8, forecaster="regression")
-    gram = known.gram("output", "cond")
-    assert plan.computed == search(gram, known.impulse_response[-1], 8) and plan.site == "output"
-    assert (plan.sigmas, plan.timesteps) == (known.sigmas, known.timesteps)
-    for step, row in plan.rows[ANY_CONTEXT].items():
-        past = [s for s in plan.computed if s < step][-2:]
-        last = past[-1]
-        weight = 0.0
-        if len(past) == 2:
-            slope = gram[last, last] - 2.0 * gram[last, past[0]] + gram[past[0], past[0]]
-            along = gram[step, last] - gram[step, past[0]] - gram[last, last] + gram[last, past[0]]
-            weight = along / (1.01 * slope)
-        expected = [-weight, 1.0 + weight][-len(past) :]
-        assert row.steps == tuple(past)
-        np.testing.assert_allclose(row.weights, expected, atol=1e-9)
-
-
-def test_fitted_rows_keep_the_schedule_and_lower_the_error_in_the_end():
-    known = statistics()
-    fitted, regression = (plan_for(known, 8, forecaster=name) for name in ("fitted", "regression"))
-    assert fitted == plan_for(known, 8) and fitted.computed == regression.computed
-
-    def error(plan):
-        """Squared error of the final sample, if the denoiser answered no error."""
-        off = np.zeros(known.num_steps)
-        for step, row in plan.rows[ANY_CONTEXT].items():
-            off[list(row.steps)] += known.impulse_response[-1][step] * np.array(row.weights)
-            off[step] -= known.impulse_response[-1][step]
-        return off @ known.gram("output", "cond") @ off
-
-    assert error(fitted) < 0.5 * error(regression)
-    with pytest.raises(ValueError, match="site='hidden' with forecaster='fitted'"):
-        plan_for(known, 8, site="hidden", forecaster="fitted")
-
-
-def test_other_noise_levels_get_the_schedule_of_the_interpolated_statistics():
-    sigmas = spread(20, shift=3.0)
-    plan = plan_for(statistics(), 6, sigmas)
-    there = statistics().at(sigmas)
-    assert plan.computed == search(there.gram("output", "cond"), np.diff(sigmas), 6)
-    assert plan.sigmas == sigmas and plan.timesteps is None
-    # An impulse response of the scheduler's own decides otherwise: here all that counts is what the last ten steps do.
-    impulse_response = flow_impulse_response(sigmas) * (np.arange(20) >= 10)
-    late = plan_for(statistics(), 6, sigmas, impulse_response)
-    weighed = there.gram("output", "cond"), impulse_response[-1]
-    assert price(*weighed, late.computed) < price(*weighed, plan.computed)
-    assert plan_for(there, 6, impulse_response=impulse_response).computed == late.computed
-
-
-def test_contexts_have_rows_of_their_own_on_one_schedule():
-    known = statistics(("cond", "uncond"), (3.0, -2.0))
-    plan = plan_for(known, 8, site="hidden")
-    assert plan.computed == search(known.gram("output", GUIDED), known.impulse_response[-1], 8)
-    assert plan.site == "hidden" and set(plan.rows) == {"*", "cond", "uncond"}
-    assert plan.rows_of("default") == plan.rows_of("cond") != plan.rows_of("uncond")
-    alone = replace(known, contexts=("cond",), guidance=(1.0,), grams={"output": known.gram("hidden", "uncond")})
-    step = max(plan.rows_of("uncond"))
-    own = adapting.plan_of("regression", plan.computed, known.sigmas, "hidden", gram=alone.gram("output", "cond"))
-    assert plan.rows_of("uncond")[step] == own.rows_of("*")[step]
-
-
-@pytest.mark.parametrize(
-    ("budget", "computed"),
-    [(1, 1), (7, 7), (21, 20), (0.3, 6), (0.01, 1), (1.0, 20), (np.int64(4), 4), (np.float32(0.5), 10)],
-)
-def test_budgets_are_numbers_or_shares(budget, computed):
-    assert plan_for(statistics(), budget, spread(20)).budget == computed
-
-
-@pytest.mark.parametrize("budget", [0, -3, 0.0, 1.5, math.nan, True, "10"])
-def test_other_budgets_are_refused(budget):
-    with pytest.raises(ValueError, match=f"budget={budget!r}: expected a number of computed steps of at least 1"):
-        plan_for(statistics(), budget)
 
 
 # On pipelines
@@ -257,7 +152,7 @@ def test_both_branches_of_guidance_are_forecast():
 def test_the_cache_forgets_the_configuration_unused_for_longest(plans):
     driver = Adaptive(statistics(), 3)
     for steps in (*range(4, 20), 4, 20, 4, 5):
-        driver.begin(Request(steps, spread(steps)))
+        driver.begin(Request(steps, shifted(steps)))
     counts = [plan.num_steps for plan in plans[1:]]
     assert counts == [*range(4, 20), 20, 5]
 
@@ -295,7 +190,7 @@ def test_statistics_of_another_denoiser_are_refused():
 
 def test_a_bare_denoiser_is_refused_and_told_what_to_do():
     denoiser = FLUX.make().transformer
-    with pytest.raises(ValueError, match=r"a bare FluxTransformer2DModel .* lesa.runtime.adapting.plan_for"):
+    with pytest.raises(ValueError, match=r"a bare FluxTransformer2DModel .* lesa.planner.build.plan_for"):
         lesa.enable(denoiser, statistics(), budget=5)
     assert attached(denoiser) is None
     with pytest.raises(PlanError, match="noise levels of the request"):
