@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lesa import assets
-from lesa.models.requests import run
+from lesa.models.pipeline import run
 from lesa.runtime.driver import Driver
 
 from .measuring import append_row, hardware

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from lesa import assets, metrics
-from lesa.fitting.gathering import gather
 from lesa.forecasters import LEARNED
 from lesa.forecasters import plan_of as forecaster_plan
-from lesa.models.requests import run
+from lesa.models.pipeline import run
 from lesa.planner.search import search_all
 from lesa.planner.statistics import GUIDED, Statistics
 from lesa.plans import schedule
@@ -122,7 +121,8 @@ class Bench:
         if guidance not in self._statistics:
             if not path.is_file():
                 prompts = assets.fitting_prompts()[:FITTING]
-                gather(self.pipe, prompts, request=self.request(guidance), batch=FITTING).save(path)
+                found = Statistics.gather(self.pipe, prompts, request=self.request(guidance), batch=FITTING)
+                found.save(path)
             self._statistics[guidance] = Statistics.load(path)
         return self._statistics[guidance]
 

@@ -32,7 +32,7 @@ from lesa import assets
 from lesa.fitting.trials import decibels
 from lesa.models import hooks
 from lesa.models.denoisers import layout_of
-from lesa.models.requests import run
+from lesa.models.pipeline import run
 from lesa.runtime.driver import Driver
 from lesa.runtime.stats import GuardStats, Stats
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import lesa
 from lesa import assets
 from lesa.forecasters import check_rows, plan_of
-from lesa.models.requests import run
+from lesa.models.pipeline import run
 from lesa.plans.plan import Expected, Plan
 from lesa.runtime.likeness import likeness_of
 

@@ -34,7 +34,6 @@ import numpy as np
 
 import lesa
 from lesa import assets, metrics
-from lesa.fitting.gathering import gather
 from lesa.models import hooks
 from lesa.planner.statistics import Statistics
 from lesa.plans.plan import Plan, PlanError
@@ -107,7 +106,7 @@ class Bench:
 
     def _gathered(self, case: Case) -> Statistics:
         prompts = assets.fitting_prompts()[: self._fitting]
-        return gather(self._pipelines.of(case), prompts, request=case.request(), batch=self._fitting)
+        return Statistics.gather(self._pipelines.of(case), prompts, request=case.request(), batch=self._fitting)
 
     def _fitted(self, case: Case, budget: int, effort: str) -> Plan:
         prompts = assets.fitting_prompts()[: self._fitting]

@@ -11,7 +11,7 @@ from diffusers import FluxImg2ImgPipeline
 from torch import Tensor
 
 from lesa import assets
-from lesa.models.requests import run
+from lesa.models.pipeline import run
 
 from . import captions
 from .fitted_solvers import solvers

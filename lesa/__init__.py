@@ -18,7 +18,7 @@ from .runtime.stats import Stats
 from .training.predictor import Predictor
 
 if TYPE_CHECKING:
-    from .fitting.tuning import fit
+    from .fitting.fit import fit
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`lesa.fit`, which needs diffusers, is imported when it is asked for."""
     if name == "fit":
-        from .fitting.tuning import fit
+        from .fitting.fit import fit
 
         return fit
     raise AttributeError(f"module 'lesa' has no attribute {name!r}")

@@ -76,8 +76,9 @@ def demo(options: argparse.Namespace) -> int:
 def fit(options: argparse.Namespace) -> int:
     """Fit plans to a pipeline."""
     from ..evaluation import frontier
-    from ..fitting import candidates, tuning
-    from ..models.requests import read_prompts
+    from ..fitting import arguments
+    from ..fitting import fit as fitting
+    from ..models.pipeline import read_prompts
 
     # What can be wrong with the options is found before a model is loaded and recorded.
     check_folder(options.out, "--out")
@@ -88,11 +89,15 @@ def fit(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--held-out {options.held_out}: expected 0 to {len(prompts) - 1}, one of the prompts is fitted to"
         )
-    candidates.read(options.candidate, options.effort, goal.get("budget"))
+    arguments.check_budgets(arguments.read_candidates(options.candidate or (), options.effort), goal["budget"])
     names = ("effort", "held_out", "batch", "seed")
-    more = {"request": request, "candidates": options.candidate, **{name: getattr(options, name) for name in names}}
+    more = {
+        "request": request,
+        "candidates": options.candidate or (),
+        **{name: getattr(options, name) for name in names},
+    }
     if not options.frontier:
-        made = tuning.fit(_load(options), prompts, folder=options.out, **goal, **more)
+        made = fitting.fit(_load(options), prompts, folder=options.out, **goal, **more)
         plans = made if isinstance(made, dict) else {made.budget: made}
         print(frontier.table(frontier.entries_of(plans), options.out))
         return 0
@@ -113,7 +118,7 @@ def _goal(options: argparse.Namespace) -> dict[str, Any]:
     """What to fit, as `lesa.fit` takes it."""
     from ..evaluation.frontier import budgets_below
 
-    for name, low in (("speedup", 1), ("target_psnr", 0), ("target_ssim", 0)):
+    for name, low in (("target_psnr", 0), ("target_ssim", 0)):
         value = getattr(options, name)
         if value is not None and not low < value < math.inf:
             raise ValueError(f"{_option(name)} {value:g}: expected a number above {low}")
@@ -122,22 +127,18 @@ def _goal(options: argparse.Namespace) -> dict[str, Any]:
     budgets = sorted(set(options.budget or ()))
     _check_budgets(budgets)
     if options.frontier:
-        if options.speedup is not None:
-            raise ValueError(f"--speedup {options.speedup:g} names one budget: leave out it or --frontier")
         return {"budget": budgets or budgets_below(options.steps)}
-    if options.target_ssim is not None:
-        raise ValueError(f"--target-ssim {options.target_ssim:g} is chosen on a frontier: add --frontier")
-    goals = {"budget": budgets or None, "speedup": options.speedup, "target_psnr": options.target_psnr}
-    given = {name: value for name, value in goals.items() if value is not None}
-    if len(given) != 1:
-        both = f", not {' and '.join(_option(name) for name in given)}" if given else ""
-        raise ValueError(f"give one of --budget, --speedup and --target-psnr, or --frontier{both}")
-    return given
+    for name in ("target_psnr", "target_ssim"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{_option(name)} {getattr(options, name):g} is chosen on a frontier: add --frontier")
+    if not budgets:
+        raise ValueError("give --budget or --frontier")
+    return {"budget": budgets}
 
 
 def train(options: argparse.Namespace) -> int:
     """Train the paper's predictors on a pipeline."""
-    from ..models.requests import read_prompts
+    from ..models.pipeline import read_prompts
     from ..plans import schedule
     from ..plans.routing import paper_stages
     from ..training import fitting
@@ -175,7 +176,7 @@ def _check_budgets(budgets: Sequence[int]) -> None:
 def generate(options: argparse.Namespace) -> int:
     """Make pictures."""
     from .. import api
-    from ..models.requests import run
+    from ..models.pipeline import run
 
     if options.plan is None and (options.budget is not None or options.guard is not None):
         raise ValueError("--budget and --guard are of a plan: name one with --plan")

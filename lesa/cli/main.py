@@ -81,12 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("--steps", type=int, default=50, help="steps of a full request (default: %(default)s)")
     fit.add_argument("--budget", type=int, nargs="+", help="computed steps, one or more numbers of them")
-    fit.add_argument("--speedup", type=float, help="instead of a budget: how many times fewer steps to compute")
     fit.add_argument(
         "--target-psnr",
         type=float,
-        help="instead of a budget: the smallest that reaches this many dB on the prompts fitted to; with --frontier: "
-        "on those held out too",
+        help="with --frontier: the smallest budget that reaches this many dB, on the prompts fitted to and held out",
     )
     fit.add_argument(
         "--target-ssim", type=float, help="with --frontier: the smallest budget that reaches this, likewise"
@@ -98,9 +96,8 @@ def _parser() -> argparse.ArgumentParser:
         "--candidate",
         action="append",
         metavar="PLAN",
-        help="plan of your own (file, folder or hub repository), or a forecaster's name such as taylor-2 or lesa, the "
-        "paper's, which is trained; it is run besides; the plan written is never worse on the prompts fitted to; "
-        "repeat for several",
+        help="plan of your own (file, folder or hub repository) to run besides: the plan written is never worse on the "
+        "prompts fitted to; repeat for several",
     )
     fit.add_argument("--batch", type=int, default=1, help="prompts in one request (default: %(default)s)")
     fit.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .. import metrics
 from ..models import hooks
-from ..models.requests import run
+from ..models.pipeline import run
 from ..plans.plan import Plan
 from ..runtime.runner import PlanRunner
 

@@ -81,9 +81,9 @@ def frontier(
         An entry for each budget, the smallest first.
     """
     # not at the top: reading, drawing and choosing need no pipeline
-    from ..fitting import tuning
+    from ..fitting import fit as fitting
 
-    plans = tuning.fit(target, prompts, budget=list(budgets), folder=Path(folder), **options)
+    plans = fitting.fit(target, prompts, budget=list(budgets), folder=Path(folder), **options)
     entries = entries_of(plans)
     write(folder, entries)
     return entries

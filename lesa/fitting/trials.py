@@ -1,11 +1,10 @@
-"""Trials: the fitting requests run in full once, then accelerated, and what is measured of them."""
+"""Run the fitting requests in full once, then by plans, and measure what plans do."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -14,13 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import metrics
-from ..models.gatherer import Gatherer
-from ..models.works import Work
+from .. import metrics, ops
+from ..models.gathering import gather
+from ..models.pipeline import FeatureRecorder, PipelineCall, by_request, without_variance
 from ..planner.statistics import Statistics, StatisticsError
 from ..planner.surrogate import Outcome, Surrogate
 from ..plans.plan import Plan
-from .watch import Watch
+from ..runtime.clock import Call
+from ..runtime.driver import Relay
+from ..runtime.guard import Guard
+from ..runtime.runner import PlanRunner
 
 _MOST_DB = 100.0  # what equal pictures count as
 _LEAST_SIDE = 7  # pixels of the smallest pictures that SSIM takes
@@ -33,24 +35,22 @@ class Reference:
     Args:
         outputs: [C, T, B, L] of its B requests, in the denoiser's dtype.
         final: what the call returned: pictures [B, ...] in [0, 1], or None where it returned nothing of use.
-        embeddings: by context [m B, D] of its prompts, see `lesa.likeness.embedding_of`.
     """
 
     outputs: Tensor
     final: np.ndarray | None
-    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Measured:
-    """A plan, run.
+    """What a plan did when the requests were run by it.
 
     Args:
         psnr: [P] in dB, of the pictures; of the final samples where there are none.
         outcome: inner products of its errors.
-        error_gains: [C, N, P] of the denoiser's answers at the computed steps.
+        error_gains: [C, N, P] of the denoiser's error in answer to the sample's, at the computed steps.
         refused: why forecasts could not be used; then more was computed than the plan says.
-        final: the pictures [P, ...]; None where there are none, or they were not kept.
+        final: the pictures [P, ...]; None where there are none.
         ssim: [P] of the pictures, where it was asked for.
     """
 
@@ -69,24 +69,29 @@ class Measured:
 
 @dataclass
 class Trials:
-    """Fitting requests with their full runs.
+    """Requests with their full runs.
 
     Args:
-        works: the calls that run them.
+        calls: run the requests.
         statistics: of the full runs.
         references: one a call.
         seconds: that the full runs took, together.
     """
 
-    works: Sequence[Work]
+    calls: Sequence[PipelineCall]
     statistics: Statistics
     references: Sequence[Reference]
     seconds: float
 
     @property
+    def labels(self) -> list[str]:
+        """Names of the requests."""
+        return [label for call in self.calls for label in call.labels]
+
+    @property
     def count(self) -> int:
         """P, how many requests."""
-        return sum(len(work.labels) for work in self.works)
+        return len(self.labels)
 
     @property
     def seconds_a_request(self) -> float:
@@ -108,17 +113,6 @@ class Trials:
         known = self.statistics
         return Surrogate(self.grams, known.impulse_response, np.asarray(known.guidance), error_gains, known.contexts)
 
-    @cached_property
-    def identity(self) -> str:
-        """A hash of what the full runs were asked for and gave."""
-        statistics = self.statistics
-        told = [[work.labels for work in self.works], statistics.sigmas, statistics.guidance, statistics.config_hash]
-        found = hashlib.sha256(json.dumps(told).encode())
-        finals = [reference.final for reference in self.references if reference.final is not None]
-        for array in (statistics.impulse_response, self.grams, *finals):
-            found.update(np.ascontiguousarray(array).data)
-        return found.hexdigest()
-
     @property
     def compares_pictures(self) -> bool:
         """Whether there are pictures, large enough for SSIM, and scikit-image, an extra, to take it with."""
@@ -128,15 +122,15 @@ class Trials:
         return pictures and find_spec("skimage") is not None
 
     def judge(self, measured: Measured) -> None:
-        """Take the SSIM of pictures at hand; for the best only, since of large ones it takes long."""
+        """Take the SSIM of pictures; for the best plan only, since of large pictures it takes long."""
         if measured.ssim is None and measured.final is not None and self.compares_pictures:
             references = [reference.final for reference in self.references if reference.final is not None]
             measured.ssim = metrics.ssim(measured.final, np.concatenate(references))
 
-    def run(self, plan: Plan, calls: int | None = None) -> Measured:
-        """Run all requests by `plan`, or only those of the first `calls` calls."""
-        works = zip(self.works[:calls], self.references[:calls], strict=True)
-        parts = [self._run(plan, work, reference) for work, reference in works]
+    def run(self, plan: Plan, first: int | None = None) -> Measured:
+        """Run all requests by `plan`, or only those of the first calls, as many as `first` says."""
+        pairs = zip(self.calls[:first], self.references[:first], strict=True)
+        parts = [self._run(plan, call, reference) for call, reference in pairs]
         finals = [part.final for part in parts if part.final is not None]
         return Measured(
             np.concatenate([part.psnr for part in parts]),
@@ -150,15 +144,97 @@ class Trials:
             np.concatenate(finals) if len(finals) == len(parts) else None,
         )
 
-    def _run(self, plan: Plan, work: Work, reference: Reference) -> Measured:
-        watch = Watch(plan, self.statistics, reference.outputs)
-        final = final_of(work.run(watch, plan.site), len(work.labels))
-        outcome, error_gains = watch.measured()
+    def _run(self, plan: Plan, call: PipelineCall, reference: Reference) -> Measured:
+        recorder = ErrorRecorder(plan, self.statistics, reference.outputs)
+        final = final_of(call.run(recorder, plan.site), len(call.labels))
+        outcome, error_gains = recorder.measured()
         if final is not None and reference.final is not None:
             psnr = decibels(final, reference.final)
         else:
             psnr = -10 * np.log10(np.maximum(outcome.error[-1], 10 ** (-_MOST_DB / 10)))
-        return Measured(psnr, outcome, error_gains, tuple(watch.stats.refused), final)
+        return Measured(psnr, outcome, error_gains, tuple(recorder.stats.refused), final)
+
+
+def run_in_full(
+    target: Any,
+    calls: Sequence[PipelineCall],
+    request: Mapping[str, Any],
+    *,
+    sigmas: Sequence[float] | None = None,
+    guidance: Sequence[float] | None = None,
+    check: Callable[[int], Any] = lambda num_steps: None,
+) -> Trials:
+    """Run requests in full, and keep their outputs and what they returned.
+
+    Args:
+        target, request, sigmas, guidance: see `Statistics.gather`.
+        calls: run the requests.
+        check: given the number of steps once the first call has run; raises where nothing can be fitted.
+
+    Raises:
+        StatisticsError: the requests are not of one kind, or their features are not finite.
+    """
+    references: list[Reference] = []
+
+    def visit(recorder: FeatureRecorder, result: Any) -> None:
+        if not references and recorder.timesteps:
+            check(len(recorder.timesteps))
+        references.append(_reference(recorder, result))
+
+    begin = time.perf_counter()
+    statistics = gather(target, calls, request, sigmas=sigmas, guidance=guidance, visit=visit)
+    return Trials(calls, statistics, references, time.perf_counter() - begin)
+
+
+class ErrorRecorder(Relay):
+    """A driver that runs a plan and measures how far its samples are from those of the full requests.
+
+    Args:
+        plan: of either site; its outputs are compared.
+        statistics: contexts, guidance and impulse response.
+        outputs: [C, T, B, L] of the full requests.
+    """
+
+    def __init__(self, plan: Plan, statistics: Statistics, outputs: Tensor) -> None:
+        # Of the guard only what replaces forecasts that are not finite, and says so.
+        super().__init__(PlanRunner(replace(plan, checks={}, expected={}), guard=Guard(float("inf"))))
+        self._statistics, self._outputs = statistics, outputs
+        self._wide = ops.wide_dtype(outputs)
+        C, _, B, L = outputs.shape
+        self._computed = {step: k for k, step in enumerate(plan.computed)}
+        # The samples at the computed steps but the first, and the final one.
+        targets = torch.tensor(statistics.impulse_response[[*plan.computed[1:], plan.num_steps]])
+        self._targets = targets.to(outputs.device, self._wide)
+        self._errors = torch.zeros(len(targets), B, L, dtype=self._wide, device=outputs.device)
+        self._answers = torch.zeros(C, plan.budget, B, L, dtype=self._wide, device=outputs.device)
+        self._error_gains = torch.zeros(C, plan.budget, B, dtype=self._wide, device=outputs.device)
+
+    def observe(self, call: Call, output: Tensor) -> None:
+        """Add the difference from the full request to the errors of all later targets."""
+        super().observe(call, output)
+        c = self._statistics.contexts.index(call.context)
+        truth = self._outputs[c, call.step].to(self._wide)
+        own = by_request(without_variance(output.detach(), call), truth.shape[0]).flatten(1).to(truth)
+        k = self._computed.get(call.step)
+        if k is not None:
+            self._answers[c, k] = own
+            if k:
+                off = self._errors[k - 1]
+                self._error_gains[c, k] = ((own - truth) * off).sum(1) / off.square().sum(1)
+        weights = self._targets[:, call.step] * self._statistics.guidance[c]
+        for target in weights.nonzero().flatten().tolist():
+            self._errors[target].add_(own - truth, alpha=float(weights[target]))
+
+    def measured(self) -> tuple[Outcome, np.ndarray]:
+        """Inner products of the errors, and the error gains."""
+        basis = self._answers.flatten(0, 1).transpose(0, 1).double()  # [B, M, L]
+        errors, length = self._errors.double(), self._errors.shape[2]
+        outcome = Outcome(
+            (basis @ basis.transpose(1, 2) / length).cpu().numpy(),
+            (torch.einsum("bml,qbl->qbm", basis, errors) / length).cpu().numpy(),
+            (errors.square().sum(2) / length).cpu().numpy(),
+        )
+        return outcome, self._error_gains.double().cpu().numpy()
 
 
 def decibels(final: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -167,22 +243,6 @@ def decibels(final: np.ndarray, reference: np.ndarray) -> np.ndarray:
     peak = 1.0 if low >= 0 and high <= 1 else max(high - low, 1e-12)
     squared = np.square(final.astype(np.float64) - reference).reshape(len(final), -1).mean(1)
     return np.minimum(10 * np.log10(peak**2 / np.maximum(squared, 1e-30)), _MOST_DB)
-
-
-def reference_of(gatherer: Gatherer, result: Any) -> Reference:
-    """What is kept of a full run, before its statistics are taken.
-
-    Raises:
-        StatisticsError: it did not run.
-    """
-    count = len(gatherer.labels)
-    if gatherer.request is None:
-        raise StatisticsError(f"{gatherer.labels[0]} did not call the denoiser: each must run one request")
-    outputs = [
-        torch.stack([part.unflatten(0, (-1, count)).transpose(0, 1).flatten(1) for part in own])
-        for own in gatherer.features("output").values()
-    ]
-    return Reference(torch.stack(outputs), final_of(result, count), gatherer.embeddings)
 
 
 def final_of(result: Any, count: int) -> np.ndarray | None:
@@ -198,3 +258,15 @@ def final_of(result: Any, count: int) -> np.ndarray | None:
     except (TypeError, ValueError):
         return None
     return final if final.ndim >= 2 and len(final) == count else None
+
+
+def _reference(recorder: FeatureRecorder, result: Any) -> Reference:
+    """What is kept of a full run, before its statistics are taken."""
+    count = len(recorder.labels)
+    if recorder.request is None:
+        raise StatisticsError(f"{recorder.labels[0]} did not call the denoiser: each must run one request")
+    outputs = [
+        torch.stack([by_request(part, count).flatten(1) for part in own])
+        for own in recorder.features("output").values()
+    ]
+    return Reference(torch.stack(outputs), final_of(result, count))

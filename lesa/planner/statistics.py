@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,57 @@ class Statistics:
         object.__setattr__(self, "impulse_response", np.asarray(self.impulse_response, np.float64))
         object.__setattr__(self, "grams", {site: np.asarray(gram, np.float64) for site, gram in self.grams.items()})
         self._check()
+
+    @classmethod
+    def gather(
+        cls,
+        target: Any,
+        prompts: Sequence[str] | None = None,
+        *,
+        request: Mapping[str, Any] | None = None,
+        requests: Sequence[Callable[[], Any]] | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance: Sequence[float] | None = None,
+        seeds: Sequence[int] | None = None,
+        batch: int = 1,
+        sites: Sequence[str] | None = None,
+        offload: bool = False,
+    ) -> Statistics:
+        """Run full requests and keep the mean inner products of their features.
+
+        Nothing is written to disk. In memory are the T features of each site and context of one pipeline call (FLUX at
+        1024x1024, 50 steps in bfloat16: 1.3 GB), and 64 MB for their product; each call's are dropped before the next.
+
+        Where guidance is batched (one call for both halves, e.g. SDXL and DiT) there is one context, and its statistics
+        are the mean over both halves. Where the denoiser also returns a variance, that part of the output is left out.
+        What a pipeline does to the guided sum (Qwen-Image rescales it) is not in the statistics.
+
+        This is the one place where `lesa.planner` imports `lesa.models`, which lies above it: only when it is called.
+
+        Args:
+            target: a diffusers pipeline, or a bare denoiser in a loop of your own.
+            prompts: for a pipeline that takes prompts, at least one.
+            request: keyword arguments of the pipeline call, JSON-able, e.g. {"num_inference_steps": 50}.
+            requests: in the place of prompts: functions without arguments, each of which runs one request.
+            sigmas: of a bare denoiser's requests, T + 1 with the final 0; None reads them from the timestep argument,
+                which flow matching gives as sigma or 1000 * sigma.
+            guidance: the weight of each context in what the scheduler is given, in the order the contexts are called;
+                None takes (s, 1 - s) for a guidance scale s of the request, `true_cfg_scale` if above 1, else
+                `guidance_scale`.
+            seeds: of each prompt's noise; the prompt's index by default.
+            batch: prompts run in one pipeline call.
+            sites: "hidden", "output" or both; both by default, where the hidden site of the denoiser is known.
+            offload: keep the features on the CPU until their product is made, which is slower.
+
+        Raises:
+            StatisticsError: features are not finite or were lost, or the requests are not of one kind.
+            ValueError: an argument is out of place, or lesa is enabled on the target.
+        """
+        from ..models import gathering, pipeline
+
+        request = request or {}
+        calls = pipeline.calls_of(target, prompts, requests, request, seeds, batch)
+        return gathering.gather(target, calls, request, sigmas=sigmas, guidance=guidance, sites=sites, offload=offload)
 
     @property
     def num_steps(self) -> int:

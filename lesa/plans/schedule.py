@@ -60,6 +60,29 @@ def paper(num_steps: int, interval: int) -> tuple[int, ...]:
     return uniform(num_steps, interval, warmup=2, origin=1)
 
 
+def spaced(num_steps: int, budget: int, power: float = 1.0) -> tuple[int, ...]:
+    """`budget` computed steps at T * (i / budget) ** power: even for power 1, denser at the start above.
+
+    Args:
+        num_steps: T, steps of a request.
+        budget: how many are computed, 1 to `num_steps`.
+        power: at least 1.
+    """
+    steps: list[int] = []
+    for i in range(budget):
+        low = steps[-1] + 1 if steps else 0
+        steps.append(min(max(round(num_steps * (i / budget) ** power), low), num_steps - budget + i))
+    return tuple(steps)
+
+
+def published(num_steps: int, budget: int) -> list[tuple[int, ...]]:
+    """The paper's schedule of this budget, where there is one, and the evenest schedule."""
+    paper_schedules = (paper(num_steps, interval) for interval in range(1, num_steps + 1))
+    found = next((computed for computed in paper_schedules if len(computed) == budget), None)
+    even = spaced(num_steps, budget)
+    return [even] if found is None else [found, even]
+
+
 def check(computed: Iterable[int], num_steps: int) -> tuple[int, ...]:
     """Validate an explicit list of computed steps.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..models.requests import run
+from ..models.pipeline import run
 from ..plans import schedule
 from ..plans.files import replace_file
 from ..plans.plan import Plan, PlanError

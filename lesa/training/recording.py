@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..models.denoisers import config_hash, denoiser_of
-from ..models.requests import check_batch, check_prompts, check_request, run, seeds_of
+from ..models.pipeline import check_batch, check_prompts, check_request, run, seeds_of
 from ..runtime.clock import Call, Request
 from ..runtime.driver import Driver, Forecast, LesaWarning, Relay
 from ..runtime.retrace import Retrace

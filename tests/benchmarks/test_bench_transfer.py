@@ -17,8 +17,7 @@ import lesa
 from benchmarks import captions, prompts, transfer, transfer_cases
 from benchmarks.transfer_cases import Case
 from lesa import assets
-from lesa.fitting import tuning
-from lesa.fitting.gathering import gather
+from lesa.fitting import fit as fitting
 from lesa.planner.build import plan_for
 from lesa.plans.plan import PlanError
 
@@ -40,7 +39,7 @@ def fits(monkeypatch):
 
     def fit(pipe, prompts, *, budget, request, effort, batch, held_out=None):
         calls.append((effort, len(prompts), request, batch))
-        plan = plan_for(gather(pipe, prompts, request=request, batch=batch), budget)
+        plan = plan_for(lesa.Statistics.gather(pipe, prompts, request=request, batch=batch), budget)
         plan.training["generations"] = 9.44
         return plan
 
@@ -115,7 +114,7 @@ def test_a_second_call_goes_on(fits, tmp_path, capsys):
 
 
 def test_fitted_plans_are_brought_to_other_requests(fits, tmp_path, monkeypatch):
-    monkeypatch.setattr(lesa, "fit", lambda *args, effort, **more: tuning.fit(*args, effort="quick", **more))
+    monkeypatch.setattr(lesa, "fit", lambda *args, effort, **more: fitting.fit(*args, effort="quick", **more))
     path = tmp_path / "transfer.csv"
     transfer.main(arguments(path, "--plans", transfer.PLAN, "native quick"))
     rows = {(row["case"], row["steps"], row["plan"]): row for row in read(path)}

@@ -26,7 +26,7 @@ import lesa
 from lesa import assets
 from lesa.cli import commands
 from lesa.cli import main as cli
-from lesa.fitting import tuning
+from lesa.fitting import fit as fitting
 from lesa.forecasters import plan_of
 from lesa.plans.describe import describe
 from lesa.plans.plan import Plan
@@ -256,7 +256,7 @@ def test_info_of_a_plan_that_was_not_saved() -> None:
 def fit(tmp_path: Path, monkeypatch: Any) -> Any:
     """Calls `lesa fit` on two prompts: (exit code, keyword arguments that `lesa.fit` was called with)."""
     asked: list[dict[str, Any]] = []
-    real = inspect.signature(tuning.fit)
+    real = inspect.signature(fitting.fit)
 
     def plan(budget: int) -> Plan:
         figures = {"fitting_psnr": 20.0 + budget, "held_out_psnr": 19.0 + budget, "held_out_ssim": budget / 10}
@@ -266,15 +266,14 @@ def fit(tmp_path: Path, monkeypatch: Any) -> Any:
         assert (pipe, prompts) == ("pipe", ["a red apple", "snow"])
         real.bind(pipe, prompts, **options)
         asked.append(options)
-        budget = options.get("budget")
-        return {one: plan(one) for one in budget} if budget else plan(5)
+        return {one: plan(one) for one in options["budget"]}
 
     def call(*arguments: Any) -> tuple[int, dict[str, Any]]:
         start = ["fit", *on(tmp_path), "--prompts", prompts, "--out", tmp_path / "out", "--steps", STEPS]
         return cli.main([str(argument) for argument in (*start, *arguments)]), asked[-1]
 
     monkeypatch.setattr(commands, "_load", lambda _: "pipe")
-    monkeypatch.setattr(tuning, "fit", stand_in)
+    monkeypatch.setattr(fitting, "fit", stand_in)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red apple\n\nsnow\n")
     return call
@@ -288,7 +287,7 @@ def test_fit(fit: Any, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     request = {"height": 32, "width": 32, "max_sequence_length": 12, "num_inference_steps": STEPS}
     common = {"request": request, "folder": out, "effort": "default", "held_out": None, "batch": 1, "seed": 0}
-    common["candidates"] = None
+    common["candidates"] = ()
     assert fit("--budget", 6, 3, 6) == (0, {**common, "budget": [3, 6]})
     assert rows(capsys.readouterr().out) == [
         ["3", "38%", "-", "23.00", "22.00", "0.3000", str(out / "plan-3.safetensors")],
@@ -296,13 +295,11 @@ def test_fit(fit: Any, tmp_path: Path, capsys: Any) -> None:
     ]
     more = {"effort": "quick", "held_out": 0, "batch": 2, "seed": 7}
     given = ["--effort", "quick", "--held-out", 0, "--batch", 2, "--seed", 7]
-    assert fit("--speedup", 1.6, *given) == (0, {**common, **more, "speedup": 1.6})
+    assert fit("--budget", 5, *given) == (0, {**common, **more, "budget": [5]})
     assert [row[0] for row in rows(capsys.readouterr().out)] == ["5"]
-    assert fit("--target-psnr", 24) == (0, {**common, "target_psnr": 24.0})
     paths = [str(plan_of("reuse", range(n), SIGMAS).save(tmp_path / f"{n}.safetensors")) for n in (3, 4)]
-    given = [*paths, "lesa", "taylor-2"]
-    several = [option for one in given for option in ("--candidate", one)]
-    assert fit("--budget", 3, 4, *several) == (0, {**common, "budget": [3, 4], "candidates": given})
+    several = [option for one in paths for option in ("--candidate", one)]
+    assert fit("--budget", 3, 4, *several) == (0, {**common, "budget": [3, 4], "candidates": paths})
     assert not out.exists(), "what is in the folder is lesa.fit's"
 
 
@@ -336,16 +333,13 @@ def test_fit_frontier_that_reaches_too_little(fit: Any, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of --budget, --speedup and --target-psnr, or --frontier"),
-        (["--budget", 3, "--speedup", 2], "--target-psnr, or --frontier, not --budget and --speedup"),
+        ([], "give --budget or --frontier"),
         (["--budget", 3, 0], "--budget 0: expected at least 1 computed step"),
-        (["--speedup", 1], "--speedup 1: expected a number above 1"),
-        (["--speedup", "inf"], "--speedup inf: expected a number above 1"),
         (["--target-psnr", "nan"], "--target-psnr nan: expected a number above 0"),
         (["--budget", 3, "--target-ssim", 0.9], "--target-ssim 0.9 is chosen on a frontier: add --frontier"),
         (["--frontier", "--target-ssim", 2], "--target-ssim 2: expected at most 1"),
         (["--budget", 3, "--true-cfg-scale", "nan"], "--true-cfg-scale nan: expected a finite number"),
-        (["--frontier", "--speedup", 2], "--speedup 2 names one budget: leave out it or --frontier"),
+        (["--budget", 3, "--target-psnr", 40], "--target-psnr 40 is chosen on a frontier: add --frontier"),
         (["--frontier", "--steps", 4], "num_steps=4: a frontier begins at 4 computed steps; name the budgets"),
         (["--budget", 3, "--held-out", 1], "--held-out 1: expected 0 to 0"),
         (["--budget", 3, "--held-out", -1], "--held-out -1: expected 0 to 0"),
@@ -353,7 +347,6 @@ def test_fit_frontier_that_reaches_too_little(fit: Any, tmp_path: Path, capsys: 
         (["--budget", 3, "--steps", 0], "--steps 0: expected at least 1"),
         (["--budget", 3, "--prompts", "missing.txt"], "prompt file 'missing.txt' does not exist"),
         (["--budget", 3, "--candidate", "missing.safetensors"], "plan 'missing.safetensors' does not exist"),
-        (["--budget", 3, "--candidate", "taylor-99"], "candidates[0]='taylor-99': order=99: expected 0 to 15"),
         (["--budget", 3, "--candidate", N5], "computes 13 steps, which is none of the budgets asked for (3)"),
         (
             ["--budget", 13, "--candidate", N5, "--effort", "quick"],

@@ -27,7 +27,7 @@ from lesa.evaluation.frontier import (
     write,
 )
 from lesa.evaluation.grid import method_styles
-from lesa.fitting import tuning
+from lesa.fitting import fit as fitting
 from lesa.forecasters import plan_of
 from lesa.plans.plan import Plan
 
@@ -140,7 +140,7 @@ def test_table(tmp_path: Path) -> None:
 
 def test_frontier_fits_and_writes(tmp_path: Path, monkeypatch: Any) -> None:
     asked: list[Any] = []
-    real = inspect.signature(tuning.fit)
+    real = inspect.signature(fitting.fit)
 
     def made(budget: int) -> Plan:
         return fitted(min(budget, STEPS), fitting_psnr=10.0 + budget, held_out_psnr=9.0 + budget)
@@ -150,7 +150,7 @@ def test_frontier_fits_and_writes(tmp_path: Path, monkeypatch: Any) -> None:
         asked.append((arguments, options))
         return {b: made(b) for b in options["budget"]}
 
-    monkeypatch.setattr(tuning, "fit", fit)
+    monkeypatch.setattr(fitting, "fit", fit)
     request = {"num_inference_steps": STEPS}
     out = tmp_path / "new" / "folder"
     entries = frontier("pipe", ["snow"], str(out), budgets=(8, 5), request=request, effort="quick")

@@ -10,10 +10,9 @@ import torch
 from pipelines import flux_dev
 from torch import Tensor
 
-from lesa.fitting.tuning import Session
+from lesa.fitting.trials import Trials, decibels, final_of, run_in_full
 from lesa.forecasters import plan_of
-from lesa.models.requests import run
-from lesa.models.works import works_of
+from lesa.models.pipeline import calls_of, run
 from lesa.plans.plan import Plan
 from lesa.runtime.runner import PlanRunner
 
@@ -26,6 +25,10 @@ COMPUTED = (0, 2, 4, 6)
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     return flux_dev()
+
+
+def trials_of(pipe: Any, prompts: list[str], request: dict[str, Any]) -> Trials:
+    return run_in_full(pipe, calls_of(pipe, prompts, None, request, None, 1, output_type="np"), request)
 
 
 def seen(pipe: Any, request: dict[str, Any], seed: int, plan: Plan | None, contexts: int) -> tuple[Tensor, Tensor, Any]:
@@ -52,13 +55,11 @@ def seen(pipe: Any, request: dict[str, Any], seed: int, plan: Plan | None, conte
     )
 
 
-@pytest.mark.parametrize(("site", "request_"), [("hidden", REQUEST), ("output", REQUEST), ("hidden", GUIDED)])
+@pytest.mark.parametrize(("site", "request_"), [("output", REQUEST), ("hidden", GUIDED)])
 def test_measured_is_what_the_requests_do(pipe: Any, site: str, request_: dict[str, Any]) -> None:
-    works = works_of(pipe, PROMPTS, None, request_, None, 1, output_type="np")
-    options: dict[str, Any] = {"sigmas": None, "guidance": None, "effort": "quick", "seed": 0, "folder": None}
-    trials = Session(pipe, works, [], request_, **options).trials
+    trials = trials_of(pipe, PROMPTS, request_)
     C = len(trials.statistics.contexts)
-    assert len(trials.statistics.contexts) == (1 if request_ is REQUEST else 2)
+    assert trials.statistics.contexts == (("cond",) if request_ is REQUEST else ("cond", "uncond"))
     plan = plan_of("taylor-1", COMPUTED, trials.statistics.sigmas, site)
     measured = trials.run(plan)
     assert not measured.refused and measured.error_gains.shape == (C, 4, 2)
@@ -81,26 +82,43 @@ def test_measured_is_what_the_requests_do(pipe: Any, site: str, request_: dict[s
         assert measured.psnr[p] == pytest.approx(-10 * np.log10(squared), abs=1e-3)
 
 
-def test_identity_is_of_what_was_asked_and_what_came(pipe: Any) -> None:
-    def trials(prompts: list[str], seeds: list[int], request: dict[str, Any]) -> Any:
-        works = works_of(pipe, prompts, None, request, seeds, 1, output_type="np")
-        options: dict[str, Any] = {"sigmas": None, "guidance": None, "effort": "quick", "seed": 0, "folder": None}
-        return Session(pipe, works, [], request, **options).trials
-
-    short = {**REQUEST, "num_inference_steps": 4}
-    first = trials(["snow"], [0], short).identity
-    assert first == trials(["snow"], [0], short).identity
-    others = [trials(["snow"], [1], short), trials(["a"], [0], short), trials(["snow"], [0], {**short, "height": 48})]
-    assert len({first, *(other.identity for other in others)}) == 4
+def test_only_the_first_calls_are_run_where_asked(pipe: Any) -> None:
+    trials = trials_of(pipe, PROMPTS, REQUEST)
+    plan = plan_of("taylor-1", COMPUTED, trials.statistics.sigmas, "output")
+    first, whole = trials.run(plan, first=1), trials.run(plan)
+    assert first.psnr.shape == (1,) and first.psnr[0] == pytest.approx(whole.psnr[0])
+    assert trials.count == 2 and trials.labels[1] == "prompt 1 ('snow')"
 
 
 def test_ssim_is_taken_of_pictures_only(pipe: Any) -> None:
-    works = works_of(pipe, ["snow"], None, REQUEST, None, 1, output_type="np")
-    options: dict[str, Any] = {"sigmas": None, "guidance": None, "effort": "quick", "seed": 0, "folder": None}
-    trials = Session(pipe, works, [], REQUEST, **options).trials
+    trials = trials_of(pipe, ["snow"], REQUEST)
     measured = trials.run(plan_of("reuse", COMPUTED, trials.statistics.sigmas, "output"))
     assert trials.compares_pictures and measured.ssim is None
     trials.judge(measured)
     assert measured.ssim is not None and 0 < measured.ssim[0] < 1
-    trials.references[0].final = trials.references[0].final[:, :5]  # too small
+    final = trials.references[0].final
+    assert final is not None
+    trials.references[0].final = final[:, :5]  # too small
     assert not trials.compares_pictures
+
+
+def test_the_number_of_steps_is_checked_after_one_call(pipe: Any) -> None:
+    told: list[int] = []
+    calls = calls_of(pipe, PROMPTS, None, REQUEST, None, 1)
+    run_in_full(pipe, calls, REQUEST, check=told.append)
+    assert told == [8]
+
+
+def test_decibels() -> None:
+    black = np.zeros((2, 4, 4, 3))
+    np.testing.assert_allclose(decibels(black + 0.1, black), [20.0, 20.0])
+    np.testing.assert_allclose(decibels(black, black), [100.0, 100.0])
+    samples = np.array([[-3.0, 1.0]])  # not in [0, 1]: over their range
+    np.testing.assert_allclose(decibels(samples + 0.4, samples), [20.0])
+
+
+def test_final_of_what_loops_return() -> None:
+    assert final_of(torch.zeros(2, 3), 2).shape == (2, 3)
+    assert final_of((np.zeros((1, 4, 4, 3)),), 1).shape == (1, 4, 4, 3)
+    assert final_of(None, 1) is None and final_of("done", 1) is None
+    assert final_of(torch.zeros(3, 3), 2) is None

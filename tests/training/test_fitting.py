@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lesa
 from lesa.models.denoisers import config_hash
-from lesa.models.requests import run
+from lesa.models.pipeline import run
 from lesa.plans.plan import Plan
 from lesa.plans.routing import Stage
 from lesa.plans.schedule import paper

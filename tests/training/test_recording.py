@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lesa.models import hooks
 from lesa.models.denoisers import config_hash
-from lesa.models.requests import read_prompts, run
+from lesa.models.pipeline import read_prompts, run
 from lesa.runtime.clock import sigmas_of
 from lesa.runtime.driver import LesaWarning
 from lesa.training import recording as recording_module

@@ -1,4 +1,4 @@
-"""Gather `Statistics`: run full requests, add up the inner products of their features, and forget the features."""
+"""Gather `Statistics`: run full requests, add up the inner products of their features, and drop the features."""
 
 from __future__ import annotations
 
@@ -13,78 +13,37 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..models.denoisers import LAYOUTS, config_hash, denoiser_of
-from ..models.gatherer import Gatherer
-from ..models.works import Work, works_of
 from ..planner.statistics import Statistics, StatisticsError, flow_impulse_response
 from ..plans.plan import SITES
 from ..runtime.driver import LesaWarning
 from ..runtime.response import impulse_response_of
+from .denoisers import LAYOUTS, config_hash, denoiser_of
+from .pipeline import FeatureRecorder, PipelineCall
 
 _SAME = 1e-4  # of sigma, between requests of one kind
 
 
 def gather(
     target: Any,
-    prompts: Sequence[str] | None = None,
-    *,
-    request: Mapping[str, Any] | None = None,
-    requests: Sequence[Callable[[], Any]] | None = None,
-    sigmas: Sequence[float] | None = None,
-    guidance: Sequence[float] | None = None,
-    seeds: Sequence[int] | None = None,
-    batch: int = 1,
-    sites: Sequence[str] | None = None,
-    offload: bool = False,
-) -> Statistics:
-    """Run full requests and keep the mean inner products of their features.
-
-    Nothing is written to disk. In memory are the T features of each site and context of one pipeline call (FLUX at
-    1024x1024, 50 steps in bfloat16: 1.3 GB), and 64 MB for their product; each call's are dropped before the next.
-
-    Where guidance is batched (one call for both halves, e.g. SDXL and DiT) there is one context, and its statistics
-    are the mean over both halves. Where the denoiser also returns a variance, that part of the output is left out.
-    What a pipeline does to the guided sum (Qwen-Image rescales it) is not in the statistics.
-
-    Args:
-        target: a diffusers pipeline, or a bare denoiser in a loop of your own.
-        prompts: for a pipeline that takes prompts, at least one.
-        request: keyword arguments of the pipeline call, JSON-able, e.g. {"num_inference_steps": 50}.
-        requests: in the place of prompts: functions without arguments, each of which runs one request.
-        sigmas: of a bare denoiser's requests, T + 1 with the final 0; None reads them from the timestep argument, which
-            flow matching gives as sigma or 1000 * sigma.
-        guidance: the weight of each context in what the scheduler is given, in the order the contexts are called; None
-            takes (s, 1 - s) for a guidance scale s of the request, `true_cfg_scale` if above 1, else `guidance_scale`.
-        seeds: of each prompt's noise; the prompt's index by default.
-        batch: prompts run in one pipeline call.
-        sites: "hidden", "output" or both; both by default, where the hidden site of the denoiser is known.
-        offload: keep the features on the CPU until their product is made, which is slower.
-
-    Raises:
-        StatisticsError: features are not finite or were lost, or the requests are not of one kind.
-        ValueError: an argument is out of place, or lesa is enabled on the target.
-    """
-    works = works_of(target, prompts, requests, request or {}, seeds, batch)
-    return gather_works(target, works, request or {}, sigmas=sigmas, guidance=guidance, sites=sites, offload=offload)
-
-
-def gather_works(
-    target: Any,
-    works: Sequence[Work],
+    calls: Sequence[PipelineCall],
     request: Mapping[str, Any],
     *,
     sigmas: Sequence[float] | None = None,
     guidance: Sequence[float] | None = None,
     sites: Sequence[str] | None = None,
     offload: bool = False,
-    visit: Callable[[Gatherer, Any], None] | None = None,
+    visit: Callable[[FeatureRecorder, Any], None] | None = None,
 ) -> Statistics:
-    """`gather` for requests that were put into calls before.
+    """Run full requests and keep the mean inner products of their features.
 
     Args:
-        target, request, sigmas, guidance, sites, offload: see `gather`.
-        works: the calls.
-        visit: called after each of them with its features, before they are dropped, and what the call returned.
+        target, request, sigmas, guidance, sites, offload: see `Statistics.gather`.
+        calls: each runs one or more of the requests.
+        visit: called after each call with its features, before they are dropped, and with what the call returned.
+
+    Raises:
+        StatisticsError: features are not finite or were lost, or the requests are not of one kind.
+        ValueError: an argument is out of place.
     """
     request = dict(request)
     denoiser = denoiser_of(target)
@@ -93,14 +52,14 @@ def gather_works(
         raise ValueError("sigmas is given together with a pipeline: its scheduler has them; leave it out")
     sums = _Sums()
     scheduler: Any = None if isinstance(target, torch.nn.Module) else getattr(target, "scheduler", None)
-    with tqdm(total=sum(len(work.labels) for work in works), desc="gather", unit="request") as bar:
-        for work in works:
-            gatherer = Gatherer(sites, work.labels, offload)
-            result = work.run(gatherer, "hidden" if "hidden" in sites else "output")
+    with tqdm(total=sum(len(call.labels) for call in calls), desc="gather", unit="request") as bar:
+        for call in calls:
+            recorder = FeatureRecorder(call.labels, sites, offload=offload)
+            result = call.run(recorder, "hidden" if "hidden" in sites else "output")
             if visit is not None:
-                visit(gatherer, result)
-            sums.add(gatherer, sigmas)
-            bar.update(len(work.labels))
+                visit(recorder, result)
+            sums.add(recorder, sigmas)
+            bar.update(len(call.labels))
     assert sums.found is not None
     impulse_response = flow_impulse_response(sums.found.sigmas)
     if scheduler is not None:
@@ -138,27 +97,27 @@ class _Sums:
         self.requests = 0
         self._sums: dict[str, np.ndarray] = {}
 
-    def add(self, gatherer: Gatherer, sigmas: Sequence[float] | None) -> None:
+    def add(self, recorder: FeatureRecorder, sigmas: Sequence[float] | None) -> None:
         """Add one call's inner products, for each of its prompts."""
-        if gatherer.request is None:
-            raise StatisticsError(f"{gatherer.labels[0]} did not call the denoiser: each must run one request")
-        levels = gatherer.request.sigmas or _bare_sigmas(gatherer.timesteps, sigmas)
-        if len(levels) != len(gatherer.timesteps) + 1:
+        if recorder.request is None:
+            raise StatisticsError(f"{recorder.labels[0]} did not call the denoiser: each must run one request")
+        levels = recorder.request.sigmas or _bare_sigmas(recorder.timesteps, sigmas)
+        if len(levels) != len(recorder.timesteps) + 1:
             raise StatisticsError(
-                f"{gatherer.labels[0]} ran {len(gatherer.timesteps)} steps of {len(levels) - 1}: run whole requests"
+                f"{recorder.labels[0]} ran {len(recorder.timesteps)} steps of {len(levels) - 1}: run whole requests"
             )
         wrong = next((step for step, level in enumerate(levels) if not math.isfinite(level)), None)
         if wrong is not None:
             raise StatisticsError(
-                f"{gatherer.labels[0]} ran step {wrong} at sigma {levels[wrong]}: give finite sigmas or timesteps"
+                f"{recorder.labels[0]} ran step {wrong} at sigma {levels[wrong]}: give finite sigmas or timesteps"
             )
-        now = _Found(gatherer.contexts, tuple(levels), tuple(gatherer.timesteps))
+        now = _Found(tuple(recorder.contexts), tuple(levels), tuple(recorder.timesteps))
         if self.found is None:
             self.found = now
-        check_alike(self.found, now, gatherer.labels[0])
-        count = len(gatherer.labels)
-        for site in gatherer.sites:
-            gram = gatherer.gram(site)
+        check_alike(self.found, now, recorder.labels[0])
+        count = len(recorder.labels)
+        for site in recorder.sites:
+            gram = recorder.gram(site)
             self._sums[site] = self._sums.get(site, 0) + count * gram
         self.requests += count
 

@@ -1,0 +1,325 @@
+"""The search for one budget: run candidates, refine the rows of the best from what is measured, move its steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..planner.build import closed_form, plan_from_weights, prior_error_gains, written_out
+from ..planner.search import search
+from ..planner.statistics import GUIDED
+from ..planner.surrogate import interpolated_error_gains
+from ..plans.plan import MAX_READS, Plan
+from ..plans.schedule import published, spaced
+from .arguments import Given
+from .trials import Measured, Trials
+
+_REACH = (1, -1, 2, -2, 4, -4)  # how far a computed step is moved
+# A search that evaluates more schedules finds what the surrogate promises most of, which is not always what runs best.
+_NEAR = 100
+# What is searched once the error gains are measured; the latter only with the evaluations of "thorough".
+_AGAIN = (("searched again", False), ("searched far", True))
+_STALLED = 0.02  # dB: what a step of Gauss-Newton must gain to be followed by another
+
+
+@dataclass
+class Candidate:
+    """A plan, and what it did when it was run.
+
+    Args:
+        name: as told in figures.
+        plan: what is run.
+        weights: its rows [C, T, T]; None where it has none over computed outputs, and cannot be refined.
+        measured: None where it was not run.
+    """
+
+    name: str
+    plan: Plan
+    weights: np.ndarray | None
+    measured: Measured | None = None
+
+    @property
+    def computed(self) -> tuple[int, ...]:
+        """The schedule."""
+        return self.plan.computed
+
+    @property
+    def score(self) -> float:
+        """Mean PSNR over the fitting requests."""
+        return -math.inf if self.measured is None else self.measured.score
+
+
+class ScheduleSearch:
+    """The search for schedules on the surrogate, for one budget.
+
+    Args:
+        trials: the fitting requests.
+        budget: computed steps.
+        evaluations: of schedules, for one search; more than 100 only where it may go far.
+        seed: of the order in which moves are tried.
+    """
+
+    def __init__(self, trials: Trials, budget: int, evaluations: int, seed: int) -> None:
+        self._trials, self._statistics = trials, trials.statistics
+        self._budget, self._most = budget, evaluations
+        self._random = np.random.default_rng(seed)
+        self._error_gains = prior_error_gains(trials.statistics, trials.count)
+        self._evaluated: dict[tuple[int, ...], float] = {}
+
+    @property
+    def error_gains(self) -> np.ndarray:
+        """[C, T, P] of the surrogate."""
+        return self._error_gains
+
+    @property
+    def goes_far(self) -> bool:
+        """Whether a search may evaluate more schedules than usual."""
+        return self._most > _NEAR
+
+    def learn(self, error_gains: np.ndarray) -> None:
+        """Take measured error gains [C, T, P] for the surrogate's."""
+        self._error_gains = error_gains
+        self._evaluated.clear()
+
+    def starts(self) -> list[tuple[int, ...]]:
+        """Schedules to start from: the exact search on mean inner products, the paper's, even and front-loaded ones."""
+        T, N = self._statistics.num_steps, self._budget
+        gram, impulse_response = self._statistics.gram("output", GUIDED), self._statistics.impulse_response[-1]
+        found = [search(gram, impulse_response, N), *published(T, N), spaced(T, N, 1.5)]
+        return list(dict.fromkeys(found))
+
+    def rows(self, computed: tuple[int, ...]) -> np.ndarray:
+        """The surrogate's best rows [C, T, T]."""
+        surrogate = self._trials.surrogate(self._error_gains)
+        return surrogate.optimise(computed, closed_form(self._statistics, computed), 15)[0]
+
+    def objective(self, computed: tuple[int, ...]) -> float:
+        """What the surrogate promises of a schedule; lower is better."""
+        if computed not in self._evaluated:
+            surrogate = self._trials.surrogate(self._error_gains)
+            self._evaluated[computed] = surrogate.optimise(computed, closed_form(self._statistics, computed), 5)[1]
+        return self._evaluated[computed]
+
+    def climb(self, starts: Sequence[tuple[int, ...]], far: bool = False) -> tuple[int, ...]:
+        """The best schedule found by moving computed steps, from the two best starts on."""
+        ends, most = [], self._most if far else min(self._most, _NEAR)
+        for start in sorted(starts, key=self.objective)[:2]:
+            ends.append(self._climb(start, len(self._evaluated) + most // 2))
+        return min(ends, key=self.objective)
+
+    def moves(self, computed: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Schedules with one computed step elsewhere, in random order."""
+        T, moves = self._statistics.num_steps, []
+        for i in range(1, len(computed)):
+            rest = computed[:i] + computed[i + 1 :]
+            for reach in _REACH:
+                step = computed[i] + reach
+                if 0 < step < T and step not in rest:
+                    moves.append(tuple(sorted((*rest, step))))
+        return [moves[i] for i in self._random.permutation(len(moves))]
+
+    def _climb(self, computed: tuple[int, ...], until: int) -> tuple[int, ...]:
+        improved = True
+        while improved and len(self._evaluated) < until:
+            improved = False
+            for other in self.moves(computed):
+                if self.objective(other) < self.objective(computed) - 1e-4:
+                    computed, improved = other, True
+                    break
+                if len(self._evaluated) >= until:
+                    break
+        return computed
+
+
+class Refiner:
+    """The search for one budget.
+
+    Args:
+        trials: the fitting requests.
+        schedules: the search on the surrogate.
+        budget: computed steps.
+        runs: how many candidates may be run on all requests: 0, or enough for the floor, `given` and one more.
+        given: plans of the user's with this budget, all of which are run.
+    """
+
+    def __init__(
+        self, trials: Trials, schedules: ScheduleSearch, budget: int, runs: int, given: Sequence[Given] = ()
+    ) -> None:
+        self.seen: list[tuple[str, float]] = []
+        self.best: Candidate | None = None
+        self._trials, self._statistics, self._schedules = trials, trials.statistics, schedules
+        self._budget, self._left, self._given = budget, runs, given
+        self._base: Candidate | None = None  # the best of those with weights, from which the search goes on
+        self._learned_from: Candidate | None = None
+        self._tried: set[str] = set()
+        self._refining = True  # until a step of Gauss-Newton has lost
+
+    def run(self) -> Candidate:
+        """Search, run, refine: the best candidate measured, or without runs, after a probe, the most promising one.
+
+        Raises:
+            ValueError: forecasts of a given plan are refused.
+        """
+        if not self._left:
+            self._probe()
+        searched = self._made("searched", self._schedules.climb(self._schedules.starts()))
+        if not self._left:
+            return searched
+        with tqdm(total=self._left, desc=f"fit {self._budget}", unit="run") as self._bar:
+            self._loop(searched)
+        assert self.best is not None
+        return self.best
+
+    def _probe(self) -> None:
+        """Run the first call by the exact search's schedule: one request tells how the denoiser answers errors."""
+        with tqdm(total=1, desc=f"probe {self._budget}", unit="run") as bar:
+            probe = self._made("probe", self._schedules.starts()[0])
+            measured = self._trials.run(probe.plan, first=1)
+            bar.update()
+        if np.isfinite(measured.error_gains[:, 1:]).any():  # else no computed step saw an error
+            gains = interpolated_error_gains(measured.error_gains, probe.computed, self._statistics.num_steps)
+            known = self._schedules.error_gains
+            self._schedules.learn(np.broadcast_to(gains.mean(2, keepdims=True), known.shape).copy())
+
+    def _loop(self, searched: Candidate) -> None:
+        """Run candidates as long as there are runs left."""
+        floor = published(self._statistics.num_steps, self._budget)[0]
+        name = "published schedule, taylor-1"
+        self._try(self._made(name, floor, closed_form(self._statistics, floor, "taylor-1")))
+        for one in self._given:
+            self._try_given(one)
+        if self._left:
+            self._try(searched)
+            # What was measured says how the denoiser answers errors: search once more with that.
+            self._learn(searched)
+        found = [searched]
+        for name, far in _AGAIN[: 1 + self._schedules.goes_far]:
+            if self._left:
+                starts = [*self._schedules.starts(), *(one.computed for one in found)]
+                made = self._made(name, self._schedules.climb(starts, far))
+                if fingerprint(made.plan) not in self._tried:
+                    found.append(self._try(made))
+        refined = None
+        while self._left:
+            if refined is not self._base:
+                self._refine()
+                refined = self._base
+            if self._left:
+                self._move()
+
+    def _made(self, name: str, computed: tuple[int, ...], weights: np.ndarray | None = None) -> Candidate:
+        """A candidate, by default with the surrogate's rows."""
+        weights = self._schedules.rows(computed) if weights is None else weights
+        plan = plan_from_weights(self._statistics, computed, weights, timesteps=self._statistics.timesteps)
+        return Candidate(name, plan, weights)
+
+    def _try_given(self, given: Given) -> None:
+        weights = table_of(given.plan, self._statistics.contexts)
+        found = self._try(Candidate(given.name, given.plan, weights))
+        assert found.measured is not None
+        if found.measured.refused:
+            raise ValueError(
+                f"{given.name} computes more than its {self._budget} steps: {'; '.join(found.measured.refused)}; mend "
+                "that, or leave it out"
+            )
+
+    def _refine(self) -> None:
+        """Gauss-Newton steps on the best candidate that has weights, until they gain nothing."""
+        damping, failures = 0.01, 0
+        while self._left and self._refining and failures < 2:
+            assert self._base is not None
+            before = self._base.score
+            self._step(self._base, damping)
+            gained = self._base.score > before + _STALLED
+            damping, failures = (damping / 3, 0) if gained else (damping * 10, failures + 1)
+
+    def _move(self) -> None:
+        """Run the most promising schedule beside the best one, and refine its rows while that gains anything."""
+        assert self._base is not None
+        self._learn(self._base)
+        tried = {name for name, _ in self.seen}
+        neighbours = self._schedules.moves(self._base.computed)
+        if not neighbours:
+            self._left = 0
+            return
+        moves = [move for move in neighbours if str(move) not in tried] or self._schedules.moves(neighbours[0])
+        computed = min(moves, key=self._schedules.objective)
+        found = self._try(self._made(str(computed), computed))
+        while self._left and self._refining and found is not self._base:
+            following = self._step(found, 0.01)
+            if following.score <= found.score + _STALLED:
+                return
+            found = following
+
+    def _step(self, candidate: Candidate, damping: float) -> Candidate:
+        """Run a candidate after a step of Gauss-Newton; the first one that loses is the last for this budget."""
+        assert candidate.measured is not None and candidate.weights is not None
+        surrogate = self._trials.surrogate(self._error_gains(candidate))
+        weights = surrogate.step(candidate.computed, candidate.weights, candidate.measured.outcome, damping)
+        found = self._try(self._made(f"{candidate.name.removesuffix(' +')} +", candidate.computed, weights))
+        self._refining = found.score > candidate.score
+        return found
+
+    def _error_gains(self, candidate: Candidate) -> np.ndarray:
+        assert candidate.measured is not None
+        return interpolated_error_gains(candidate.measured.error_gains, candidate.computed, self._statistics.num_steps)
+
+    def _learn(self, candidate: Candidate) -> None:
+        """Take the error gains measured with a candidate for the surrogate's."""
+        if candidate is not self._learned_from:
+            self._learned_from = candidate
+            self._schedules.learn(self._error_gains(candidate))
+
+    def _try(self, candidate: Candidate) -> Candidate:
+        """Run a candidate, and keep it if it is the best."""
+        candidate.measured = self._trials.run(candidate.plan)
+        self._left -= 1
+        self._tried.add(fingerprint(candidate.plan))
+        self.seen.append((candidate.name, candidate.score))
+        refused = candidate.measured.refused  # then it computed more than its budget
+        if self.best is None or (candidate.score > self.best.score and not refused):
+            self.best = candidate
+        base = self._base
+        if base is None or (candidate.score > base.score and candidate.weights is not None and not refused):
+            self._base = candidate
+        self._bar.update()
+        self._bar.set_postfix_str(f"best {self.best.score:.2f} dB ({self.best.name}), now {candidate.score:.2f}")
+        return candidate
+
+
+def table_of(plan: Plan, contexts: Sequence[str]) -> np.ndarray | None:
+    """The rows [C, T, T] of a plan over computed steps, with forecasts that rows read written out in these.
+
+    Returns:
+        None where such rows cannot say what the plan does: they are of another site, have a bias, or would read more
+        computed steps than a row can.
+    """
+    if plan.site != "output":
+        return None
+    if any(row.bias for context in contexts for row in plan.rows_of(context).values()):
+        return None
+    table = np.stack([written_out(plan, context) for context in contexts])
+    table[:, list(plan.computed)] = 0.0
+    return table if expressible(table, plan.computed) else None
+
+
+def expressible(weights: np.ndarray, computed: Sequence[int]) -> bool:
+    """Whether each row [C, T, T] reads only the newest computed steps before its own, as many as a row can."""
+    T = weights.shape[-1]
+    read = np.zeros((T, T), bool)
+    for step in set(range(T)) - set(computed):
+        read[step, [j for j in computed if j < step][-MAX_READS:]] = True
+    return not weights[:, ~read].any() and bool(np.isfinite(weights).all())
+
+
+def fingerprint(plan: Plan) -> str:
+    """A hash of all that a run of a plan depends on: its schedule, rows and site."""
+    rows = {context: {step: asdict(row) for step, row in by_step.items()} for context, by_step in plan.rows.items()}
+    told = [plan.site, plan.computed, plan.sigmas, rows]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
