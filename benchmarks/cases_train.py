@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lesa.ops.reference import kan_layer
-from lesa.plans.routing import ONE_STAGE
+from lesa.plans.schedule import ONE_STAGE
 from lesa.training.experts import Expert, Kan
 from lesa.training.predictor import Predictor
 from lesa.training.training import Learner, TrainingConfig

@@ -30,7 +30,7 @@ from lesa.evaluation.comparison import Method, Outcome, compare
 from lesa.forecasters import plan_of as closed_form_plan
 from lesa.plans import schedule
 from lesa.plans.plan import Plan
-from lesa.plans.routing import ONE_STAGE, PAPER_STAGES
+from lesa.plans.schedule import ONE_STAGE, PAPER_STAGES
 from lesa.training.fitting import FinalError, calibrated_gains, plan_of
 from lesa.training.predictor import Predictor
 from lesa.training.recorded import Recording

@@ -20,8 +20,9 @@ from lesa.planner.search import search_all
 from lesa.planner.statistics import GUIDED, Statistics
 from lesa.plans import schedule
 from lesa.plans.files import replace_file
-from lesa.plans.plan import Plan, Row
-from lesa.plans.routing import stage_of
+from lesa.plans.plan import Plan
+from lesa.plans.rows import Row
+from lesa.plans.schedule import stage_of
 from lesa.runtime.runner import PlanRunner
 from lesa.training.fitting import plan_of as trained_plan
 from lesa.training.predictor import Predictor

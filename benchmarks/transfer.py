@@ -12,7 +12,7 @@ tests/test_response.py. For each request, a row for
 - "native statistics", "native quick" and "native default": gathered, and fitted, in the request itself.
 
 Eight fitting prompts each. PSNR is of the images of held-out captions, all in one pipeline call, against the full
-request of the same kind from the same noise. Everything runs by lesa.enable, with guard=False: the guard would compute
+request of the same kind from the same noise. Everything runs by lesa.enable, with guard="off": the guard would compute
 more steps. `build_ms` is what the driver took to start the request, where its plan was adapted; `cold_ms` that
 of the request before it, the first after lesa.enable, of one caption and one step more (only in the first such row of a
 process are one-time costs in it).
@@ -85,7 +85,7 @@ class Bench:
         """
         full = self._reference(case)
         pipe = self._pipelines.of(case)
-        lesa.enable(pipe, source, budget=budget if isinstance(source, Statistics) else None, guard=False)
+        lesa.enable(pipe, source, budget=budget if isinstance(source, Statistics) else None, guard="off")
         try:
             times = _watch(hooks.attached(pipe).driver)  # type: ignore[union-attr]
             if timed:

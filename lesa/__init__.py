@@ -1,39 +1,54 @@
-"""lesa makes diffusion transformers fast: it computes some denoiser steps and forecasts the others.
+"""lesa makes diffusion models fast: it computes some denoiser steps and forecasts the others.
 
 plan = lesa.fit(pipe, prompts, budget=10)  # or the path of a plan that is there already
-lesa.enable(pipe, plan)
-image = pipe("red apple").images[0]
-print(lesa.stats(pipe))
-lesa.disable(pipe)
+with lesa.enable(pipe, plan) as run:
+    image = pipe("red apple").images[0]
+print(run.stats)
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .api import disable, enable, stats
-from .planner.statistics import Statistics
-from .plans.plan import Plan, PlanError, Row
-from .runtime.driver import LesaWarning
-from .runtime.guard import Guard
-from .runtime.stats import Stats
-from .training.predictor import Predictor
-
 if TYPE_CHECKING:
+    from . import assets, forecasters, metrics, ops
+    from .api import disable, enable, stats
     from .fitting.fit import fit
+    from .planner.statistics import Statistics
+    from .plans import schedule
+    from .plans.plan import Plan
+    from .plans.rows import LesaWarning, PlanError
+    from .runtime.driver import Stats
+    from .training.fitting import train
 
 __version__ = "0.1.0"
-__all__ = [
-    *("Guard", "LesaWarning", "Plan", "PlanError", "Predictor", "Row", "Statistics", "Stats"),
-    *("disable", "enable", "fit", "stats"),
-]
+_HOMES = {
+    "disable": "api",
+    "enable": "api",
+    "stats": "api",
+    "fit": "fitting.fit",
+    "train": "training.fitting",
+    "Plan": "plans.plan",
+    "Statistics": "planner.statistics",
+    "Stats": "runtime.driver",
+    "LesaWarning": "plans.rows",
+    "PlanError": "plans.rows",
+    "assets": "assets",
+    "forecasters": "forecasters",
+    "metrics": "metrics",
+    "ops": "ops",
+    "schedule": "plans.schedule",
+}
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    """`lesa.fit`, which needs diffusers, is imported when it is asked for."""
-    if name == "fit":
-        from .fitting.fit import fit
-
-        return fit
-    raise AttributeError(f"module 'lesa' has no attribute {name!r}")
+    """Public names are imported when they are asked for: fit and train need diffusers, plans need no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lesa' has no attribute {name!r}")
+    home = import_module(f"lesa.{_HOMES[name]}")
+    found = home if _HOMES[name].rpartition(".")[2] == name else getattr(home, name)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.polynomial import chebyshev as polynomials
 from numpy.typing import ArrayLike
 
-from .plans.plan import ANY_CONTEXT, MAX_READS, Plan, Row
+from .plans.plan import Plan
+from .plans.rows import ANY_CONTEXT, MAX_READS, Row
 from .plans.schedule import check
 
 __all__ = [

@@ -26,7 +26,7 @@ from lesa.forecasters import (
     taylor,
 )
 from lesa.ops.reference import forecast
-from lesa.plans.plan import MAX_READS, Row
+from lesa.plans.rows import MAX_READS, Row
 from lesa.plans.schedule import paper
 
 COMPUTED = (0, 1, 2, 3, 9, 16, 23, 30, 37, 44)

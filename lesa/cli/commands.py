@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, assets, ops
-from ..plans.describe import describe
 from ..plans.files import check_folder
 from ..plans.plan import Plan
-from ..runtime.guard import TOLERANCE, GuardOption, guard_for
 
 
 def _load(options: argparse.Namespace) -> Any:
@@ -140,7 +138,7 @@ def train(options: argparse.Namespace) -> int:
     """Train the paper's predictors on a pipeline."""
     from ..models.pipeline import read_prompts
     from ..plans import schedule
-    from ..plans.routing import paper_stages
+    from ..plans.schedule import paper_stages
     from ..training import fitting
     from ..training.training import TrainingConfig
 
@@ -181,18 +179,15 @@ def generate(options: argparse.Namespace) -> int:
     if options.plan is None and (options.budget is not None or options.guard is not None):
         raise ValueError("--budget and --guard are of a plan: name one with --plan")
     _check_budgets([] if options.budget is None else [options.budget])
-    guard = _guard(options.guard)
     plan = api.source_of(options.plan, options.budget) if options.plan else None
     if plan:
         api.check_budget(plan, options.budget)
-        if isinstance(plan, Plan):
-            guard_for(guard, plan)
     steps = options.steps if options.steps is not None else plan.num_steps if plan else 50
     request = _request(options, steps)
     check_folder(options.out, "--out")
     pipe = _load(options)
     if plan:
-        api.enable(pipe, plan, budget=options.budget, guard=guard)
+        api.enable(pipe, plan, budget=options.budget, guard=options.guard or "warn")
     pipe.set_progress_bar_config(disable=False)
     seeds = range(options.seed, options.seed + len(options.prompt))
     results = run(pipe, options.prompt, list(seeds), request, output_type="pil", return_dict=False)[0]
@@ -207,19 +202,6 @@ def generate(options: argparse.Namespace) -> int:
     if plan:
         print(api.stats(pipe))
     return 0
-
-
-def _guard(given: str | None) -> GuardOption:
-    """The guard that `lesa.enable` is asked for."""
-    if given is None or given.lower() == "off":
-        return None if given is None else False
-    try:
-        spreads = float(given)
-    except ValueError:
-        spreads = math.nan
-    if not spreads > 0:
-        raise ValueError(f"--guard {given}: expected a number above 0, e.g. {TOLERANCE:g}, inf or off")
-    return spreads
 
 
 def _name(prompt: str, seed: int, plan: str | None, budget: int | None) -> str:
@@ -249,7 +231,7 @@ def info(options: argparse.Namespace) -> int:
             raise ValueError(f"--out {str(options.out)!r}: expected a file name that ends in .png")
         check_folder(options.out.parent, "--out")
     plan = Plan.from_pretrained(options.plan)
-    print(describe(plan))
+    print(plan.summary())
     if options.out is not None:
         from ..evaluation.planview import plan_picture
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, assets
-from ..runtime.driver import LesaWarning
+from ..plans.rows import LesaWarning
 from . import commands
 
 
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=int, help="computed steps, with statistics, or other than a fitted plan's own"
     )
     generate.add_argument(
-        "--guard", metavar="SPREADS", help="how far errors may exceed those of fitting (default: 5), inf or off"
+        "--guard", choices=("warn", "off"), help="warn of requests unlike the fitted ones (default), or measure nothing"
     )
     generate.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     generate.add_argument("--out", type=Path, default=Path("."), help="folder of the pictures")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from ..plans.describe import figures
-from ..plans.plan import ANY_CONTEXT, Expected, Plan, Row
+from ..plans.plan import Plan
+from ..plans.rows import ANY_CONTEXT, Expected, Row
 from .grid import DPI, FAINT, INK, MUTED, write_png
 
 _SHADE, _UNREAD = "#F1F1F1", "#E2E2E2"
@@ -73,8 +74,8 @@ def _draw_schedule(axes: Axes, plan: Plan, width: float) -> None:
     sigmas = np.asarray(plan.sigmas[:-1])
     computed = np.isin(np.arange(plan.num_steps), plan.computed)
     size = min(4.0, 0.6 * 72 * width / plan.num_steps)
-    told = {name: value for name, value in plan.training.items() if name not in _UNTOLD}
-    facts = [f"site {plan.site}", *(f"{name} {value}" for name, value in figures(told))]
+    told = replace(plan, training={name: value for name, value in plan.training.items() if name not in _UNTOLD})
+    facts = [f"site {plan.site}", *(f"{name} {value}" for name, value in told.figures())]
     # a letter is about 0.075 inches wide at this size; lines break between facts only
     words = textwrap.fill(f"{_FIXED}· ".join(fact.replace(" ", _FIXED) for fact in facts), int(width / 0.075))
     axes.set_title(words.replace(_FIXED, " "), loc="left", fontsize=9, color=MUTED, linespacing=1.4)

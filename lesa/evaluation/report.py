@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..plans.routing import Stage, stage_of
+from ..plans.schedule import Stage, stage_of
 from .grid import DPI, INK, MUTED, MethodStyle, method_grid, method_styles, tidy, write_png
 
 __all__ = ["StepPanel", "loss_curves", "method_grid", "step_errors"]

@@ -17,8 +17,8 @@ from ..models.denoisers import check_fit
 from ..planner.build import ENOUGH
 from ..planner.statistics import Statistics
 from ..plans import files
-from ..plans.plan import Plan, PlanError
-from ..runtime.driver import LesaWarning
+from ..plans.plan import Plan
+from ..plans.rows import LesaWarning, PlanError
 
 _SAME = 1e-4  # of sigma, as between requests of one kind
 

@@ -19,7 +19,8 @@ from ..models.gathering import check_alike
 from ..models.pipeline import PipelineCall, calls_of, check_functions, check_prompts
 from ..planner.build import expectations, expected_by, prior_error_gains, served_by, surrogate_of
 from ..planner.surrogate import Surrogate, interpolated_error_gains
-from ..plans.plan import Plan, PlanError
+from ..plans.plan import Plan
+from ..plans.rows import PlanError
 from . import arguments
 from .arguments import Given
 from .refine import Candidate, Refiner, ScheduleSearch, fingerprint

@@ -15,7 +15,8 @@ from ..planner.build import closed_form, plan_from_weights, prior_error_gains, w
 from ..planner.search import search
 from ..planner.statistics import GUIDED
 from ..planner.surrogate import interpolated_error_gains
-from ..plans.plan import MAX_READS, Plan
+from ..plans.plan import Plan
+from ..plans.rows import MAX_READS
 from ..plans.schedule import published, spaced
 from .arguments import Given
 from .trials import Measured, Trials

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..plans.plan import Plan, PlanError
+from ..plans.plan import Plan
+from ..plans.rows import PlanError
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..planner.statistics import Statistics, StatisticsError, flow_impulse_response
-from ..plans.plan import SITES
-from ..runtime.driver import LesaWarning
-from ..runtime.response import impulse_response_of
+from ..plans.rows import SITES, LesaWarning
+from ..runtime.scheduler import impulse_response_of
 from .denoisers import LAYOUTS, config_hash, denoiser_of
 from .pipeline import FeatureRecorder, PipelineCall
 

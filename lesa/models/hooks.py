@@ -19,7 +19,7 @@ from .roothook import RootHook
 _NAME = "lesa"
 
 
-def attach(target: Any, driver: Driver, site: str) -> None:
+def attach(target: Any, driver: Driver, site: str) -> RootHook:
     """Put a driver on a pipeline's denoiser, or on a bare denoiser; an earlier one is taken off first.
 
     Args:
@@ -27,19 +27,28 @@ def attach(target: Any, driver: Driver, site: str) -> None:
         driver: decides what each call does.
         site: "hidden" or "output".
 
+    Returns:
+        The hook that asks the driver.
+
     Raises:
         ValueError: the target has no supported denoiser, or the site is not known for it.
     """
     denoiser = denoiser_of(target)
     stands = Stands(denoiser, layout_of(denoiser)) if site == "hidden" else None
-    detach(denoiser)
     scheduler_of = None if isinstance(target, torch.nn.Module) else _scheduler_of(target)
+    return attach_hook(denoiser, RootHook(driver, Clock(scheduler_of), stands))
+
+
+def attach_hook(denoiser: torch.nn.Module, hook: RootHook) -> RootHook:
+    """Put a hook on a denoiser; an earlier one is taken off first."""
+    detach(denoiser)
     try:
-        _register(denoiser, RootHook(driver, Clock(scheduler_of), stands))
+        _register(denoiser, hook)
         _invalidate_caches(denoiser)
     except BaseException:
         detach(denoiser)
         raise
+    return hook
 
 
 def detach(target: Any) -> None:

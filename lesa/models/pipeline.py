@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..planner.statistics import StatisticsError
 from ..runtime.clock import Call, Request
-from ..runtime.driver import Driver
-from ..runtime.stats import Stats
+from ..runtime.driver import Driver, Stats
 from . import hooks
 
 _CHUNK = 1 << 26  # bytes of the widened features that one product reads

@@ -15,7 +15,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,10 +23,8 @@ from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
 from torch._dynamo.decorators import skip  # unlike torch.compiler.disable(recursive=False), for good, not call by call
 
 from .. import ops
-from ..runtime.clock import Call, Clock
+from ..runtime.clock import Call, Clock, Inputs
 from ..runtime.driver import Driver, Forecast
-from ..runtime.inputs import Inputs
-from ..runtime.retrace import Retrace
 from .exchange import Exchange, Stands, Tail, Tap
 
 _TAIL_LOST = "the denoiser's last block was not run (something skips it or runs another forward)"
@@ -46,6 +44,7 @@ class RootHook(ModelHook):
     def __init__(self, driver: Driver, clock: Clock, stands: Stands | None) -> None:
         super().__init__()
         self.driver = driver
+        self.retired = False  # by the handle that put it here: nobody puts it back
         self.context = _ContextName()  # diffusers finds it as an attribute and tells it the cache context
         self._clock = clock
         self._stands = stands
@@ -68,9 +67,7 @@ class RootHook(ModelHook):
         """Compute or forecast one step."""
         self._acquire()
         try:
-            turn = self._begin(module, args, kwargs)
-            if turn.retrace is not None:
-                args, kwargs = self._over_again(turn.call, turn.retrace, args, kwargs)
+            turn = self._begin(args, kwargs)
             output = self._run(turn, args, kwargs)
             if not self._end(turn, output):
                 turn = self._compute(turn.call)
@@ -90,30 +87,6 @@ class RootHook(ModelHook):
             return turn.run(*args, **kwargs)
         finally:
             self._leave()
-
-    @skip
-    def _over_again(self, call: Call, retrace: Retrace, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Run what a retrace wants; returns what the call is given then."""
-        inputs, turn = self._next(call, retrace)
-        while inputs is not None:
-            output = self._run(turn, inputs.args, inputs.kwargs)
-            self._take(turn, retrace, output)
-            inputs, turn = self._next(call, retrace)
-        return self._given(retrace, args, kwargs)
-
-    @torch.compiler.disable
-    def _next(self, call: Call, retrace: Retrace) -> tuple[Inputs | None, _Turn]:
-        return retrace.next, _Turn(call, self.driver.stats.start("computed", call.sample.device), self._original())
-
-    @torch.compiler.disable
-    def _take(self, turn: _Turn, retrace: Retrace, output: Any) -> None:
-        turn.stop()
-        retrace.take(_first(output))
-
-    @torch.compiler.disable
-    def _given(self, retrace: Retrace, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        inputs = retrace.given(Inputs(self._names, args, kwargs))
-        return inputs.args, inputs.kwargs
 
     @torch.compiler.disable
     def restore(self) -> None:
@@ -150,19 +123,14 @@ class RootHook(ModelHook):
         self._clock.abort()
 
     @torch.compiler.disable
-    def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> _Turn:
+    def _begin(self, args: tuple, kwargs: dict) -> _Turn:
         """Place the call and ask the driver."""
         inputs = Inputs(self._names, args, kwargs)
         call = self._clock.tick(self.context.name, inputs.get("timestep"), inputs.sample, inputs)
         if call.starts:
-            self.driver.begin(replace(call.request, denoiser=module))
+            self.driver.begin(call.request)
         coming = self.driver.forecast(call)
-        if isinstance(coming, Forecast):
-            return self._forecast(call, coming)
-        turn = self._compute(call)
-        if coming is not None:
-            turn.retrace, turn.wrap = coming, functools.partial(_instead, coming)
-        return turn
+        return self._compute(call) if coming is None else self._forecast(call, coming)
 
     @torch.compiler.disable
     def _compute(self, call: Call) -> _Turn:
@@ -239,7 +207,6 @@ class _Turn:
     operator: str | None = None
     accept: Callable[[torch.Tensor], bool] | None = None
     forecast: bool = False
-    retrace: Retrace | None = None
 
 
 class _ContextName(StateManager):
@@ -275,9 +242,3 @@ def _like(output: Any, feature: torch.Tensor) -> Any:
     if isinstance(output, torch.Tensor):
         return feature
     return (feature,) if type(output) is tuple else type(output)(sample=feature)
-
-
-@torch.compiler.disable
-def _instead(retrace: Retrace, output: Any) -> Any:
-    """What the pipeline is given at the end of a retrace, wrapped as the output."""
-    return _like(output, retrace.repaid(_first(output)))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..plans.plan import MAX_READS
+from ..plans.rows import MAX_READS
 from ._library import wide_dtype
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from .. import forecasters
-from ..plans.plan import ANY_CONTEXT, MAX_READS, Expected, Plan, PlanError, Row
+from ..plans.plan import Plan
+from ..plans.rows import ANY_CONTEXT, MAX_READS, Expected, PlanError, Row
 from .search import search
 from .statistics import GUIDED, Statistics, flow_impulse_response
 from .surrogate import Surrogate
@@ -144,7 +145,7 @@ def adapt(
     weights, _ = model.optimise(best, linear_extrapolation(best, len(model.guidance), total))
     more: dict[str, Any] = {"training": {"requests": fitted.requests, "schedule": schedules.get(best, "moved")}}
     made = plan_from_weights(there, best, weights, timesteps=plan.timesteps if sigmas is None else None, **more)
-    return replace(made, expected=expected_by(model, made), likeness=plan.likeness)
+    return replace(made, expected=expected_by(model, made))
 
 
 _unpacked: OrderedDict[int, tuple[Mapping[str, np.ndarray], Surrogate]] = OrderedDict()
@@ -320,7 +321,6 @@ def plan_from_weights(
         denoiser=statistics.denoiser,
         config_hash=statistics.config_hash,
         checks={name: checks[context] for name, context in served.items()},
-        impulse_response=tuple(statistics.impulse_response[-1]),
         **provenance,
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save as serialize
 
 from ..plans import files
-from ..plans.plan import SITES
+from ..plans.rows import SITES
 
 GUIDED = "guided"
 _SAME = 1e-6  # noise levels come from float32

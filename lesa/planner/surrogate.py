@@ -37,7 +37,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..plans.plan import MAX_READS
+from ..plans.rows import MAX_READS
 from .statistics import interpolation, learned
 
 # Weight of the mean squared error at the computed steps beside that of the final sample: gains are only nearly right.

@@ -5,66 +5,58 @@ Everything learned or searched ends in a `Plan`. The runtime reads plans and not
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from .routing import Stage
+from .rows import (
+    ANY_CONTEXT,
+    SITES,
+    Errors,
+    Expected,
+    PlanError,
+    Row,
+    Rows,
+    errors_from_arrays,
+    errors_to_arrays,
+    rows_from_arrays,
+    rows_to_arrays,
+)
+from .schedule import Stage
+from .storage import Kind, SafetensorsFile, card
 
-if TYPE_CHECKING:
-    from ..runtime.likeness import Likeness
-
-ANY_CONTEXT = "*"
-SITES = ("hidden", "output")
-MAX_READS = 16
 PLAN_FILE = "plan.safetensors"
-
-
-class PlanError(ValueError):
-    """A plan is malformed, unreadable, or does not fit the denoiser or the request."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One forecast: F^_t = sum_k weights[k] * F_{steps[k]} + bias.
-
-    Args:
-        steps: earlier step indices of the same request, computed or forecast alike.
-        weights: one weight a step.
-        bias: added to every element.
-    """
-
-    steps: tuple[int, ...]
-    weights: tuple[float, ...]
-    bias: float = 0.0
-
-    @cached_property
-    def gain(self) -> float:
-        """How many times larger than what it reads the forecast can be, without its bias."""
-        return sum(map(abs, self.weights))
+# Fields that JSON holds as they are.
+_PLAIN = ("site", "forecaster", "denoiser", "config_hash", "training", "library_version")
+# Figures of fitting, as people want to read them.
+_LABELS = {
+    "effort": ("effort", "{}"),
+    "fitting_psnr": ("fitting", "{:.2f} dB PSNR"),
+    "fitting_ssim": ("fitting", "{:.4f} SSIM"),
+    "held_out_psnr": ("held out", "{:.2f} dB PSNR"),
+    "held_out_ssim": ("held out", "{:.4f} SSIM"),
+    "prompts": ("prompts", "{}"),
+    "held_out": ("besides", "{} held out"),
+    "seconds": ("took", "{:.1f} s"),
+    "generations": ("cost", "the time of {:.1f} full requests"),
+    "evaluations": ("compared", "{} plans"),
+    "schedule": ("best plan", "{}"),
+}
+_SURROGATE = "surrogate_"  # before the names of its arrays in a file
+_SAID = {"alphas", "budget", "stages"}  # told by the lines above the figures
 
 
 @dataclass(frozen=True)
-class Expected:
-    """The relative error ||F^ - F|| / ||F|| of one check in the fitting requests.
-
-    Args:
-        error: its geometric mean, at least 0.
-        std: the standard deviation of its natural logarithm, above 0.
-    """
-
-    error: float
-    std: float
-
-
-@dataclass(frozen=True)
-class Plan:
+class Plan(SafetensorsFile):
     """A schedule and the rows that forecast the steps it leaves out.
 
     Args:
@@ -79,22 +71,31 @@ class Plan:
         config_hash: hash of that denoiser's configuration; None fits any.
         stages: the stages of the forecaster, for pictures and provenance.
         training: figures of how the plan was made, JSON-able.
-        checks: for each context the forecast that would have been made of computed steps, which the guard compares
+        checks: for each context the forecast that would have been made of computed steps, which is compared
             with the truth; "*" as in `rows`.
         expected: for each context how large the errors of those forecasts were in fitting; "*" as in `rows`.
-        impulse_response: [T], what one unit of each step's output does to the final sample; None takes Euler steps
-            along a flow, the differences of `sigmas`. The guard repays by it.
         surrogate: arrays of the model of the fitting requests, of `lesa.planner.surrogate.Surrogate.to_arrays`, for
             `lesa.planner.build.adapt`; for the output site only. Plans that differ in nothing else are equal.
-        likeness: what the guard knows of the prompts and the weights that the plan was fitted to.
 
     Raises:
         PlanError: a value is out of place; the message names it.
     """
 
+    kind: ClassVar[Kind] = Kind(
+        "plan",
+        "lesa-plan-1",
+        PLAN_FILE,
+        PlanError,
+        "Plan.save",
+        {
+            "lesa-statistics": "holds statistics, of which plans are made: say how many steps to compute, e.g. "
+            "lesa.enable(pipe, path, budget=10)"
+        },
+    )
+
     computed: tuple[int, ...]
     sigmas: tuple[float, ...] = field(repr=False)
-    rows: Mapping[str, Mapping[int, Row]] = field(default_factory=dict, repr=False)
+    rows: Rows = field(default_factory=dict, repr=False)
     site: str = "hidden"
     forecaster: str = "custom"
     timesteps: tuple[float, ...] | None = field(default=None, repr=False)
@@ -103,19 +104,15 @@ class Plan:
     stages: tuple[Stage, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict, repr=False)
     library_version: str | None = None
-    checks: Mapping[str, Mapping[int, Row]] = field(default_factory=dict, repr=False)
-    expected: Mapping[str, Mapping[int, Expected]] = field(default_factory=dict, repr=False)
-    impulse_response: tuple[float, ...] | None = field(default=None, repr=False)
+    checks: Rows = field(default_factory=dict, repr=False)
+    expected: Errors = field(default_factory=dict, repr=False)
     surrogate: Mapping[str, np.ndarray] | None = field(default=None, repr=False, compare=False)
-    likeness: Likeness | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "computed", tuple(int(s) for s in self.computed))
         object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
-        if self.impulse_response is not None:
-            object.__setattr__(self, "impulse_response", tuple(float(r) for r in self.impulse_response))
         self._check_schedule()
         for context, rows in self.rows.items():
             self._check_rows(context, rows)
@@ -125,8 +122,6 @@ class Plan:
             self._check_expected(context, errors)
         if self.surrogate is not None:
             self._check_surrogate(self.surrogate)
-        if self.likeness is not None and not self.likeness.is_finite:
-            raise PlanError("likeness holds numbers that are not finite, or a scatter not above 0: fit the plan again")
 
     @property
     def num_steps(self) -> int:
@@ -179,78 +174,173 @@ class Plan:
         """How many features the history of one context holds at most."""
         return max(self.slots, default=-1) + 1
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan as safetensors with JSON metadata; `path` is replaced at once or not at all.
-
-        Raises:
-            PlanError: `path` is a folder.
-        """
-        from . import planfile
-
-        return planfile.save(self, path)
+    def to_arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The plan as arrays and a description, see `SafetensorsFile`."""
+        arrays: dict[str, np.ndarray] = {
+            "computed": np.asarray(self.computed, np.int32),
+            "sigmas": np.asarray(self.sigmas, np.float64),
+            **rows_to_arrays("", self.rows, self.num_steps),
+            **rows_to_arrays("check_", self.checks, self.num_steps),
+            **errors_to_arrays(self.expected, self.num_steps),
+        }
+        if self.timesteps is not None:
+            arrays["timesteps"] = np.asarray(self.timesteps, np.float64)
+        description: dict[str, Any] = {
+            "contexts": sorted(self.rows),
+            "check_contexts": sorted(self.checks),
+            "expected_contexts": sorted(self.expected),
+            "num_steps": self.num_steps,
+            "stages": [asdict(stage) for stage in self.stages],
+            **{name: getattr(self, name) for name in _PLAIN},
+            "training": dict(self.training),
+            "library_version": _version(),
+        }
+        if self.surrogate is not None:
+            parts = dict(self.surrogate)
+            description["surrogate_contexts"] = parts.pop("contexts").tolist()
+            arrays |= {f"{_SURROGATE}{name}": array for name, array in parts.items()}
+        return {name: array for name, array in arrays.items() if array.size}, description
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan that `save` wrote.
-
-        Raises:
-            PlanError: the file is missing, damaged, or no plan; the message says which and what to do.
-        """
-        from . import planfile
-
-        return planfile.load(path)
-
-    def save_pretrained(self, folder: str | os.PathLike[str], filename: str = PLAN_FILE) -> Path:
-        """Write the plan and a model card into `folder`, for `from_pretrained`; see `lesa.hub.save_pretrained`."""
-        from . import hub
-
-        return hub.save_pretrained(self, folder, filename)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        path_in_repo: str = PLAN_FILE,
-    ) -> str:
-        """Upload the plan and a model card, and return the commit's address; see `lesa.hub.push_to_hub`."""
-        from . import hub
-
-        return hub.push_to_hub(
-            self, repo_id, commit_message=commit_message, private=private, token=token, path_in_repo=path_in_repo
+    def from_arrays(cls, arrays: dict[str, np.ndarray], description: dict[str, Any]) -> Plan:
+        """The plan of `to_arrays`; of files of earlier versions too."""
+        computed = tuple(arrays["computed"].tolist())
+        forecast = sorted(set(range(description["num_steps"])) - set(computed))
+        # Earlier files know neither checks nor expected errors; only fitted plans have a surrogate.
+        checks = rows_from_arrays("check_", arrays, description.get("check_contexts", []), computed)
+        surrogate_contexts = description.get("surrogate_contexts")
+        surrogate = None
+        if surrogate_contexts is not None:
+            own = {name.removeprefix(_SURROGATE): array for name, array in arrays.items() if _SURROGATE in name}
+            surrogate = own | {"contexts": np.array(surrogate_contexts)}
+        return cls(
+            computed=computed,
+            sigmas=tuple(arrays["sigmas"].tolist()),
+            rows=rows_from_arrays("", arrays, description["contexts"], forecast),
+            timesteps=tuple(arrays["timesteps"].tolist()) if "timesteps" in arrays else None,
+            stages=tuple(Stage(**stage) for stage in description["stages"]),
+            checks={context: {step: row for step, row in own.items() if row.steps} for context, own in checks.items()},
+            expected=errors_from_arrays(arrays, description.get("expected_contexts", [])),
+            surrogate=surrogate,
+            **{name: description[name] for name in _PLAIN},
         )
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        filename: str = PLAN_FILE,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-    ) -> Plan:
-        """Read a plan from a file, a folder, or a hub repository "owner/name"; see `lesa.hub.from_pretrained`."""
-        from . import hub
+    def title(self) -> str:
+        """One line: for which denoiser, and how many steps are computed."""
+        return f"Plan: {self.denoiser or 'any denoiser'}, {self.budget} of {self.num_steps} steps computed"
 
-        return hub.from_pretrained(
-            name_or_path,
-            filename=filename,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
+    def summary(self) -> str:
+        """The plan in words: a line for each fact, its schedule drawn, and the known figures of how it was made."""
+        lines = [
+            f"forecaster   {self.forecaster}, site {self.site}, contexts {', '.join(self.rows) or 'none'}",
+            f"schedule     {self.budget} of {self.num_steps} steps computed: {' '.join(map(str, self.computed))}",
+            *(f"{'':<13}{line}" for line in self.drawing()),
+            f"sigmas       {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}",
+            f"denoiser     {self.denoiser or 'any'}, configuration {self.config_hash or 'any'}",
+            f"history      {self.capacity} features a context",
+        ]
+        if self.stages:
+            stages = ", ".join(f"{s.name} (window {s.window}, sigma > {s.low:g})" for s in self.stages)
+            lines.append(f"stages       {stages}")
+        errors = [expected.error for steps in self.expected.values() for expected in steps.values()]
+        if errors:
+            lines.append(f"checks       expected relative error {min(errors):.3g} to {max(errors):.3g}")
+        else:
+            lines.append("checks       none: the plan does not know which errors to expect")
+        if self.surrogate is not None:
+            lines.append("adapts       to other step counts, spacings, schedulers and budgets")
+        lines += [f"{name:<12} {value}" for name, value in self.figures()]
+        lines.append(f"written by   lesa {self.library_version or '(not saved yet)'}")
+        return "\n".join(lines)
+
+    def drawing(self) -> list[str]:
+        """The schedule as text, "#" for a computed step and "." for a forecast one: 50 steps a line, in tens."""
+        computed = set(self.computed)
+        marks = "".join("#" if step in computed else "." for step in range(self.num_steps))
+        tens = [marks[i : i + 10] for i in range(0, len(marks), 10)]
+        return [" ".join(tens[i : i + 5]) for i in range(0, len(tens), 5)]
+
+    def figures(self) -> list[tuple[str, str]]:
+        """The figures of `training` as (name, value): those that `lesa.fit` writes first, then other scalars."""
+        known = [
+            (label, _figure(form, self.training[key]))
+            for key, (label, form) in _LABELS.items()
+            if self.training.get(key) is not None
+        ]
+        others = [
+            (name, _plain(value))
+            for name, value in self.training.items()
+            if name not in _LABELS and name not in _SAID and isinstance(value, (str, int, float))
+        ]
+        return known + others
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw the plan: its schedule and its weights, as `lesa info --out` does; needs the extra [demo].
+
+        The one place where a plan looks upward: drawing lives in `lesa.evaluation`.
+        """
+        from ..evaluation.planview import plan_picture
+
+        return plan_picture(path, self)
+
+    def adapt(self, sigmas: Sequence[float] | None = None, budget: int | float | None = None) -> Plan:
+        """The plan for other noise levels or another budget, made of what the fit knows of its requests.
+
+        It looks upward, as `plot` does: the making of plans lives in `lesa.planner`.
+
+        Args:
+            sigmas: the T + 1 noise levels of the request, the final 0 included; by default those of this plan.
+            budget: computed steps, or as a float in (0, 1] a share of them; by default those of this plan.
+
+        Raises:
+            PlanError: the plan was not fitted.
+            ValueError: an argument is out of place.
+        """
+        from ..planner.build import adapt
+
+        return adapt(self, budget, sigmas)
+
+    def model_card(self, name: str, filename: str) -> str:
+        """The README.md of the plan: what it is for, its figures, and how to use it."""
+        where = json.dumps(name, ensure_ascii=False)
+        if filename != PLAN_FILE:
+            where = f'lesa.Plan.from_pretrained({where}, filename="{filename}")'
+        facts = [
+            ("denoiser", self.denoiser or "any"),
+            ("configuration", self.config_hash or "any"),
+            ("steps", f"{self.num_steps}, sigmas {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}"),
+            ("budget", f"{self.budget} computed steps: {' '.join(map(str, self.computed))}"),
+            ("forecaster", f"{self.forecaster}, site {self.site}"),
+            *self.figures(),
+        ]
+        rows = [f"| {name} | " + value.replace("|", "\\|") + " |" for name, value in facts]
+        return card(
+            filename,
+            self.title(),
+            [
+                "A plan of `lesa` says which steps of a diffusion request the denoiser computes, and by which weights",
+                "the others are forecast. It holds no weights of the model.",
+                "",
+                *("| | |", "|---|---|", *rows),
+                "",
+                *("```", *self.drawing(), "```"),
+                "",
+                "`#` is a computed step, `.` a forecast one. Use it with the pipeline it was made for:",
+                "",
+                "```python",
+                "import lesa",
+                f"lesa.enable(pipe, {where})",
+                f"result = pipe(prompt, num_inference_steps={self.num_steps})",
+                "```",
+            ],
         )
 
     @classmethod
     def join(cls, plans: Mapping[str, Plan]) -> Plan:
         """One plan out of plans for single contexts, e.g. {"cond": ..., "uncond": ...}.
 
-        The figures of training are the first plan's, but for the alphas, which are kept for each context; surrogate and
-        likeness too, where all plans have the same.
+        The figures of training are the first plan's, but for the alphas, which are kept for each context; the
+        surrogate too, where all plans have the same.
 
         Raises:
             PlanError: the plans differ in anything but rows and training.
@@ -264,7 +354,6 @@ class Plan:
                 "sigmas",
                 "site",
                 "timesteps",
-                "impulse_response",
                 "denoiser",
                 "config_hash",
                 "stages",
@@ -281,9 +370,8 @@ class Plan:
         if all("alphas" in plan.training for plan in plans.values()):
             training["alphas"] = {c: next(iter(plan.training["alphas"].values())) for c, plan in plans.items()}
         surrogate = first.surrogate if all(plan.surrogate is first.surrogate for plan in plans.values()) else None
-        likeness = first.likeness if all(plan.likeness == first.likeness for plan in plans.values()) else None
         tables: dict[str, Any] = {"rows": rows, "checks": checks, "expected": expected}
-        return replace(first, **tables, training=training, surrogate=surrogate, likeness=likeness)
+        return replace(first, **tables, training=training, surrogate=surrogate)
 
     def _check_schedule(self) -> None:
         total = self.num_steps
@@ -295,10 +383,9 @@ class Plan:
             raise PlanError(f"computed step {self.computed[-1]} is outside a request of {total} steps")
         if self.site not in SITES:
             raise PlanError(f"site={self.site!r}: expected one of {SITES}")
-        for name in ("timesteps", "impulse_response"):
-            values = getattr(self, name)
-            if values is not None and (len(values) != total or not all(map(math.isfinite, values))):
-                raise PlanError(f"{name} has {len(values)} entries: expected {total} finite numbers, one a step")
+        timesteps = self.timesteps
+        if timesteps is not None and not (len(timesteps) == total and all(map(math.isfinite, timesteps))):
+            raise PlanError(f"timesteps={timesteps!r}: expected {total} finite numbers, one a step")
         if len(self.computed) < total and not self.rows:
             raise PlanError("rows is empty: every step that is not computed needs a row")
 
@@ -313,16 +400,14 @@ class Plan:
                     f"row of context {context!r}, step {step}: the step is computed or outside the request; rows are "
                     "for forecast steps"
                 )
-            if not _is_sound(row, step):
-                _refuse(row, step, f"row of context {context!r}, step {step}")
+            row.check(step, f"row of context {context!r}, step {step}")
 
     def _check_checks(self, context: str, rows: Mapping[int, Row]) -> None:
         for step, row in rows.items():
             where = f"check of context {context!r}, step {step}"
             if step not in self.computed:
                 raise PlanError(f"{where}: the step is not computed; checks are for computed steps {self.computed}")
-            if not _is_sound(row, step):
-                _refuse(row, step, where)
+            row.check(step, where)
 
     def _check_expected(self, context: str, errors: Mapping[int, Expected]) -> None:
         for step, error in errors.items():
@@ -350,24 +435,18 @@ class Plan:
             raise PlanError("surrogate holds numbers that are not finite: fit the plan again")
 
 
-def _is_sound(row: Row, step: int) -> bool:
-    """Whether a row may serve a step; a plan made while a request waits has some hundreds of them."""
-    return (
-        1 <= len(row.steps) == len(row.weights) <= MAX_READS
-        and min(row.steps) >= 0
-        and max(row.steps) < step
-        and all(map(math.isfinite, row.weights))
-        and math.isfinite(row.bias)
-    )
+def _version() -> str | None:
+    try:
+        return metadata.version("lesa")
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        return None
 
 
-def _refuse(row: Row, step: int, where: str) -> None:
-    """Say why a row may not serve a step."""
-    if len(row.steps) != len(row.weights) or not 1 <= len(row.steps) <= MAX_READS:
-        raise PlanError(
-            f"{where}: {len(row.steps)} steps and {len(row.weights)} weights; expected as many of "
-            f"each, 1 to {MAX_READS}"
-        )
-    if not all(0 <= read < step for read in row.steps):
-        raise PlanError(f"{where}: reads steps {row.steps}; only earlier steps of the request can be read")
-    raise PlanError(f"{where}: weights {row.weights} and bias {row.bias} must be finite")
+def _figure(form: str, value: Any) -> str:
+    if isinstance(value, (list, tuple)):  # the prompts themselves
+        value = len(value)
+    return form.format(value) if isinstance(value, (int, float)) else _plain(value)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else textwrap.shorten(str(value), 80, placeholder=" ...")

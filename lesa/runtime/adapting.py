@@ -13,11 +13,12 @@ import numpy as np
 
 from ..planner.build import adapt, plan_for, surrogate_of
 from ..planner.statistics import Statistics, flow_impulse_response
-from ..plans.plan import Plan, PlanError
+from ..plans.plan import Plan
+from ..plans.rows import LesaWarning, PlanError
 from .clock import Request
-from .driver import Driver, LesaWarning, Relay
-from .response import impulse_response_of
+from .driver import Relay
 from .runner import PlanRunner
+from .scheduler import impulse_response_of
 
 _MOST_PLANS = 16  # a few kilobytes each
 _DIGITS = 6  # of a sigma; noise levels come from float32
@@ -46,12 +47,13 @@ class Adaptive(Relay):
         source: Statistics | Plan,
         budget: int | float | None = None,
         site: str = "output",
-        runner: Callable[[Plan], Driver] = PlanRunner,
+        runner: Callable[[Plan], PlanRunner] = PlanRunner,
     ) -> None:
         self.site = source.site if isinstance(source, Plan) else site
         self._source, self._budget, self._make_runner = source, budget, runner
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()
         self._home = self._plan = self._made()
+        self._runner: PlanRunner
         super().__init__(self._runner_of(self._home))
 
     @property
@@ -74,6 +76,10 @@ class Adaptive(Relay):
         if plan is not self._plan:
             self._install(plan)
         super().begin(request)
+
+    def settle(self) -> None:
+        """Wait for the errors that are being measured."""
+        self._runner.settle()
 
     def _made(self, sigmas: Sequence[float] | None = None, impulse_response: np.ndarray | None = None) -> Plan:
         if isinstance(self._source, Plan):
@@ -102,10 +108,11 @@ class Adaptive(Relay):
 
     def _install(self, plan: Plan) -> None:
         # Plans are cached, runners are not: their histories are as large as features.
+        self.settle()
         self._plan, self._runner = plan, self._runner_of(plan)
-        self._runner.stats = self.stats
+        self.stats.guard, self._runner.stats = self._runner.stats.guard, self.stats
 
-    def _runner_of(self, plan: Plan) -> Driver:
+    def _runner_of(self, plan: Plan) -> PlanRunner:
         # What a plan was fitted from is nothing that a runner, or what is compiled for it, should hold.
         return self._make_runner(plan if plan.surrogate is None else replace(plan, surrogate=None))
 

@@ -8,18 +8,49 @@ timestep argument, which falls within a request and rises when the next one star
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..plans.plan import PlanError
-from .inputs import Inputs
+from ..plans.rows import PlanError
+from .scheduler import begin_index, sigmas_of
 
 UNNAMED = "default"
 # cond, uncond and two more guidance branches: no pipeline calls its denoiser more often for one step.
 _MOST_CALLS_A_STEP = 4
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one denoiser call.
+
+    Args:
+        names: of the parameters of the denoiser's forward, in order.
+        args, kwargs: as the call was made.
+    """
+
+    names: Sequence[str]
+    args: tuple
+    kwargs: dict[str, Any]
+
+    @property
+    def sample_name(self) -> str:
+        """What the denoiser calls its noisy sample."""
+        return "sample" if "sample" in self.names else "hidden_states"
+
+    @property
+    def sample(self) -> Any:
+        """The noisy sample."""
+        return self.get(self.sample_name)
+
+    def get(self, name: str) -> Any:
+        """The argument `name`; None where it is not given."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        place = self.names.index(name) if name in self.names else len(self.args)
+        return self.args[place] if place < len(self.args) else None
 
 
 @dataclass(frozen=True)
@@ -30,13 +61,11 @@ class Request:
         num_steps: denoiser calls to come in each context; None for a bare denoiser.
         sigmas: the noise levels with the final 0, `num_steps` + 1 of them; None for a bare denoiser.
         scheduler: the pipeline's, its timesteps set and no update made yet; None for a bare denoiser.
-        denoiser: that runs it, where known.
     """
 
     num_steps: int | None = None
     sigmas: tuple[float, ...] | None = None
     scheduler: Any = field(default=None, repr=False, compare=False)
-    denoiser: torch.nn.Module | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -117,7 +146,7 @@ class Clock:
         if starts:
             self.abort()
             self._timesteps = scheduler.timesteps
-            self._begin = _begin(scheduler, timestep)
+            self._begin = begin_index(scheduler, timestep)
             sigmas = sigmas_of(scheduler)[self._begin :]
             self._request = Request(len(sigmas) - 1, sigmas, scheduler)
         assert self._request is not None and self._request.num_steps is not None
@@ -146,27 +175,3 @@ class Clock:
             f"the denoiser was called more than {_MOST_CALLS_A_STEP} times at step {step} of its pipeline's "
             "scheduler: it is used outside the pipeline it was enabled on; enable it on the one that runs"
         )
-
-
-def _begin(scheduler: Any, timestep: Any) -> int:
-    """The index of the request's first step: not 0 in image-to-image, which leaves out the noisiest steps."""
-    if hasattr(scheduler, "begin_index"):
-        return scheduler.begin_index or 0
-    now = float(torch.as_tensor(timestep).max())
-    found = (torch.as_tensor(scheduler.timesteps).double().cpu() == now).nonzero().flatten()
-    return int(found[0]) if len(found) else 0
-
-
-def sigmas_of(scheduler: Any) -> tuple[float, ...]:
-    """The noise levels of a scheduler's timesteps, from 1 (noise) to 0, with the final 0.
-
-    Flow-matching schedulers hold them as `sigmas`; for the others, whose sigmas may exceed 1, the share
-    of the training timesteps stands in.
-    """
-    sigmas = getattr(scheduler, "sigmas", None)
-    timesteps = torch.as_tensor(scheduler.timesteps).double().cpu()
-    if sigmas is not None:
-        sigmas = torch.as_tensor(sigmas).double().cpu()
-        if len(sigmas) == len(timesteps) + 1 and float(sigmas.max()) <= 1.0:
-            return tuple(sigmas.tolist())
-    return (*(timesteps / scheduler.config.num_train_timesteps).tolist(), 0.0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import ops
-from ..plans.plan import Plan, Row
-from .mailbox import Question
+from ..plans.plan import Plan
+from ..plans.rows import Row
 
 
 class Ring(torch.nn.Module):
@@ -22,7 +22,6 @@ class Ring(torch.nn.Module):
         plan: its rows and checks.
         context: whose rows.
         backend: of the operators, see `lesa.ops.forecast`.
-        least: slots, and reads of a row, that there is room for at least, so that another plan may take over.
     """
 
     history: torch.Tensor
@@ -33,12 +32,12 @@ class Ring(torch.nn.Module):
     target: torch.Tensor
     step: torch.Tensor
 
-    def __init__(self, feature: torch.Tensor, plan: Plan, context: str, backend: str | None, least: int = 1) -> None:
+    def __init__(self, feature: torch.Tensor, plan: Plan, context: str, backend: str | None) -> None:
         super().__init__()
         self.backend = backend
         width = max((len(row.steps) for row in _rows(plan, context).values()), default=1)
-        wide, shape = ops.wide_dtype(feature), (plan.num_steps, max(width, least))
-        self._capacity = max(plan.capacity, least)
+        wide, shape = ops.wide_dtype(feature), (plan.num_steps, width)
+        self._capacity = max(plan.capacity, 1)
         tensors = {
             "history": torch.empty((self._capacity, *feature.shape), dtype=feature.dtype, device=feature.device),
             "slots": torch.zeros(shape, dtype=torch.int32),
@@ -51,12 +50,12 @@ class Ring(torch.nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.to(feature.device), persistent=False)
         self._forget()
-        self.follow(plan, context)
+        self._fill_tables(plan, context)
 
     def _forget(self) -> None:
         """Forget what was prepared for the memory there was."""
         self._forecast: Callable[[], None] | None = None
-        self._questions: dict[tuple[int, int], Question] = {}
+        self._questions: dict[tuple[int, int], _Question] = {}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Ring:
         self._forget()
@@ -65,8 +64,8 @@ class Ring(torch.nn.Module):
     def __getstate__(self) -> dict[str, Any]:  # a copy has memory of its own
         return {**self.__dict__, "_forecast": None, "_questions": {}}
 
-    def follow(self, plan: Plan, context: str) -> None:
-        """Take the rows and checks of a plan into the tables, in place: a compiled step sees no other ring.
+    def _fill_tables(self, plan: Plan, context: str) -> None:
+        """Take the rows and checks of a plan into the tables.
 
         A check stands in the row of its own, computed step, which no forecast uses.
         """
@@ -101,18 +100,18 @@ class Ring(torch.nn.Module):
         row = (self.history, self.slots, self.weights, self.bias, self.keep, self.step)
         return ops.forecast_head(*row, scale, shift, weight, bias, eps, self.backend)
 
-    def ask(self, step: int, slot: int, truth: torch.Tensor) -> Callable[[], list[float]]:
+    def ask(self, step: int, slot: int, truth: torch.Tensor) -> Answer:
         """Ask how far the row of `step` is from its true feature, and store that in a slot, if it has one.
 
         Returns:
-            What waits for the two sums of `ops.forecast_errors`.
+            The two sums of `ops.forecast_errors`.
         """
         question = self._questions.get((step, slot))
         if question is None:
             row = self.slots[step], self.weights[step], self.bias[step]
             kept = self.history[slot] if slot >= 0 else None
             compare = ops.prepared_errors(self.history, *row, kept, self.backend)
-            question = Question(compare, truth.device, ops.wide_dtype(truth))
+            question = _Question(compare, truth.device, ops.wide_dtype(truth))
             self._questions[step, slot] = question
         return question.ask(truth)
 
@@ -131,83 +130,99 @@ class Ring(torch.nn.Module):
         return self.history[slot]
 
 
+class _Question:
+    """Asks a device for two numbers again and again, and reads them when they are there.
+
+    Args:
+        put: is given two numbers' memory on the device and a feature, and has the device write the numbers.
+        device: that is asked.
+        dtype: of the numbers.
+    """
+
+    def __init__(
+        self, put: Callable[[torch.Tensor, torch.Tensor], None], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        later = device.type == "cuda"
+        self._put = put
+        with torch.inference_mode(False):  # later requests may run outside inference mode
+            self._sums = torch.empty(2, dtype=dtype, device=device)
+            self._memory = torch.empty(2, dtype=dtype, pin_memory=True) if later else self._sums
+        self._done = torch.cuda.Event() if later else None
+
+    def ask(self, feature: torch.Tensor) -> Answer:
+        """Ask; the answer must be read before the question is put again."""
+        self._put(self._sums, feature)
+        if self._done is not None:
+            self._memory.copy_(self._sums, non_blocking=True)
+            self._done.record()
+        return Answer(self._memory, self._done)
+
+
+class Answer(NamedTuple):
+    """Two numbers that a device is writing."""
+
+    memory: torch.Tensor
+    done: torch.cuda.Event | None
+
+    def is_there(self) -> bool:
+        """Whether `read` would not wait."""
+        return self.done is None or self.done.query()
+
+    def read(self) -> list[float]:
+        """Wait for the numbers."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.memory.tolist()
+
+
 class History:
     """Holds the features that later forecasts of one context read.
 
     Args:
-        plan: whose rows read them; another may take over for a while, in the memory that this one asks for.
+        plan: whose rows read them.
         context: the cache context.
         backend: of the operators, see `lesa.ops.forecast`.
-        least: room for another plan, see `Ring`.
     """
 
-    def __init__(self, plan: Plan, context: str, backend: str | None = None, least: int = 1) -> None:
-        self._home = self._plan = plan
-        self._context, self._backend, self._least = context, backend, least
+    def __init__(self, plan: Plan, context: str, backend: str | None = None) -> None:
+        self._plan, self._context, self._backend = plan, context, backend
         self._steps = [-1] * plan.capacity
-        self._computed: set[int] = set()
         self.ring: Ring | None = None
-
-    def computed(self, besides: int = -1) -> set[int]:
-        """The steps whose features were computed and are here, in other slots than `besides`."""
-        return self._computed.intersection(step for slot, step in enumerate(self._steps) if slot != besides)
 
     def clear(self) -> None:
         """Forget all features and keep the memory for the next request."""
         self._steps = [-1] * len(self._steps)
-        self._computed.clear()
 
     def holds(self, row: Row) -> bool:
         """Whether every feature that `row` reads is here."""
         return all(self._steps[self._plan.slots[step]] == step for step in row.steps)
 
-    def weighted(self, weights: Mapping[int, float]) -> torch.Tensor | None:
-        """The sum of features by step, each times its weight, in float32 or wider; None where one is not here."""
-        if self.ring is None or not all(step in self._steps for step in weights):
-            return None
-        features = self.ring.history
-        total = torch.zeros_like(features[0], dtype=ops.wide_dtype(features))
-        for step, weight in weights.items():
-            total.add_(features[self._steps.index(step)], alpha=weight)
-        return total
-
-    def prepare(self, feature: torch.Tensor) -> Ring:
-        """A ring for features like this one; a new shape, dtype or device starts a new ring."""
-        if self.ring is None or not self.ring.fits(feature):
-            self.clear()
-            with torch.inference_mode(False):  # later requests may run outside inference mode
-                self.ring = Ring(feature, self._home, self._context, self._backend, self._least)
-                if self._plan is not self._home:
-                    self.ring.follow(self._plan, self._context)
-        return self.ring
-
     def store(self, step: int, feature: torch.Tensor) -> None:
-        """Copy the feature of a computed step, of any shape."""
+        """Copy the feature of a computed step, of any shape, if a row reads it."""
         slot = self._plan.slots[step]
         if slot >= 0:
-            self.prepare(feature).history[slot].copy_(feature.detach())
-            self._hold(step, slot)
+            self._prepare(feature).history[slot].copy_(feature.detach())
+            self._steps[slot] = step
 
-    def ask(self, step: int, feature: torch.Tensor) -> Callable[[], list[float]]:
-        """Store the feature of a computed step, for which there is a ring, and ask how far its check is from it.
+    def compare(self, step: int, feature: torch.Tensor) -> Answer | None:
+        """Store the feature of a computed step, and ask how far its check is from it.
 
         Args:
-            step: whose row stands for the check; what it reads is taken as it is.
+            step: whose row stands for the check.
             feature: of the step.
 
         Returns:
-            What waits for the two sums of `ops.forecast_errors`.
+            The two sums of `ops.forecast_errors`; None where what the check reads is not here.
         """
-        assert self.ring is not None
+        row = self._plan.checks_of(self._context)[step]
+        if self.ring is None or not self.ring.fits(feature) or not self.holds(row):
+            self.store(step, feature)
+            return None
         slot = self._plan.slots[step]
         answer = self.ring.ask(step, slot, feature.contiguous())
         if slot >= 0:
-            self._hold(step, slot)
+            self._steps[slot] = step
         return answer
-
-    def _hold(self, step: int, slot: int) -> None:
-        self._steps[slot] = step
-        self._computed.add(step)
 
     def drop(self, step: int) -> None:
         """Forget the feature of a computed step, if it is still here."""
@@ -224,26 +239,13 @@ class History:
             self._steps[slot] = step
         return self.ring
 
-    def follow(self, plan: Plan, after: int) -> None:
-        """Go over to another plan in the memory there is, with what is here of what its rows after a step read.
-
-        Args:
-            plan: of the same request, with at most as many slots and reads as there is room for.
-            after: the last step that ran; steps up to it are not forecast any more.
-        """
-        rows = _rows(plan, self._context)
-        wanted = {read for step, row in rows.items() if step > after for read in row.steps if read <= after}
-        here = {step: slot for slot, step in enumerate(self._steps) if step in wanted}
-        self._plan, self._steps = plan, [-1] * plan.capacity
-        if self.ring is None:
-            return
-        # All of them are read before one is written: their slots may overlap.
-        moved = {step: self.ring.history[slot].clone() for step, slot in here.items() if slot != plan.slots[step]}
-        for step, feature in moved.items():
-            self.ring.history[plan.slots[step]].copy_(feature)
-        for step in here:
-            self._steps[plan.slots[step]] = step
-        self.ring.follow(plan, self._context)
+    def _prepare(self, feature: torch.Tensor) -> Ring:
+        """A ring for features like this one; a new shape, dtype or device starts a new ring."""
+        if self.ring is None or not self.ring.fits(feature):
+            self.clear()
+            with torch.inference_mode(False):  # later requests may run outside inference mode
+                self.ring = Ring(feature, self._plan, self._context, self._backend)
+        return self.ring
 
 
 def _rows(plan: Plan, context: str) -> dict[int, Row]:

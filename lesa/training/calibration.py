@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from ..plans.routing import Stage
+from ..plans.schedule import Stage
 
 _RUNG = 0.15
 

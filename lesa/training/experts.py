@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from .. import ops
-from ..plans.plan import MAX_READS
+from ..plans.rows import MAX_READS
 
 # Half width of the hidden spline coefficients at the start. The offsets of neighbouring steps differ by a
 # few hundredths; with small coefficients their hidden values nearly coincide, and training at the paper's

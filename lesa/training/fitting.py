@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from ..models.pipeline import run
 from ..plans import schedule
 from ..plans.files import replace_file
-from ..plans.plan import Plan, PlanError
+from ..plans.plan import Plan
+from ..plans.rows import PlanError
 from ..runtime.runner import PlanRunner
 from .calibration import calibrate
 from .predictor import Predictor

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..plans import files
-from ..plans.plan import ANY_CONTEXT, Plan, Row
-from ..plans.routing import PAPER_STAGES, Stage, check_stages, stage_of
-from ..plans.schedule import check
+from ..plans.plan import Plan
+from ..plans.rows import ANY_CONTEXT, Row
+from ..plans.schedule import PAPER_STAGES, Stage, check, check_stages, stage_of
 from .experts import Expert, Kan, Mlp
 
 __all__ = ["Expert", "Kan", "Mlp", "Predictor"]
@@ -31,7 +31,7 @@ class Predictor(nn.Module):
 
     Args:
         num_steps: T; the alpha networks read all T + 1 noise levels, so a predictor serves one step count.
-        stages: from high noise to low, see `lesa.routing`.
+        stages: from high noise to low, see `lesa.schedule`.
         alpha: "kan" (the paper's) or "mlp" (its ablation).
         width: hidden width of the alpha network.
         depth: number of its hidden layers.

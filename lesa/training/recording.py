@@ -18,10 +18,9 @@ from tqdm.auto import tqdm
 
 from ..models.denoisers import config_hash, denoiser_of
 from ..models.pipeline import check_batch, check_prompts, check_request, run, seeds_of
+from ..plans.rows import LesaWarning
 from ..runtime.clock import Call, Request
-from ..runtime.driver import Driver, Forecast, LesaWarning, Relay
-from ..runtime.retrace import Retrace
-from ..runtime.stats import Stats
+from ..runtime.driver import Driver, Forecast, Relay, Stats
 from .recorded import MANIFEST, Recording, RecordingError
 
 
@@ -178,7 +177,7 @@ class _SameNoise(Relay):
         super().__init__(driver)
         self._noise = noise
 
-    def forecast(self, call: Call) -> Forecast | Retrace | None:
+    def forecast(self, call: Call) -> Forecast | None:
         if call.starts and not torch.equal(call.sample.cpu(), self._noise):
             raise RecordingError(
                 "the request does not start from the recorded noise: use the pipeline, dtype and library versions of "

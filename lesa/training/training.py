@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 
 from ..plans import files
 from ..runtime.clock import Call, Request
-from ..runtime.driver import Forecast
-from ..runtime.stats import Stats
+from ..runtime.driver import Forecast, Stats
 from .learning import Learner, TrainingConfig
 from .predictor import Predictor
 

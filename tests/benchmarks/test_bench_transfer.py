@@ -19,7 +19,7 @@ from benchmarks.transfer_cases import Case
 from lesa import assets
 from lesa.fitting import fit as fitting
 from lesa.planner.build import plan_for
-from lesa.plans.plan import PlanError
+from lesa.plans.rows import PlanError
 
 BUDGET, STEPS, KNOWN = 3, 6, 9
 KINDS = (

@@ -28,7 +28,6 @@ from lesa.cli import commands
 from lesa.cli import main as cli
 from lesa.fitting import fit as fitting
 from lesa.forecasters import plan_of
-from lesa.plans.describe import describe
 from lesa.plans.plan import Plan
 from lesa.training.recorded import Recording
 
@@ -222,7 +221,7 @@ def test_info_draws_a_plan(plan: Path, tmp_path: Path, capsys: Any, monkeypatch:
     before = sorted(tmp_path.rglob("*"))
     assert cli.main(["info", str(plan)]) == 0
     told = capsys.readouterr().out
-    assert told == f"{describe(Plan.load(plan))}\n"
+    assert told == f"{Plan.summary(Plan.load(plan))}\n"
     assert "\n             ##..#..#\n" in told
     assert sorted(tmp_path.rglob("*")) == before, "no picture was asked for"
 
@@ -240,7 +239,7 @@ def test_info_of_a_folder(plan: Path, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_info_of_a_plan_that_was_not_saved() -> None:
-    told = describe(plan_of("reuse", (0, 2), (1.0, 0.7, 0.3, 0.0)))
+    told = Plan.summary(plan_of("reuse", (0, 2), (1.0, 0.7, 0.3, 0.0)))
     assert "forecaster   reuse, site hidden, contexts *" in told
     assert "2 of 3 steps computed: 0 2" in told
     assert "sigmas       1 to 0" in told

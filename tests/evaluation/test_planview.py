@@ -19,9 +19,9 @@ from PIL import Image
 import lesa
 from lesa import assets
 from lesa.evaluation.planview import plan_figure, plan_picture
-from lesa.plans.describe import describe, drawing, figures
-from lesa.plans.plan import Expected, Plan, Row
-from lesa.plans.routing import PAPER_STAGES
+from lesa.plans.plan import Plan
+from lesa.plans.rows import Expected, Row
+from lesa.plans.schedule import PAPER_STAGES
 
 SIGMAS = (1.0, 0.9, 0.7, 0.4, 0.1, 0.0)
 ROWS = {2: Row((0, 1), (-1.0, 2.0)), 4: Row((0, 2, 3, 3), (0.25, -0.5, 1.0, 0.5))}
@@ -196,8 +196,8 @@ def test_equal_plans_are_equal_files_and_pyplot_is_left_alone(tmp_path: Path) ->
 
 
 def test_drawing_is_in_tens_and_fifties() -> None:
-    assert drawing(PLAN) == ["##.#."]
-    lines = drawing(spread(120, np.linspace(1, 1 / 120, 120), 7))
+    assert Plan.drawing(PLAN) == ["##.#."]
+    lines = Plan.drawing(spread(120, np.linspace(1, 1 / 120, 120), 7))
     assert [len(line) for line in lines] == [54, 54, 21]
     assert lines[0].startswith("####...#.. ....#.....")
     assert "".join(lines).replace(" ", "").count("#") == len({*range(4), *range(0, 120, 7)})
@@ -219,7 +219,7 @@ def test_describe_tells_known_figures_and_scalars_only() -> None:
         "calibrated": None,
         "a name that is long": "x" * 200,
     }
-    told = describe(replace(GUIDED, training=training)).splitlines()
+    told = Plan.summary(replace(GUIDED, training=training)).splitlines()
     assert "expected     relative error 0.125 to 0.125 at computed steps" in told
     first = told.index("effort       default")
     assert told[first : first + 8] == [
@@ -237,9 +237,9 @@ def test_describe_tells_known_figures_and_scalars_only() -> None:
 
 
 def test_what_a_quick_fit_compared_is_nothing() -> None:
-    assert figures({"evaluations": 0}) == [("compared", "0 plans")]
+    assert replace(PLAN, training={"evaluations": 0}).figures() == [("compared", "0 plans")]
 
 
 def test_figures_of_a_plan_that_was_not_fitted() -> None:
-    assert figures({}) == []
-    assert "expected" not in describe(PLAN)
+    assert replace(PLAN, training={}).figures() == []
+    assert "expected" not in Plan.summary(PLAN)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lesa.evaluation.grid import method_styles
 from lesa.evaluation.report import StepPanel, loss_curves, method_grid, step_errors
-from lesa.plans.routing import ONE_STAGE, PAPER_STAGES
+from lesa.plans.schedule import ONE_STAGE, PAPER_STAGES
 
 STEPS = 20
 COMPUTED = (0, 1, 2, 3, 7, 12, 17)

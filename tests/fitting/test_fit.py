@@ -24,7 +24,8 @@ from lesa.models.pipeline import run
 from lesa.planner.build import surrogate_of
 from lesa.planner.statistics import Statistics, StatisticsError, flow_impulse_response
 from lesa.plans import schedule
-from lesa.plans.plan import Plan, PlanError
+from lesa.plans.plan import Plan
+from lesa.plans.rows import PlanError
 from lesa.runtime.runner import PlanRunner
 
 REQUEST = {"num_inference_steps": 8, "height": 32, "width": 32, "max_sequence_length": 8}

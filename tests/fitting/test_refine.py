@@ -15,7 +15,8 @@ from lesa.fitting.trials import Measured, Trials, run_in_full
 from lesa.forecasters import plan_of
 from lesa.models.pipeline import calls_of
 from lesa.planner.surrogate import interpolated_error_gains
-from lesa.plans.plan import Plan, Row
+from lesa.plans.plan import Plan
+from lesa.plans.rows import Row
 from lesa.plans.schedule import published
 
 REQUEST = {"num_inference_steps": 8, "height": 32, "width": 32, "max_sequence_length": 8}

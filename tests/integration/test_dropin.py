@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 import lesa
 from lesa.forecasters import plan_of
-from lesa.plans.plan import Plan, PlanError, Row
-from lesa.runtime.clock import sigmas_of
+from lesa.plans.plan import Plan
+from lesa.plans.rows import PlanError, Row
+from lesa.runtime.scheduler import sigmas_of
 
 pytestmark = pytest.mark.filterwarnings("error::lesa.LesaWarning")
 

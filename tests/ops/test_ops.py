@@ -15,7 +15,7 @@ import torch
 
 from lesa import ops
 from lesa.ops import _library, reference
-from lesa.plans.plan import MAX_READS
+from lesa.plans.rows import MAX_READS
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 

@@ -16,8 +16,8 @@ from lesa.planner import build
 from lesa.planner.build import adapt, closed_form, linear_extrapolation, nearest, plan_for, statistics_of, surrogate_of
 from lesa.planner.search import search
 from lesa.planner.statistics import GUIDED, flow_impulse_response, interpolation
-from lesa.plans.describe import describe
-from lesa.plans.plan import ANY_CONTEXT, Plan, PlanError, Row
+from lesa.plans.plan import Plan
+from lesa.plans.rows import ANY_CONTEXT, PlanError, Row
 
 DECIBELS = 10 / np.log(10)
 
@@ -147,7 +147,7 @@ def test_the_file_is_small(tmp_path):
     grown = probed.save(tmp_path / "whole").stat().st_size - bare
     assert 35_700 < grown < 43_000  # 7 halves of a matrix of 50 x 50, and little else
     np.testing.assert_array_equal(surrogate_of(Plan.load(tmp_path / "whole")).impulse_response, response)
-    assert "adapts" in describe(plan) and "adapts" not in describe(replace(plan, surrogate=None))
+    assert "adapts" in Plan.summary(plan) and "adapts" not in Plan.summary(replace(plan, surrogate=None))
 
 
 def test_plans_compare_join_and_change_as_before(tmp_path):

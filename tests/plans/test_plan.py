@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import struct
 from dataclasses import replace
@@ -13,16 +14,20 @@ import numpy as np
 import pytest
 import torch
 from pipelines import CASES_BY_NAME
+from safetensors import safe_open
 from safetensors.numpy import save as serialize_numpy
 from safetensors.torch import save_file
 
 import lesa
+from lesa import assets
+from lesa.forecasters import plan_of
 from lesa.models import hooks
 from lesa.models.denoisers import check_fit, config_hash
 from lesa.plans import plan as plan_module
 from lesa.plans.files import replace_file
-from lesa.plans.plan import ANY_CONTEXT, MAX_READS, Plan, PlanError, Row
-from lesa.plans.routing import PAPER_STAGES
+from lesa.plans.plan import Plan
+from lesa.plans.rows import ANY_CONTEXT, MAX_READS, Expected, PlanError, Row
+from lesa.plans.schedule import PAPER_STAGES
 from lesa.runtime.clock import Call, Request
 from lesa.runtime.runner import PlanRunner
 
@@ -65,7 +70,7 @@ def random_plan(rng: random.Random, steps: int | None = None) -> Plan:
         ({"computed": (0, 2, 2)}, r"computed=\(0, 2, 2\).*ascending"),
         ({"computed": (0, 2, 4)}, "computed step 4.*4 steps"),
         ({"site": "middle"}, r"site='middle'.*hidden.*output"),
-        ({"timesteps": (1.0, 0.5)}, "timesteps has 2 entries.*4"),
+        ({"timesteps": (1.0, 0.5)}, "timesteps="),
         ({"rows": {}}, "rows is empty"),
         ({"rows": {"cond": {1: ROWS[1]}}}, r"context 'cond'.*\[3\]"),
         ({"rows": {"*": ROWS, "cond": {}}}, r"context 'cond'.*\[1, 3\]"),
@@ -161,7 +166,7 @@ def test_save_makes_folders_and_takes_strings(tmp_path: Path) -> None:
 def test_save_over_a_folder_names_it_and_the_remedy(tmp_path: Path) -> None:
     folder = tmp_path / "plans"
     folder.mkdir()
-    with pytest.raises(PlanError, match=f"path='{folder}' is a folder: .*plan.save_pretrained"):
+    with pytest.raises(PlanError, match=f"path='{folder}' is a folder: .*save_pretrained"):
         small().save(folder)
     assert not list(folder.iterdir()) and list(tmp_path.iterdir()) == [folder]
 
@@ -242,7 +247,7 @@ def test_other_kinds_of_file(tmp_path: Path, data: bytes) -> None:
 def test_foreign_safetensors(tmp_path: Path, dtype: torch.dtype, metadata: dict[str, str] | None) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(4, dtype=dtype)}, path, metadata)
-    assert_refused(path, "not a plan|cannot be read")
+    assert_refused(path, "without a plan|cannot be read")
 
 
 def test_changed_bytes_give_a_valid_plan_or_one_clear_error(tmp_path: Path, seed: int) -> None:
@@ -420,3 +425,87 @@ def test_config_hash_tells_configurations_apart() -> None:
     assert config_hash(first.transformer) == config_hash(same.transformer)
     assert config_hash(first.transformer) != config_hash(other.transformer)
     assert config_hash(torch.nn.Linear(1, 1)) is None
+
+
+def taylor(computed: tuple[int, ...], total: int, **changes: Any) -> Plan:
+    plan = plan_of("taylor-1", computed, tuple(1 - i / total for i in range(total + 1)), "output")
+    return replace(plan, **changes)
+
+
+def with_random_checks(plan: Plan, rng: random.Random) -> Plan:
+    checks: dict[str, dict[int, Row]] = {context: {} for context in plan.rows}
+    for by_step in checks.values():
+        for step in plan.computed[1:]:
+            if rng.random() < 0.7:
+                reads = tuple(rng.sample(range(step), rng.randint(1, min(step, 6))))
+                by_step[step] = Row(reads, tuple(rng.gauss(0, 1) for _ in reads), rng.gauss(0, 1))
+    return replace(plan, checks=checks)
+
+
+@pytest.mark.parametrize(
+    ("checks", "expected", "message"),
+    [
+        ({1: Row((0,), (1.0,))}, {}, "check of context 'c', step 1: the step is not computed"),
+        ({0: Row((0,), (1.0,))}, {}, "check of context 'c', step 0: reads steps"),
+        ({2: Row((2,), (1.0,))}, {}, "check of context 'c', step 2: reads steps"),
+        ({2: Row((0,), (math.inf,))}, {}, "check of context 'c', step 2: weights"),
+        (
+            {2: Row((0,), (1.0,))},
+            {3: Expected(1.0, 1.0)},
+            "expected error of context 'c', step 3: the step has no check",
+        ),
+        ({2: Row((0,), (1.0,))}, {2: Expected(-1.0, 1.0)}, "expected error of context 'c', step 2 is .*error=-1.0"),
+        ({2: Row((0,), (1.0,))}, {2: Expected(1.0, 0.0)}, "expected error of context 'c', step 2 is .*std=0.0"),
+        ({2: Row((0,), (1.0,))}, {2: Expected(math.nan, 1.0)}, "expected error of context 'c', step 2 is .*error=nan"),
+    ],
+)
+def test_every_misplaced_check_is_named(checks: Any, expected: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        taylor((0, 2), 4, checks={"c": checks}, expected={"c": expected})
+
+
+def test_round_trip_and_joining(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(20):
+        plan = with_random_checks(random_plan(rng), rng)
+        errors = {
+            c: {s: Expected(rng.random(), 0.1 + rng.random()) for s in by if rng.random() < 0.8}
+            for c, by in plan.checks.items()
+        }
+        plan = replace(plan, expected=errors)
+        loaded = Plan.load(plan.save(tmp_path / "plan"))
+        assert replace(loaded, library_version=None) == plan
+        again = Plan.join(dict.fromkeys(plan.rows, plan))
+        for context in plan.rows:
+            assert again.checks_of(context) == plan.checks_of(context)
+            assert again.expected_of(context) == plan.expected_of(context)
+
+
+@pytest.mark.parametrize("name", ["error", "spread", "timesteps"])
+def test_a_damaged_file_blinds_no_check(name: str, tmp_path: Path) -> None:
+    plan = Plan.load(assets.fitted_path(10))
+    path = replace(plan, timesteps=plan.sigmas[:-1]).save(tmp_path / "plan.safetensors")
+    with safe_open(path, framework="np") as file:
+        metadata, arrays = file.metadata(), {key: file.get_tensor(key).copy() for key in file.keys()}  # noqa: SIM118
+    arrays[name][...] = math.nan
+    path.write_bytes(serialize_numpy(arrays, metadata))
+    with pytest.raises(PlanError):
+        Plan.load(path)
+
+
+def test_files_from_before_there_were_checks(tmp_path: Path) -> None:
+    plan = taylor((0, 2), 4, checks={"*": {2: Row((0,), (1.0,))}}, expected={"*": {2: Expected(0.5, 0.3)}})
+    path = plan.save(tmp_path / "plan")
+    with safe_open(path, framework="np") as file:
+        description = json.loads(file.metadata()["lesa"])
+        arrays = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
+    assert np.nanmax(arrays["error"]) == 0.5 and np.nanmax(arrays["spread"]) == 0.3
+    largest = {**{name: array for name, array in arrays.items() if name != "spread"}, "expected": arrays["error"]}
+    path.write_bytes(serialize_numpy(largest, {"lesa": json.dumps(description)}))
+    assert (Plan.load(path).expected, Plan.load(path).checks) == ({}, plan.checks)
+    old = {name: array for name, array in arrays.items() if name[:6] not in ("error", "spread", "check_")}
+    for name in ("check_contexts", "expected_contexts"):
+        del description[name]
+    path.write_bytes(serialize_numpy(old, {"lesa": json.dumps(description)}))
+    loaded = Plan.load(path)
+    assert (loaded.checks, loaded.expected, loaded.rows) == ({}, {}, plan.rows)

@@ -17,11 +17,11 @@ from lesa.models.hooks import attached
 from lesa.planner.build import plan_for
 from lesa.planner.search import search
 from lesa.planner.statistics import GUIDED, flow_impulse_response
-from lesa.plans.plan import PlanError
+from lesa.plans.rows import PlanError
 from lesa.runtime import adapting
 from lesa.runtime.adapting import Adaptive
-from lesa.runtime.clock import Request, sigmas_of
-from lesa.runtime.response import impulse_response_of
+from lesa.runtime.clock import Request
+from lesa.runtime.scheduler import impulse_response_of, sigmas_of
 
 pytestmark = pytest.mark.filterwarnings("error::lesa.LesaWarning")
 

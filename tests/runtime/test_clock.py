@@ -15,8 +15,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from lesa.plans.plan import PlanError
-from lesa.runtime.clock import UNNAMED, Call, Clock, Request, sigmas_of
+from lesa.plans.rows import PlanError
+from lesa.runtime.clock import UNNAMED, Call, Clock, Request
+from lesa.runtime.scheduler import sigmas_of
 
 SAMPLE = torch.zeros(1, 4, 8, 8)
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from lesa.ops import reference
-from lesa.plans.plan import Plan, Row
+from lesa.plans.plan import Plan
+from lesa.plans.rows import Row
 from lesa.runtime.history import History
-from lesa.runtime.mailbox import Question
 
 # Steps 0, 1 and 3 are read later, 2 and 4 are not; 3 takes the slot of 0, which step 2 reads last.
 ROWS = {2: Row((0, 1), (-1.0, 2.0), 0.5), 3: Row((1,), (1.0,)), 4: Row((1, 3), (0.5, 0.5)), 5: Row((3,), (1.0,))}
@@ -158,31 +157,12 @@ def test_a_check_is_asked_for_as_its_feature_is_stored() -> None:
         forecast(history, 3)
         truth = feature(4 + again).requires_grad_()
         miss = (feature(1) + feature(1)) / 2 - truth.detach()
-        found = history.ask(4, truth)()
+        answer = history.compare(4, truth)
+        assert answer is not None and answer.is_there()
+        found = answer.read()
         torch.testing.assert_close(found, [float(x.double().square().sum()) for x in (miss, truth.detach())])
         assert history.ring is not None and torch.equal(history.ring.history[slot], truth)
-        assert 4 in history.computed() and history.holds(CHECKED.rows["*"][5])
-
-
-class Queue:
-    """A device that does what it is told when it is let to."""
-
-    def __init__(self) -> None:
-        self.told: list[Callable[[], object]] = []
-
-    def put(self, place: torch.Tensor, about: torch.Tensor) -> None:
-        self.told.append(lambda about=float(about): place.fill_(about))
-
-
-def test_a_question_that_nobody_read_is_waited_for_before_it_is_put_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    queue = Queue()
-    question = Question(queue.put, torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(question, "_wait", lambda: queue.told.pop(0)())
-    question.ask(torch.tensor(7.0))
-    answer = question.ask(torch.tensor(3.0))
-    assert len(queue.told) == 1
-    assert answer() == [3.0, 3.0] and not queue.told
-    assert copy.deepcopy(answer)() == [3.0, 3.0]
+        assert history.holds(CHECKED.rows["*"][5])
 
 
 def test_a_copy_writes_to_its_own_memory() -> None:
@@ -190,14 +170,14 @@ def test_a_copy_writes_to_its_own_memory() -> None:
     for step in (0, 1):
         history.store(step, feature(step))
     forecast(history, 3)
-    history.ask(4, feature(4))
+    history.compare(4, feature(4))
     twin = copy.deepcopy(history)
     assert history.ring is not None and twin.ring is not None
     before = history.ring.history.clone()
     twin.ring.history.mul_(2.0)
     twin.select(3).fill(CHECKED.slots[3])
     assert torch.equal(twin.ring.history[CHECKED.slots[3]], 2 * feature(1))
-    twin.ask(4, feature(5))()
+    twin.compare(4, feature(5))
     assert torch.equal(history.ring.history, before)
 
 
@@ -212,9 +192,8 @@ def test_a_ring_that_moves_writes_to_where_it_is() -> None:
     )
 
 
-def test_sums_of_features_by_step() -> None:
-    history = filled()
-    found = history.weighted({0: 2.0, 1: -1.0})
-    torch.testing.assert_close(found, 2 * feature(0) - feature(1))
-    assert history.weighted({0: 1.0, 3: 1.0}) is None
-    assert History(PLAN, "*").weighted({}) is None
+def test_a_check_of_what_is_not_held_is_not_made() -> None:
+    history = History(CHECKED, "*")
+    history.store(0, feature(0))
+    assert history.compare(4, feature(4)) is None
+    assert history.ring is not None and torch.equal(history.ring.history[CHECKED.slots[4]], feature(4))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lesa
-from lesa.runtime.stats import Stats
+from lesa.runtime.driver import Stats
 
 CPU = torch.device("cpu")
 
@@ -85,7 +85,7 @@ def test_two_stats_share_nothing() -> None:
 
 def test_in_words() -> None:
     stats = Stats(requests=2, computed=10, forecast=6)
-    assert str(stats) == "requests 2, computed 10, forecast 6, refused none, 0.000 s saved, guard: off"
+    assert str(stats) == "requests 2, computed 10, forecast 6, refused none, 0.000 s saved, guard off"
     stats.refused["no row"] += 3
     assert "refused 3 (no row)," in str(stats)
 

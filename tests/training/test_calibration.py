@@ -2,7 +2,7 @@
 
 import pytest
 
-from lesa.plans.routing import ONE_STAGE, PAPER_STAGES
+from lesa.plans.schedule import ONE_STAGE, PAPER_STAGES
 from lesa.training.calibration import calibrate
 
 

@@ -18,11 +18,11 @@ import lesa
 from lesa.models.denoisers import config_hash
 from lesa.models.pipeline import run
 from lesa.plans.plan import Plan
-from lesa.plans.routing import Stage
-from lesa.plans.schedule import paper
-from lesa.runtime.clock import Call, Request, sigmas_of
-from lesa.runtime.driver import Forecast, LesaWarning
-from lesa.runtime.stats import Stats
+from lesa.plans.rows import LesaWarning
+from lesa.plans.schedule import Stage, paper
+from lesa.runtime.clock import Call, Request
+from lesa.runtime.driver import Forecast, Stats
+from lesa.runtime.scheduler import sigmas_of
 from lesa.training import fitting
 from lesa.training.fitting import FinalError, plan_of, train
 from lesa.training.predictor import Predictor

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from lesa.ops.reference import bspline_grid, forecast, kan_layer
-from lesa.plans.plan import MAX_READS, Plan
-from lesa.plans.routing import ONE_STAGE, PAPER_STAGES, Stage, paper_stages, stage_of
-from lesa.plans.schedule import paper
+from lesa.plans.plan import Plan
+from lesa.plans.rows import MAX_READS
+from lesa.plans.schedule import ONE_STAGE, PAPER_STAGES, Stage, paper, paper_stages, stage_of
 from lesa.training.predictor import Expert, Kan, Mlp, Predictor
 
 STAGES = {"one": ONE_STAGE, "three": PAPER_STAGES, "qwen": paper_stages(0.9, 0.4)}

@@ -22,8 +22,8 @@ from torch import Tensor
 from lesa.models import hooks
 from lesa.models.denoisers import config_hash
 from lesa.models.pipeline import read_prompts, run
-from lesa.runtime.clock import sigmas_of
-from lesa.runtime.driver import LesaWarning
+from lesa.plans.rows import LesaWarning
+from lesa.runtime.scheduler import sigmas_of
 from lesa.training import recording as recording_module
 from lesa.training.recorded import Recording, RecordingError
 from lesa.training.recording import Recorder, record, replay

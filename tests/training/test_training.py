@@ -14,8 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lesa.plans.routing import Stage
-from lesa.plans.schedule import paper
+from lesa.plans.schedule import Stage, paper
 from lesa.runtime.clock import Call, Request
 from lesa.training import training
 from lesa.training.predictor import Predictor

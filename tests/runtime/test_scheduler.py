@@ -24,10 +24,9 @@ from diffusers import (
 from torch import Tensor
 
 from lesa.planner.statistics import flow_impulse_response
-from lesa.runtime import response
-from lesa.runtime.clock import sigmas_of
-from lesa.runtime.driver import LesaWarning
-from lesa.runtime.response import impulse_response_of
+from lesa.plans.rows import LesaWarning
+from lesa.runtime import scheduler as scheduling
+from lesa.runtime.scheduler import impulse_response_of, sigmas_of
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 SCHEDULERS: dict[str, Callable[[], Any]] = {
@@ -99,8 +98,8 @@ def test_euler_along_a_flow_is_the_closed_form() -> None:
 def test_one_run_unless_something_comes_of_nothing(name: str, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, seen = SCHEDULERS[name](), []
     scheduler.set_timesteps(STEPS)
-    run = response._run
-    monkeypatch.setattr(response, "_run", lambda *args: seen.append(args) or run(*args))  # type: ignore[func-returns-value]
+    run = scheduling._run
+    monkeypatch.setattr(scheduling, "_run", lambda *args: seen.append(args) or run(*args))  # type: ignore[func-returns-value]
     impulse_response_of(scheduler)
     assert len(seen) == runs
 

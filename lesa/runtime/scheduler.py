@@ -1,4 +1,6 @@
-"""What a scheduler makes of an error: how the sample at each step depends on what it was given at every earlier one.
+"""What a scheduler tells: its noise levels, where a request begins, and what it makes of an error.
+
+The impulse response says how the sample at each step depends on what the scheduler was given at every earlier one.
 
 Between the denoiser's outputs v_i and the samples x_t every sampler in use is linear: x_t = (a part of the noise) +
 sum_i response[t, i] v_i. The numbers follow from the scheduler's own `step`, fed one impulse for each step; no formula
@@ -17,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ..planner.statistics import flow_impulse_response
-from .clock import sigmas_of
-from .driver import LesaWarning
+from ..plans.rows import LesaWarning
 
 _TOLERANCE = 1e-3  # schedulers work in float32
 _NONLINEAR = ("clip_sample", "thresholding")
@@ -59,6 +60,30 @@ def impulse_response_of(scheduler: Any, begin: int | None = None) -> np.ndarray:
         stacklevel=2,
     )
     return flow_impulse_response(sigmas_of(scheduler)[begin:])
+
+
+def begin_index(scheduler: Any, timestep: Any) -> int:
+    """The index of the request's first step: not 0 in image-to-image, which leaves out the noisiest steps."""
+    if hasattr(scheduler, "begin_index"):
+        return scheduler.begin_index or 0
+    now = float(torch.as_tensor(timestep).max())
+    found = (torch.as_tensor(scheduler.timesteps).double().cpu() == now).nonzero().flatten()
+    return int(found[0]) if len(found) else 0
+
+
+def sigmas_of(scheduler: Any) -> tuple[float, ...]:
+    """The noise levels of a scheduler's timesteps, from 1 (noise) to 0, with the final 0.
+
+    Flow-matching schedulers hold them as `sigmas`; for the others, whose sigmas may exceed 1, the share
+    of the training timesteps stands in.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    timesteps = torch.as_tensor(scheduler.timesteps).double().cpu()
+    if sigmas is not None:
+        sigmas = torch.as_tensor(sigmas).double().cpu()
+        if len(sigmas) == len(timesteps) + 1 and float(sigmas.max()) <= 1.0:
+            return tuple(sigmas.tolist())
+    return (*(timesteps / scheduler.config.num_train_timesteps).tolist(), 0.0)
 
 
 def _probe(scheduler: Any, begin: int) -> tuple[np.ndarray, float]:

@@ -22,7 +22,8 @@ import lesa
 from lesa import PlanError
 from lesa.forecasters import plan_of
 from lesa.plans import hub
-from lesa.plans.plan import PLAN_FILE, Plan, Row
+from lesa.plans.plan import PLAN_FILE, Plan
+from lesa.plans.rows import Row
 
 NAME = "someone/a-plan"
 TRAINING = {"effort": "default", "fitting_psnr": 33.125, "held_out_psnr": 32.5, "prompts": 8, "seconds": 41.23}

@@ -1,0 +1,148 @@
+"""Checks: at computed steps the forecast that would have been made is compared with the truth.
+
+A fitted plan knows how large these errors were in fitting. Where one lies far above that, the request is unlike the
+fitted ones, and people are told once. The plan goes on in any case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from ..plans.plan import Plan
+from ..plans.rows import Expected, Row
+from .clock import Call
+from .driver import Check, Stats
+from .history import Answer, History
+
+GUARDS = ("warn", "off")
+# Standard deviations of the logarithm of an error. On emoji-flux captions like the fitted ones reach up to 3.8.
+TOLERANCE = 5.0
+# A computed feature holds no element larger than this in float32 or bfloat16: its sample would be lost anyway.
+_LARGEST = 2.0**60
+
+
+class _Pending(NamedTuple):
+    """A comparison that the device is working on; errors as small as `least`, the rounding, say nothing."""
+
+    context: str
+    step: int
+    answer: Answer
+    history: History
+    least: float
+
+
+class Checks:
+    """Measures the errors of one plan's checks.
+
+    A GPU is not waited for before the last step of a request: what is there is read at later computed steps.
+
+    Args:
+        plan: whose checks have expected errors, see `checked`.
+        tell: is given what people should know.
+    """
+
+    def __init__(self, plan: Plan, tell: Callable[[str], None]) -> None:
+        self._plan, self._tell = plan, tell
+        self._pending: list[_Pending] = []
+        self._noted = False
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy has asked nothing
+        return {**self.__dict__, "_pending": []}
+
+    def begin(self, stats: Stats) -> None:
+        """A request starts: the figures of the one before are dropped."""
+        self.settle(stats)
+        stats.checks.clear()
+        self._noted = False
+
+    def keep(self, call: Call, feature: torch.Tensor, history: History, stats: Stats) -> None:
+        """Store the feature of a computed step, and measure its check."""
+        if call.step not in self._plan.checks_of(call.context):
+            history.store(call.step, feature)
+        else:
+            answer = history.compare(call.step, feature)
+            if answer is not None:
+                least = torch.finfo(feature.dtype).eps
+                self._pending.append(_Pending(call.context, call.step, answer, history, least))
+        self.settle(stats, wait=False)
+
+    def settle(self, stats: Stats, wait: bool = True) -> None:
+        """Read what the device has answered; or wait for all of it."""
+        while self._pending and (wait or self._pending[0].answer.is_there()):
+            self._read(self._pending.pop(0), stats)
+
+    def _read(self, pending: _Pending, stats: Stats) -> None:
+        squares, size = pending.answer.read()
+        if not math.isfinite(size):
+            pending.history.drop(pending.step)  # steps that would read it are computed instead
+            return
+        expected = self._plan.expected_of(pending.context)[pending.step]
+        error = relative_error(squares, size)
+        check = Check(pending.context, pending.step, error, expected.error, deviation(error, expected, pending.least))
+        stats.checks.append(check)
+        if check.std > TOLERANCE and not self._noted:
+            self._noted = True
+            stats.out_of_distribution += 1
+            self._tell(
+                f"this request is unlike those that the plan was fitted to: at step {check.step} ({check.context}) the "
+                f"forecast is off by {error:.2g}, {check.ratio:.2g} times the expected {check.expected:.2g}. Its "
+                "prompt, guidance or weights (a LoRA?) are others. The plan goes on; for more fidelity fit it with "
+                "such requests or raise its budget"
+            )
+
+
+def checked(plan: Plan, guard: str) -> Plan:
+    """The plan with those checks that are measured; the others would take memory."""
+    checks: Mapping[str, Mapping[int, Row]] = {}
+    if guard == "warn":
+        found = {
+            context: {step: row for step, row in plan.checks_of(context).items() if step in plan.expected_of(context)}
+            for context in sorted({*plan.checks, *plan.expected})
+        }
+        checks = {context: rows for context, rows in found.items() if rows}
+    expected = {context: {step: plan.expected_of(context)[step] for step in rows} for context, rows in checks.items()}
+    return replace(plan, checks=checks, expected=expected)
+
+
+def relative_error(squares: float, truth: float) -> float:
+    """sqrt(squares / truth); 0 where both are 0."""
+    if truth > 0:
+        return math.sqrt(squares / truth)
+    return 0.0 if squares == 0 else math.inf
+
+
+def deviation(error: float, expected: Expected, least: float) -> float:
+    """By how many standard deviations the logarithm of an error exceeds the expected one.
+
+    Args:
+        error: relative, at least 0 or NaN.
+        expected: of this check.
+        least: errors below it say nothing, e.g. the rounding of the features' dtype.
+
+    Returns:
+        A number; infinity where the error is no number.
+    """
+    if not error < math.inf:
+        return math.inf
+    return math.log(max(error, least) / max(expected.error, least)) / expected.std
+
+
+def risky_steps(plan: Plan, context: str, dtype: torch.dtype) -> frozenset[int]:
+    """The forecast steps whose forecast may not be finite, though all computed features are.
+
+    In float16 any may; in wider types only those whose weights, one forecast read by the next, multiply up beyond what
+    the type can hold.
+    """
+    rows, limit = plan.rows_of(context), torch.finfo(dtype).max
+    if limit < _LARGEST:
+        return frozenset(rows)
+    bounds: dict[int, float] = {}
+    for step, row in sorted(rows.items()):
+        read = (abs(w) * bounds.get(s, _LARGEST) for s, w in zip(row.steps, row.weights, strict=True))
+        bounds[step] = sum(read) + abs(row.bias)
+    return frozenset(step for step, bound in bounds.items() if not bound < limit)
