@@ -1,6 +1,6 @@
 """Every snippet of README.md and docs/ runs, and every `lesa` command in them is one that the parser knows.
 
-The bundled pipeline keeps two of its ten blocks, and requests are short and few, so that all pages run in half a minute.
+The bundled pipeline keeps two of its ten blocks, its pictures are small, and requests are short and few.
 """
 
 import re
@@ -13,7 +13,8 @@ from lesa import assets
 from lesa.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
-STEPS, PROMPTS = 12, 3
+SMALL = {"num_inference_steps": 12, "height": 32, "width": 32}
+PROMPTS = 3
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^( *)```(python|bash)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 
@@ -49,7 +50,8 @@ def short(monkeypatch, tmp_path):
         return pipe
 
     monkeypatch.setattr(assets, "load", small)
-    monkeypatch.setitem(assets.REQUEST, "num_inference_steps", STEPS)
+    for name, value in SMALL.items():
+        monkeypatch.setitem(assets.REQUEST, name, value)
     monkeypatch.setattr(assets, "fitting_prompts", lambda: list(few))
     monkeypatch.chdir(tmp_path)
 
