@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lesa.kernels.forecast import ForecastConfig, launch_forecast
-from lesa.kernels.head import HeadConfig, launch_forecast_head
+from lesa.kernels.forecast import ForecastConfig, launch_forecast_fwd
+from lesa.kernels.head import HeadConfig, launch_forecast_head_fwd
 
 SIZES = {"flux": (1, 4096, 3072), "qwen": (1, 6889, 3072), "hunyuan": (1, 20400, 3072), "emoji": (1, 256, 256)}
 PROJECTED = 64
@@ -171,20 +171,20 @@ def _forecast(config: ForecastConfig | None) -> Runner:
     extra = {} if config is None else {"config": config}
 
     def run(case: Case, ring: Tensor) -> Tensor:
-        return launch_forecast(None, ring, case.slots, case.weights, case.bias, None, case.step, **extra)
+        return launch_forecast_fwd(None, ring, case.slots, case.weights, case.bias, None, case.step, **extra)
 
     return run
 
 
 def _into(case: Case, ring: Tensor) -> Tensor:
-    launch_forecast(None, ring, case.slots, case.weights, case.bias, case.into, case.step)
+    launch_forecast_fwd(None, ring, case.slots, case.weights, case.bias, case.into, case.step)
     return ring[case.free]
 
 
 def _head(config: HeadConfig | None) -> Runner:
     def run(case: Case, ring: Tensor) -> Tensor:
         row = (case.slots, case.weights, case.bias, case.keep, case.step)
-        return launch_forecast_head(ring, *row, case.scale, case.shift, case.proj, case.proj_bias, EPS, config)
+        return launch_forecast_head_fwd(ring, *row, case.scale, case.shift, case.proj, case.proj_bias, EPS, config)
 
     return run
 

@@ -111,7 +111,7 @@ def oracle(grad: Tensor, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[
 
 def forwards(steps: int, inputs: int, outputs: int) -> list[Any]:
     """Cuts of the forward to compare with the default."""
-    from lesa.kernels.kan_cuts import ForwardConfig as Cut
+    from lesa.kernels.kan import ForwardConfig as Cut
 
     if min(steps, outputs) == 1:
         return [Cut(form, 1, 1, 256) for form in ("rows", "gather")]
@@ -128,7 +128,7 @@ def forwards(steps: int, inputs: int, outputs: int) -> list[Any]:
 
 def backwards(steps: int, inputs: int, outputs: int) -> list[Any]:
     """Cuts of the backward to compare with the default."""
-    from lesa.kernels.kan_cuts import BackwardConfig as Cut
+    from lesa.kernels.kan import BackwardConfig as Cut
 
     if steps == 1:
         return [Cut("rows", 1, 4, 64, 1, 256, 2)]
@@ -271,14 +271,14 @@ def forecast_formula(row: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def references(row: Sequence[Tensor]) -> None:
     """What the feature kernels are measured by: a copy, and the plain forecast."""
-    from lesa.kernels.forecast import launch_forecast
+    from lesa.kernels.forecast import launch_forecast_fwd
 
     feature = row[0][2:]
     copy = torch.empty_like(feature)
     microseconds = time_us(lambda: copy.copy_(feature), 4)
     bytes_read = feature.numel() * 2
     line("reference", "copy", None, microseconds, f"{2 * bytes_read / microseconds / 1e6:.2f} TB/s")
-    microseconds = time_us(lambda: launch_forecast(None, *row[:4]), 4)
+    microseconds = time_us(lambda: launch_forecast_fwd(None, *row[:4]), 4)
     moved = bytes_read * (WINDOW + 1) / WINDOW
     line("reference", f"forecast, K={WINDOW}", None, microseconds, f"{moved / microseconds / 1e6:.2f} TB/s")
 

@@ -1,1 +1,4 @@
-"""Triton kernels and their launchers; only `lesa.ops` reaches them."""
+"""Triton kernels and their launchers, reached through lesa.ops only.
+
+May import torch and triton; nothing of lesa.
+"""

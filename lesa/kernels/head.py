@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_history, check_row, guard
+from .launch import check_history, check_row, guard, padded
 
 MAX_CHANNELS = 256
 # Three stages of eight tiles of features, and of one of the projection, 128 channels each.
@@ -262,7 +262,7 @@ def _shared_memory(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
 
 
-def launch_forecast_head(
+def launch_forecast_head_fwd(
     history: Tensor,
     slots: Tensor,
     weights: Tensor,
@@ -311,7 +311,7 @@ def launch_forecast_head(
     width = triton.cdiv(D, slices * config.channels) * config.channels
     slices = triton.cdiv(D, width)
     tiles = triton.cdiv(N, config.tokens)
-    padded = max(16, triton.next_power_of_2(C))
+    rows = max(16, padded(C))
     parts, moments = out, None
     if slices > 1:
         parts = torch.empty(slices, B, N + 2, C, dtype=torch.float32, device=history.device)
@@ -340,7 +340,7 @@ def launch_forecast_head(
             K=window,
             BM=config.tokens,
             BD=config.channels,
-            BC=padded,
+            BC=rows,
             J=slices,
             DJ=width,
             OPERAND=tl.bfloat16 if history.dtype == torch.bfloat16 else tl.float32,
@@ -351,7 +351,7 @@ def launch_forecast_head(
         )
         if slices > 1:
             _join_slices_kernel[(triton.cdiv(N, 16) * B,)](
-                out, parts, moments, proj_bias, N, D, C, eps, BM=16, BC=padded, J=slices, DJ=width
+                out, parts, moments, proj_bias, N, D, C, eps, BM=16, BC=rows, J=slices, DJ=width
             )
     return out
 

@@ -20,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_history, check_row, guard
-from .kan_cuts import padded
+from .launch import check_history, check_row, guard, padded
 
 
 class LossConfig(NamedTuple):

@@ -20,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_history, check_row, guard
-from .kan_cuts import padded
+from .launch import check_history, check_row, guard, padded
 from .loss import launch_predict_loss
 from .spline import apply_edges, basis6, grid_numbers, load_edges, position, silu
 

@@ -1,15 +1,14 @@
-"""The operations of the hot path: torch custom operators `lesa::*`, one entry each, whatever backend serves them.
+"""Operators lesa::*: schemas, fakes, autograd, plain torch, choice of backend.
 
 A call goes to Triton kernels on a GPU, to the C++ library on the CPU, and to plain torch where neither serves it
 (float64 on a GPU, no C++ library). `backend=` asks for one of "triton", "cpp", "torch" and never falls back.
+May import lesa.plans.rows (constants) and, inside functions, lesa.kernels.
 """
 
 from ._library import BACKENDS, backend_of, describe, wide_dtype
-from .errors import forecast_errors, prepared_errors
 from .forecast import feature_sums, forecast, forecast_at, forecast_into_, prepared_forecast, spread
-from .head import forecast_head
-from .kan import kan
-from .predict import LAYERS, predict, predict_loss
+from .fused import forecast_errors, forecast_head, prepared_errors
+from .training import LAYERS, kan, predict, predict_loss
 
 __all__ = [
     "BACKENDS",

@@ -14,8 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_like, check_row, check_slots, check_step
-from ._library import call, define, launches, no_second_derivative, no_setup, no_tensor, wide_dtype
+from ._library import (
+    call,
+    check_like,
+    check_row,
+    check_slots,
+    check_step,
+    define,
+    launches,
+    no_second_derivative,
+    no_setup,
+    no_tensor,
+    wide_dtype,
+)
 
 
 def forecast(
@@ -217,23 +228,23 @@ def _plain_spread(grad: Tensor, coefficients: Tensor, slots: Tensor, size: int) 
 
 
 def _triton_forecast(history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
-    from ..kernels.forecast import launch_forecast
+    from ..kernels.forecast import launch_forecast_fwd
 
-    return launch_forecast(None, history, slots, weights, bias, None, None)
+    return launch_forecast_fwd(None, history, slots, weights, bias, None, None)
 
 
 def _triton_forecast_at(history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, step: Tensor) -> Tensor:
-    from ..kernels.forecast import launch_forecast
+    from ..kernels.forecast import launch_forecast_fwd
 
-    return launch_forecast(None, history, slots, weights, bias, None, step)
+    return launch_forecast_fwd(None, history, slots, weights, bias, None, step)
 
 
 def _triton_forecast_into(
     history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, keep: Tensor, step: Tensor
 ) -> None:
-    from ..kernels.forecast import launch_forecast
+    from ..kernels.forecast import launch_forecast_fwd
 
-    launch_forecast(None, history, slots, weights, bias, keep, step)
+    launch_forecast_fwd(None, history, slots, weights, bias, keep, step)
 
 
 def _triton_feature_sums(grad: Tensor, history: Tensor, slots: Tensor) -> Tensor:
@@ -248,13 +259,13 @@ def _triton_spread(grad: Tensor, coefficients: Tensor, slots: Tensor, size: int)
     return launch_spread(grad.contiguous(), coefficients, slots, size)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_forecast(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     history, slots, weights, bias = inputs
     ctx.save_for_backward(history, slots, weights)
     ctx.bias_like = (bias.shape, bias.dtype)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_forecast(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     history, slots, weights = ctx.saved_tensors
     d_history = d_weights = d_bias = None
     if ctx.needs_input_grad[0]:
@@ -266,7 +277,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_history, None, d_weights, d_bias
 
 
-def _one_feature(history: Tensor, *rest: Tensor) -> Tensor:
+def _fake_forecast(history: Tensor, *rest: Tensor) -> Tensor:
     return history.new_empty(history.shape[1:])
 
 
@@ -274,15 +285,15 @@ define(
     "forecast(Tensor history, Tensor slots, Tensor weights, Tensor bias) -> Tensor",
     _plain_forecast,
     _triton_forecast,
-    _one_feature,
-    _setup,
-    _backward,
+    _fake_forecast,
+    _setup_forecast,
+    _backward_forecast,
 )
 define(
     "forecast_at(Tensor history, Tensor slots, Tensor weights, Tensor bias, Tensor step) -> Tensor",
     _plain_forecast_at,
     _triton_forecast_at,
-    _one_feature,
+    _fake_forecast,
 )
 define(
     "forecast_into_(Tensor(a!) history, Tensor slots, Tensor weights, Tensor bias, Tensor keep, Tensor step) -> ()",

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from aot import TARGETS, Variant
 
-from lesa.kernels import errors, forecast, head
+from lesa.kernels import forecast, head
 
 # The inputs of the paper's denoisers: 16 channels of 2x2 patches, projected from 3072 channels.
 CHANNELS, PROJECTED = 3072, 64
@@ -43,12 +43,12 @@ def _sums(dtype: str, window: int, padded: int) -> Variant:
 
 
 def _errors(dtype: str, window: int, kept: bool = True) -> Variant:
-    config = errors.ErrorsConfig()
+    config = forecast.ErrorsConfig()
     types = dict.fromkeys(("p_history", "p_truth"), f"*{dtype}") | {"p_part": "*fp32", "p_slots": "*i32"}
     if kept:
         types["p_kept"] = f"*{dtype}"
     return Variant(
-        errors._forecast_errors_kernel,
+        forecast._forecast_errors_kernel,
         types | {"p_weights": "*fp32", "p_bias": "*fp32", "S": "i32", "L": "i32"},
         {"K": window, "BLOCK": config.block} | ({} if kept else {"p_kept": None}),
         num_warps=config.warps,

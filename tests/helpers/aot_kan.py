@@ -6,9 +6,8 @@ from typing import Any
 
 from aot import Variant
 
-from lesa.kernels.kan import _kan_fwd_kernel
+from lesa.kernels.kan import BackwardConfig, ForwardConfig, _kan_fwd_kernel, backward_config, forward_config
 from lesa.kernels.kan_backward import _kan_bwd_kernel
-from lesa.kernels.kan_cuts import BackwardConfig, ForwardConfig, backward_config, forward_config
 from lesa.kernels.loss import _predict_loss_kernel, loss_config
 from lesa.kernels.predict import _ALPHA_WORD, _HIDDEN_WORD, PredictConfig, _predict_fwd_kernel
 

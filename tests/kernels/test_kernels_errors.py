@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from lesa import ops  # noqa: E402
-from lesa.kernels.errors import ErrorsConfig, launch_forecast_errors, prepare_forecast_errors  # noqa: E402
+from lesa.kernels.forecast import ErrorsConfig, launch_forecast_errors, prepare_forecast_errors  # noqa: E402
 
 SMALL = ErrorsConfig(block=64, alone=1, programs=5)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from lesa.kernels import forecast as kernels  # noqa: E402
-from lesa.kernels.forecast import ForecastConfig, SumsConfig, launch_feature_sums, launch_forecast, launch_spread  # noqa: E402
+from lesa.kernels.forecast import ForecastConfig, SumsConfig, launch_feature_sums, launch_forecast_fwd, launch_spread  # noqa: E402
 
 SIZES = (1, 7, 1023, 1025)
 
@@ -61,7 +61,7 @@ def test_every_window_at_odd_sizes(window: int, dtype: torch.dtype) -> None:
         history = ring(window + 1, size, dtype=dtype, unread=(window // 2,))
         slots = row_of([slot for slot in range(window, -1, -1) if slot != window // 2])
         weights, bias = torch.randn(window, device=DEVICE), torch.randn((), device=DEVICE)
-        check(launch_forecast(None, history, slots, weights, bias), history, slots, weights, bias)
+        check(launch_forecast_fwd(None, history, slots, weights, bias), history, slots, weights, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,15 +69,15 @@ def test_unused_entries_are_not_read_and_slots_may_repeat(dtype: torch.dtype) ->
     history = ring(4, 3, 5, 29, dtype=dtype, unread=(0, 3))
     slots, weights = row_of([2, -1, 1, 2, -1]), row_of([0.5, float("nan"), -1.25, 2.0, float("inf")])
     bias = row_of([0.75])
-    check(launch_forecast(None, history, slots, weights, bias), history, slots, weights, bias)
-    nothing = launch_forecast(None, history, row_of([-1, -1]), row_of([1.0, 2.0]), bias)
+    check(launch_forecast_fwd(None, history, slots, weights, bias), history, slots, weights, bias)
+    nothing = launch_forecast_fwd(None, history, row_of([-1, -1]), row_of([1.0, 2.0]), bias)
     assert torch.equal(nothing, torch.full_like(nothing, 0.75))
 
 
 def test_a_given_output_is_written_and_returned() -> None:
     history, slots, weights = ring(2, 6, 5), row_of([1, 0]), row_of([1.5, -0.5])
     out = torch.empty(6, 5, device=DEVICE)
-    assert launch_forecast(out, history, slots, weights, row_of([0.0])) is out
+    assert launch_forecast_fwd(out, history, slots, weights, row_of([0.0])) is out
     check(out, history, slots, weights, row_of([0.0]))
 
 
@@ -88,22 +88,22 @@ def test_steps_and_keeping_give_the_bits_of_a_row(kept: int, dtype: torch.dtype)
     slots = torch.stack([row_of([9, 9, 9]), row_of([2, -1, 1]), row_of([9, 9, 9])])
     weights, bias = torch.randn(3, 3, device=DEVICE), torch.randn(3, device=DEVICE)
     step = torch.tensor([1], device=DEVICE)
-    expected = launch_forecast(None, history, slots[1], weights[1], bias[1])
-    assert torch.equal(launch_forecast(None, history, slots, weights, bias, None, step), expected)
+    expected = launch_forecast_fwd(None, history, slots[1], weights[1], bias[1])
+    assert torch.equal(launch_forecast_fwd(None, history, slots, weights, bias, None, step), expected)
 
     wanted = history.clone()
     if kept >= 0:
         wanted[kept] = expected  # 1 is a slot the row itself reads
     keep = row_of([9, kept, 9])
-    assert launch_forecast(None, history, slots, weights, bias, keep, step) is history
+    assert launch_forecast_fwd(None, history, slots, weights, bias, keep, step) is history
     assert torch.equal(history, wanted)
 
 
 def test_the_cut_does_not_change_the_bits() -> None:
     history, slots, weights, bias = ring(8, 1025), row_of([*range(8)]), torch.randn(8, device=DEVICE), row_of([0.1])
-    expected = launch_forecast(None, history, slots, weights, bias)
+    expected = launch_forecast_fwd(None, history, slots, weights, bias)
     for config in (ForecastConfig(64, 1, ""), ForecastConfig(2048, 8)):
-        assert torch.equal(launch_forecast(None, history, slots, weights, bias, config=config), expected)
+        assert torch.equal(launch_forecast_fwd(None, history, slots, weights, bias, config=config), expected)
 
 
 def test_slots_may_lie_apart() -> None:
@@ -111,7 +111,7 @@ def test_slots_may_lie_apart() -> None:
     history = wide[:, 10:73].unflatten(1, (7, 9))
     history.copy_(ring(3, 7, 9))
     slots, weights, bias = row_of([2, 0]), row_of([1.0, -2.0]), row_of([0.5])
-    check(launch_forecast(None, history, slots, weights, bias), history, slots, weights, bias)
+    check(launch_forecast_fwd(None, history, slots, weights, bias), history, slots, weights, bias)
     grad = torch.randn(7, 9, device=DEVICE)
     assert torch.equal(launch_feature_sums(grad, history, slots), launch_feature_sums(grad, history.clone(), slots))
 
@@ -121,8 +121,8 @@ def test_slots_beyond_32_bits() -> None:
     history = untouched(apart, 1, size=(3, 300))
     history[2] = torch.randn(300, device=DEVICE)
     slots, weights, bias = row_of([2]), row_of([2.0]), row_of([0.0])
-    check(launch_forecast(None, history, slots, weights, bias), history, slots, weights, bias)
-    launch_forecast(None, history, slots, weights, bias, keep=slots)
+    check(launch_forecast_fwd(None, history, slots, weights, bias), history, slots, weights, bias)
+    launch_forecast_fwd(None, history, slots, weights, bias, keep=slots)
     grad = torch.ones(300, device=DEVICE)
     torch.testing.assert_close(launch_feature_sums(grad, history, slots)[0], history[2].float().sum())
 
@@ -133,7 +133,7 @@ def test_elements_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     history[0, -tail:] = torch.randn(tail, device=DEVICE)
     slots, weights, bias = row_of([0]), row_of([2.0]), row_of([0.0])
     if DEVICE == "cuda":
-        launch_forecast(out, history, slots, weights, bias)
+        launch_forecast_fwd(out, history, slots, weights, bias)
     else:
         # Two million programs are too many for the interpreter: the only one it runs is told to be the last.
         builder = pytest.importorskip("triton.runtime.interpreter").interpreter_builder
@@ -153,8 +153,8 @@ def test_elements_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_empty_features_launch_nothing() -> None:
     slots, weights, bias = row_of([0]), row_of([1.0]), row_of([0.0])
     history = torch.empty(2, 0, 4, device=DEVICE)
-    assert launch_forecast(None, history, slots, weights, bias).shape == (0, 4)
-    assert launch_forecast(None, history, slots, weights, bias, keep=slots) is history
+    assert launch_forecast_fwd(None, history, slots, weights, bias).shape == (0, 4)
+    assert launch_forecast_fwd(None, history, slots, weights, bias, keep=slots) is history
     assert torch.equal(launch_feature_sums(history[0], history, slots), torch.zeros(2, device=DEVICE))
     assert launch_spread(history[0], weights, slots, 2).shape == (2, 0, 4)
 
@@ -179,7 +179,7 @@ def test_what_the_kernel_would_misread_is_refused(name: str, change: object) -> 
     arguments = {"out": None, "history": ring(3, 6, 5), "slots": row_of([0, 1]), "weights": row_of([1.0, 2.0])}
     arguments["bias"] = row_of([0.0])
     with pytest.raises(ValueError, match=f"^{name} "):
-        launch_forecast(**change(arguments))  # type: ignore[operator]
+        launch_forecast_fwd(**change(arguments))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from lesa.kernels.forecast import launch_forecast  # noqa: E402
-from lesa.kernels.head import HeadConfig, launch_forecast_head  # noqa: E402
+from lesa.kernels.forecast import launch_forecast_fwd  # noqa: E402
+from lesa.kernels.head import HeadConfig, launch_forecast_head_fwd  # noqa: E402
 
 EPS = 1e-6
 # Whole channels and split ones, pipelined or not; the last slice is shorter than the others at 200 channels.
@@ -77,7 +77,7 @@ def formula(given: dict[str, Any], dtype: torch.dtype) -> Tensor:
 def check(given: dict[str, Any], config: HeadConfig | None = None) -> Tensor:
     """Launch, hold the result against float64, and return it."""
     plain, exact = formula(given, given["history"].dtype), formula(given, torch.float64)
-    got = launch_forecast_head(**given, config=config)
+    got = launch_forecast_head_fwd(**given, config=config)
     assert_close(got, plain, exact)
     return got
 
@@ -88,7 +88,7 @@ def check(given: dict[str, Any], config: HeadConfig | None = None) -> Tensor:
 def test_against_float64(size: tuple[int, int, int, int], config: HeadConfig | None, dtype: torch.dtype) -> None:
     given = arguments(*size, dtype=dtype)
     got = check(given, config)
-    assert torch.equal(launch_forecast_head(**given, config=config), got)
+    assert torch.equal(launch_forecast_head_fwd(**given, config=config), got)
 
 
 @pytest.mark.parametrize("window", [*range(1, 9), 16])
@@ -116,7 +116,7 @@ def test_constant_rows_have_the_shift_alone() -> None:
     given = arguments(slots=(-1, -1))
     given["weights"] = torch.zeros(2, device=DEVICE)
     for config in CONFIGS:
-        got = launch_forecast_head(**given, config=config)
+        got = launch_forecast_head_fwd(**given, config=config)
         wanted = F.linear(given["shift"], given["proj_weight"], given["proj_bias"])[:, None].expand_as(got)
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
@@ -135,16 +135,16 @@ def test_modulation_in_any_layout_of_rows_and_no_bias() -> None:
 @pytest.mark.parametrize("kept", [4, 3, -1])
 def test_steps_and_keeping(kept: int, config: HeadConfig | None, dtype: torch.dtype) -> None:
     given = arguments(dtype=dtype)
-    expected = launch_forecast_head(**given, config=config)
+    expected = launch_forecast_head_fwd(**given, config=config)
     wanted = given["history"].clone()
     if kept >= 0:
-        wanted[kept] = launch_forecast(None, given["history"], given["slots"], given["weights"], given["bias"])
+        wanted[kept] = launch_forecast_fwd(None, given["history"], given["slots"], given["weights"], given["bias"])
     for name, other in (("slots", 9), ("weights", torch.nan), ("bias", torch.nan)):
         given[name] = torch.stack([torch.full_like(given[name], other), given[name]])
     given["bias"] = given["bias"].flatten()
     given["keep"] = torch.tensor([9, kept], device=DEVICE, dtype=torch.int32)
     given["step"] = torch.tensor([1], device=DEVICE)
-    assert torch.equal(launch_forecast_head(**given, config=config), expected)
+    assert torch.equal(launch_forecast_head_fwd(**given, config=config), expected)
     # The weighted sum may be contracted another way here than in the forecast kernel: one rounding of the last bit.
     assert torch.equal(given["history"].isnan(), wanted.isnan())
     tolerance = 2 * torch.finfo(dtype).eps
@@ -158,12 +158,12 @@ def test_slots_beyond_32_bits() -> None:
     history[2] = given["history"][2]
     given |= {"history": history, "keep": torch.tensor([2], device=DEVICE, dtype=torch.int32)}
     exact, plain = formula(given, torch.float64), formula(given, torch.float16)
-    assert_close(launch_forecast_head(**given), plain, exact)
+    assert_close(launch_forecast_head_fwd(**given), plain, exact)
 
 
 def test_empty_features_launch_nothing() -> None:
-    assert launch_forecast_head(**arguments(N=0)).shape == (2, 0, 12)
-    assert launch_forecast_head(**arguments(B=0)).shape == (0, 37, 12)
+    assert launch_forecast_head_fwd(**arguments(N=0)).shape == (2, 0, 12)
+    assert launch_forecast_head_fwd(**arguments(B=0)).shape == (0, 37, 12)
 
 
 @pytest.mark.parametrize(
@@ -181,4 +181,4 @@ def test_empty_features_launch_nothing() -> None:
 )
 def test_what_the_kernel_would_misread_is_refused(name: str, value: Tensor) -> None:
     with pytest.raises(ValueError, match=f"^{name} "):
-        launch_forecast_head(**arguments() | {name: value})
+        launch_forecast_head_fwd(**arguments() | {name: value})

@@ -4,8 +4,7 @@ import pytest
 import torch
 from interpret import DEVICE, DTYPES, assert_close, poisoned
 
-from lesa.kernels.kan import launch_kan_bwd, launch_kan_fwd
-from lesa.kernels.kan_cuts import BackwardConfig, ForwardConfig
+from lesa.kernels.kan import BackwardConfig, ForwardConfig, launch_kan_bwd, launch_kan_fwd
 from lesa.ops.reference import bspline_grid, kan_layer
 
 LOW, HIGH = -3.0, 3.0

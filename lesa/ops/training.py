@@ -1,10 +1,19 @@
-"""The live predictor (Eq. 4 to 7), and its loss with all gradients in one pass.
+"""What training runs: a KAN layer, the live predictor, and its loss with all gradients in one pass.
+
+One KAN layer, for a batch of experts and steps in one launch (Eq. 9):
+
+    y_q = sum_i base_qi silu(x_i) + scale_qi sum_m spline_qim B_m(x_i).
+
+With A_qim = sum_t dy_tq B_m(x_ti):  d base = dy^T silu(x),  d spline = scale A,  d scale = sum_m spline A, and
+dx_i = sum_q dy_q (base_qi silu'(x_i) + scale_qi sum_m spline_qim B'_m(x_i)). The backward saves the inputs only.
+
+The live predictor (Eq. 4 to 7):
 
     F^ = F_last + alpha z,   z = sum_k w_k F_k + b,   alpha = KAN(dt).   With g = dL/dF^ and the sums S_k = <g, F_k>,
     S = sum g:   d alpha = sum_k w_k S_k + b S,   d w_k = alpha S_k,   d b = alpha S,   dF_k = alpha w_k g (+ g, last).
 
-The backward saves the inputs and the KAN's hidden values. `predict_loss` knows g while it streams the features, so it
-forms the sums at once: its backward only scales them.
+Its backward saves the inputs, alpha and the KAN's hidden values. `predict_loss` knows g while it streams the features,
+so it forms the sums at once: its backward saves these alone, and scales them.
 """
 
 from __future__ import annotations
@@ -13,14 +22,54 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_like, check_row
-from ._library import call, define, wide_dtype
+from . import reference
+from ._library import call, check_kan, check_like, check_row, define, no_second_derivative, no_setup, wide_dtype
 from .forecast import sums_of, weighted_sum
-from .kan import kan
 
 LAYERS = 3
+_ORDER = 3
+
+
+def kan(
+    x: Tensor,
+    base_weight: Tensor,
+    spline_weight: Tensor,
+    spline_scale: Tensor,
+    grid_range: tuple[float, float],
+    order: int = _ORDER,
+    backend: str | None = None,
+) -> Tensor:
+    """A KAN layer on a uniform spline grid; forward and backward touch the order + 1 active bases only.
+
+    Args:
+        x: [T, I], or [E, T, I] for E experts at once.
+        base_weight: [Q, I] or [E, Q, I].
+        spline_weight: [Q, I, M] or [E, Q, I, M]; M - order intervals lie on `grid_range`.
+        spline_scale: like `base_weight`.
+        grid_range: (low, high) of the grid.
+        order: degree of the pieces. The kernels serve 3; others run in plain torch.
+        backend: see `lesa.ops.forecast`.
+
+    Returns:
+        [T, Q] or [E, T, Q], float32 or wider. Differentiable in everything but the grid.
+
+    Raises:
+        ValueError: a backend other than "torch" is asked for with another order.
+    """
+    low, high = grid_range
+    if order != _ORDER:
+        if backend not in (None, "torch"):
+            raise ValueError(f"order={order}: backend {backend!r} has cubic splines only; leave backend out")
+        parts = (part.to(wide_dtype(part)) for part in (x, base_weight, spline_weight, spline_scale))
+        return _any_order(*parts, grid_range, order)  # type: ignore[call-arg, arg-type]
+    if base_weight.dim() == 2:
+        single = (part.unsqueeze(0) for part in (x, base_weight, spline_weight, spline_scale))
+        return call("kan", backend, *single, float(low), float(high)).squeeze(0)
+    x = x.expand(base_weight.shape[0], -1, -1)
+    return call("kan", backend, x, base_weight, spline_weight, spline_scale, float(low), float(high))
 
 
 def predict(
@@ -99,6 +148,74 @@ def predict_loss(
     return value, forecast.detach()
 
 
+def _any_order(x: Tensor, base: Tensor, spline: Tensor, scale: Tensor, grid_range: tuple, order: int) -> Tensor:
+    knots = reference.bspline_grid(spline.shape[-1] - order, order, grid_range, x.dtype).to(x.device)
+    if base.dim() == 2:
+        return reference.kan_layer(x, base, spline, scale, knots, order)
+    layers = [reference.kan_layer(*parts, knots, order) for parts in zip(x, base, spline, scale, strict=True)]
+    return torch.stack(layers)
+
+
+def _plain_kan(x: Tensor, base: Tensor, spline: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    check_kan(x, base, spline, scale, low, high)
+    x, base, spline, scale = (part.to(wide_dtype(part)) for part in (x, base, spline, scale))
+    return _any_order(x, base, spline, scale, (low, high), _ORDER)
+
+
+def _plain_kan_backward(
+    grad: Tensor, x: Tensor, base: Tensor, spline: Tensor, scale: Tensor, low: float, high: float, needs_x: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, x, base, spline, scale = (part.to(wide_dtype(part)) for part in (grad, x, base, spline, scale))
+    intervals = spline.shape[-1] - _ORDER
+    knots = reference.bspline_grid(intervals, _ORDER, (low, high), x.dtype).to(x.device)
+    basis = reference.bspline_basis(x, knots, _ORDER)
+    moments = torch.einsum("etq,etim->eqim", grad, basis)
+    d_base = grad.mT @ F.silu(x)
+    d_scale, d_spline = (spline * moments).sum(-1), scale.unsqueeze(-1) * moments
+    if not needs_x:
+        return x.new_empty(0), d_base, d_spline, d_scale
+    lower = reference.bspline_basis(x, knots, _ORDER - 1)
+    slope = (lower[..., :-1] - lower[..., 1:]) * (intervals / (high - low))
+    sigmoid = x.sigmoid()
+    dx = (grad @ base) * sigmoid * (1 + x * (1 - sigmoid))
+    dx = dx + torch.einsum("etq,eqim,etim->eti", grad, spline * scale.unsqueeze(-1), slope)
+    return dx, d_base, d_spline, d_scale
+
+
+def _triton_kan(x: Tensor, base: Tensor, spline: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    from ..kernels.kan import launch_kan_fwd
+
+    return launch_kan_fwd(x, base, spline, scale, low, high)
+
+
+def _triton_kan_backward(
+    grad: Tensor, x: Tensor, base: Tensor, spline: Tensor, scale: Tensor, low: float, high: float, needs_x: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels.kan import launch_kan_bwd
+
+    dx, *rest = launch_kan_bwd(grad.contiguous(), x, base, spline, scale, low, high, needs_x)
+    d_base, d_spline, d_scale = rest
+    return x.new_empty(0) if dx is None else dx, d_base, d_spline, d_scale
+
+
+def _setup_kan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.low, ctx.high = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_kan(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs_x = ctx.needs_input_grad[0]
+    dx, *rest = torch.ops.lesa.kan_backward(grad.contiguous(), *ctx.saved_tensors, ctx.low, ctx.high, needs_x)
+    return dx if needs_x else None, *rest, None, None
+
+
+def _fake_kan_backward(
+    grad: Tensor, x: Tensor, base: Tensor, spline: Tensor, scale: Tensor, low: float, high: float, needs_x: bool
+) -> tuple[Tensor, ...]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else x.new_empty(0)
+    return dx, *(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (base, spline, scale))
+
+
 def _plain_predict(
     history: Tensor,
     slots: Tensor,
@@ -119,7 +236,7 @@ def _plain_predict(
     return forecast, alpha, values[1].squeeze(0), values[2].squeeze(0)
 
 
-def _plain_loss(
+def _plain_predict_loss(
     history: Tensor,
     slots: Tensor,
     weights: Tensor,
@@ -169,7 +286,7 @@ def _triton_predict(
     return launch_predict_fwd(history, slots, weights, bias, dt, params, low, high)
 
 
-def _triton_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_predict_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.predict import launch_predict_loss
 
     return launch_predict_loss(*args)
@@ -204,7 +321,7 @@ def _backward_predict(ctx: Any, grad: Tensor | None, grad_alpha: Tensor | None, 
     return d_history, None, d_weights, d_bias, None, d_params, None, None
 
 
-def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_predict_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, forecast, grads = output
     ctx.shapes = [(part.shape, part.dtype) for part in inputs[2:5]]
     # Else a feature of zeros is made for the forecast at every backward.
@@ -213,7 +330,7 @@ def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.save_for_backward(grads)
 
 
-def _backward_loss(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Any, ...]:
+def _backward_predict_loss(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 8
     (grads,) = ctx.saved_tensors
@@ -231,7 +348,7 @@ def _fake_predict(
     return history.new_empty(history.shape[1:]), params[0].new_empty((), dtype=wide), *hidden
 
 
-def _fake_loss(
+def _fake_predict_loss(
     history: Tensor,
     slots: Tensor,
     weights: Tensor,
@@ -247,6 +364,23 @@ def _fake_loss(
     return loss, history.new_empty(shape), grads
 
 
+_PARAMETERS = "Tensor x, Tensor base, Tensor spline, Tensor scale, float low, float high"
+define(
+    f"kan({_PARAMETERS}) -> Tensor",
+    _plain_kan,
+    _triton_kan,
+    lambda x, base, *rest: base.new_empty((base.shape[0], x.shape[1], base.shape[1]), dtype=wide_dtype(base)),
+    _setup_kan,
+    _backward_kan,
+)
+define(
+    f"kan_backward(Tensor grad, {_PARAMETERS}, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor)",
+    _plain_kan_backward,
+    _triton_kan_backward,
+    _fake_kan_backward,
+    no_setup,
+    no_second_derivative,
+)
 _ROW = "Tensor history, Tensor slots, Tensor weights, Tensor bias"
 define(
     f"predict({_ROW}, Tensor dt, Tensor[] params, float low, float high) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -258,9 +392,9 @@ define(
 )
 define(
     f"predict_loss({_ROW}, Tensor alpha, Tensor target, bool l2, bool want_forecast) -> (Tensor, Tensor, Tensor)",
-    _plain_loss,
-    _triton_loss,
-    _fake_loss,
-    _setup_loss,
-    _backward_loss,
+    _plain_predict_loss,
+    _triton_predict_loss,
+    _fake_predict_loss,
+    _setup_predict_loss,
+    _backward_predict_loss,
 )
