@@ -204,7 +204,7 @@ def test_what_does_not_fit_changes_nothing(pipe):
 
 def test_a_fit_attaches_what_it_was_fitted_from(pipe):
     request = {"num_inference_steps": 8, "height": 32, "width": 32, "max_sequence_length": 8}
-    with pytest.warns(lesa.LesaWarning, match="no guard"):
+    with pytest.warns(lesa.LesaWarning, match="expected errors"):
         plan = lesa.fit(pipe, ["a", "b", "c"], budget=3, request=request, effort="quick")
     surrogate = surrogate_of(plan)
     assert (surrogate.requests, surrogate.num_steps, surrogate.contexts) == (2, 8, ("cond",))
