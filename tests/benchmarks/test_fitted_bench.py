@@ -49,7 +49,7 @@ def tiny(monkeypatch):
 
 
 def arguments(folder, *more):
-    sizes = f"--captions 2 --batch 2 --steps {STEPS} --budgets {BUDGET} --recorded 2".split()
+    sizes = f"--captions 2 --batch 2 --steps {STEPS} --budgets {BUDGET} --recorded 1".split()
     return ["--device", "cpu", "--work", str(folder), "--commit", "abc1234", "--processes", "0", *sizes, *more]
 
 
