@@ -17,10 +17,20 @@ import torch
 from tqdm.auto import tqdm
 
 from ..models.denoisers import config_hash, denoiser_of
-from ..models.pipeline import check_batch, check_prompts, check_request, run, seeds_of
+from ..models.pipeline import (
+    FeatureRecorder,
+    by_request,
+    check_batch,
+    check_prompts,
+    check_request,
+    not_finite,
+    not_finite_message,
+    run,
+    seeds_of,
+)
 from ..plans.rows import LesaWarning
-from ..runtime.clock import Call, Request
-from ..runtime.driver import Driver, Forecast, Relay, Stats
+from ..runtime.clock import Call
+from ..runtime.driver import Driver, Forecast, Relay
 from .recorded import MANIFEST, Recording, RecordingError
 
 
@@ -68,7 +78,7 @@ def record(
     with tqdm(total=len(prompts), initial=len(prompts) - len(missing), desc="record", unit="prompt") as bar:
         for begin in range(0, len(missing), batch):
             indices = missing[begin : begin + batch]
-            recorder = Recorder([f"{i} ({prompts[i]!r})" for i in indices])
+            recorder = ShardRecorder([f"{i} ({prompts[i]!r})" for i in indices])
             run(pipe, [prompts[i] for i in indices], [seeds[i] for i in indices], request, recorder, site)
             if recording is None:
                 recording = Recording(folder=folder, **recorder.found(), **wanted)
@@ -92,82 +102,47 @@ def replay(pipe: Any, recording: Recording, indices: Sequence[int], driver: Driv
     return run(pipe, prompts, seeds, recording.request, _SameNoise(driver, noise), recording.site)
 
 
-class Recorder:
-    """A driver that computes every step and keeps its features on the CPU.
+class ShardRecorder(FeatureRecorder):
+    """Records the noise and features of a batch on the CPU, as shards hold them.
 
     Args:
         labels: names of the batch's prompts, for errors.
     """
 
     def __init__(self, labels: Sequence[str]) -> None:
-        self.stats = Stats()
-        self._labels = labels
-        self._features: dict[str, list[torch.Tensor]] = {}
-        self._timesteps: list[float] = []
+        super().__init__(labels, sink=self._take, error=RecordingError)
         self._noise: torch.Tensor | None = None
-        self._request = Request()
-
-    def begin(self, request: Request) -> None:
-        """Remember the request's sigmas."""
-        self._request = request
-
-    def forecast(self, call: Call) -> None:
-        """Nothing is forecast; the noise and the timesteps are kept."""
-        if self._noise is None:
-            self._noise = call.sample.detach().cpu().clone()
-        if call.step == len(self._timesteps):
-            self._timesteps.append(float(torch.as_tensor(call.timestep).max()))
-
-    def keep(self, call: Call, feature: torch.Tensor | None) -> None:
-        """Keep a feature.
-
-        Raises:
-            RecordingError: it is not finite.
-        """
-        assert feature is not None  # `lose` raises
-        finite = feature.detach().unflatten(0, (-1, len(self._labels))).isfinite().transpose(0, 1).flatten(1).all(1)
-        if not bool(finite.all()):
-            label = self._labels[finite.tolist().index(False)]
-            raise RecordingError(
-                f"the feature of step {call.step}, context {call.context!r}, prompt {label} holds NaN or infinity: "
-                "nothing of this prompt was recorded; check the model's weights and dtype (float16 overflows in many "
-                "transformers; bfloat16 does not)"
-            )
-        self._features.setdefault(call.context, []).append(feature.detach().cpu())
-
-    def refuse(self, call: Call, reason: str) -> None:
-        """Nothing is forecast, so nothing can be refused."""
-
-    def lose(self, reason: str) -> None:
-        """A request without its features is no recording.
-
-        Raises:
-            RecordingError: always.
-        """
-        raise RecordingError(f"the features could not be recorded: {reason}")
-
-    def observe(self, call: Call, output: torch.Tensor) -> None:
-        """Where the output is wanted, it is the feature."""
+        self._kept: dict[str, list[torch.Tensor]] = {}
 
     def found(self) -> dict[str, Any]:
         """What the request taught: contexts, sigmas and timesteps."""
-        assert self._request.sigmas is not None
+        assert self.request is not None and self.request.sigmas is not None
         return {
-            "contexts": tuple(self._features),
-            "sigmas": self._request.sigmas,
-            "timesteps": tuple(self._timesteps),
+            "contexts": tuple(self.contexts),
+            "sigmas": self.request.sigmas,
+            "timesteps": tuple(self.timesteps),
         }
 
     def tensors(self, position: int) -> dict[str, torch.Tensor]:
         """The noise and features of one prompt of the batch, as a request for it alone would give them."""
-        size = len(self._labels)
 
-        def part(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.unflatten(0, (-1, size))[:, position]
+        def part(batch: torch.Tensor) -> torch.Tensor:
+            return by_request(batch, len(self.labels))[position]
 
         assert self._noise is not None
-        features = {f"feature.{c}": torch.stack([part(f) for f in fs]) for c, fs in self._features.items()}
+        features = {f"feature.{c}": torch.stack([part(f) for f in fs]) for c, fs in self._kept.items()}
         return {"noise": part(self._noise).contiguous(), **features}
+
+    def _take(self, call: Call, feature: torch.Tensor) -> None:
+        if self._noise is None:
+            self._noise = call.sample.detach().cpu().clone()
+        label = not_finite(feature, self.labels)
+        if label is not None:
+            raise RecordingError(
+                not_finite_message(f"step {call.step}, context {call.context!r}, prompt {label}")
+                + "; nothing of this prompt was recorded"
+            )
+        self._kept.setdefault(call.context, []).append(feature.detach().cpu())
 
 
 class _SameNoise(Relay):
@@ -226,7 +201,7 @@ def _missing(recording: Recording) -> list[int]:
     return missing
 
 
-def _check_space(recording: Recording, recorder: Recorder, count: int) -> None:
+def _check_space(recording: Recording, recorder: ShardRecorder, count: int) -> None:
     recording.folder.mkdir(parents=True, exist_ok=True)
     size = sum(tensor.nbytes for tensor in recorder.tensors(0).values()) * count
     free = shutil.disk_usage(recording.folder).free

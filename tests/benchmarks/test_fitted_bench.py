@@ -74,8 +74,8 @@ def test_a_tiny_run_measures_every_kind_of_row_once(tiny, tmp_path, capsys):
         if row["method"] == "lesa.fit":
             assert (row["generations"], row["seconds"]) == ("9.4", "1.2")
         if row["method"] == "lesa":
-            # two recorded, and twice the two at 6 of 16 steps
-            assert row["generations"] == "3.5"
+            # one recorded, and twice the one at 6 of 16 steps
+            assert row["generations"] == "1.8"
     assert tiny[0] == ("quick", 2, [0, 1], {**assets.REQUEST, "num_inference_steps": STEPS}, "quick-1-6")
     assert tiny[1][3]["true_cfg_scale"] == 3.0 and tiny[1][3]["negative_prompt"] == ""
 

@@ -26,7 +26,7 @@ from lesa.plans.rows import LesaWarning
 from lesa.runtime.scheduler import sigmas_of
 from lesa.training import recording as recording_module
 from lesa.training.recorded import Recording, RecordingError
-from lesa.training.recording import Recorder, record, replay
+from lesa.training.recording import ShardRecorder, record, replay
 
 FLUX = CASES_BY_NAME["flux_dev"]
 STEPS = 4
@@ -553,7 +553,7 @@ def test_replay_runs_the_same_request(tmp_path: Path) -> None:
     pipe = FLUX.make()
     found = recorded(pipe, tmp_path)
     for index in range(3):
-        recorder = Recorder(["again"])
+        recorder = ShardRecorder(["again"])
         output = replay(pipe, found, [index], recorder)
         tensors = recorder.tensors(0)
         assert torch.equal(tensors["noise"], found.noise(index))
@@ -568,7 +568,7 @@ def test_replay_of_a_batch(case: Case, site: str, tmp_path: Path) -> None:
     pipe = case.make()
     prompts = ("red apple", "blue bird", "green door")
     found = record(pipe, prompts, tmp_path, request=request_of(case), site=site)
-    recorder = Recorder(["a", "b"])
+    recorder = ShardRecorder(["a", "b"])
     replay(pipe, found, [2, 0], recorder)
     for position, index in enumerate((2, 0)):
         for context in found.contexts:
@@ -588,7 +588,7 @@ def test_replay_refuses_other_noise(tmp_path: Path, change: str) -> None:
     else:
         pipe = pipe.to(torch.bfloat16)
 
-    class Spy(Recorder):
+    class Spy(ShardRecorder):
         asked = 0
 
         def forecast(self, call: Any) -> None:
