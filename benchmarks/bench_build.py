@@ -23,8 +23,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import lesa
 from lesa import assets
-from lesa.runtime.adapting import Adaptive
 from lesa.runtime.clock import Request
+from lesa.runtime.runner import Adaptive
 from lesa.runtime.scheduler import sigmas_of
 
 from . import captions

@@ -36,7 +36,8 @@ import lesa
 from lesa import assets, metrics
 from lesa.models import hooks
 from lesa.planner.statistics import Statistics
-from lesa.plans.plan import Plan, PlanError
+from lesa.plans.plan import Plan
+from lesa.plans.rows import PlanError
 from lesa.runtime.clock import Request
 from lesa.runtime.driver import Driver
 

@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .models.denoisers import check_fit, denoiser_of
+from .models.layouts import check_fit, denoiser_of
 from .ops import BACKENDS
 from .planner.statistics import Statistics
 from .plans import storage
 from .plans.plan import Plan
 from .plans.rows import PlanError
-from .runtime.adapting import Adaptive
 from .runtime.checks import GUARDS
 from .runtime.driver import Stats
-from .runtime.runner import PlanRunner
+from .runtime.runner import Adaptive, PlanRunner
 
 if TYPE_CHECKING:
-    from .models.roothook import RootHook
+    from .models.hooks import RootHook
 
 
 class Enabled:

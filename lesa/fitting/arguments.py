@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.denoisers import check_fit
+from ..models.layouts import check_fit
 from ..planner.build import ENOUGH
 from ..planner.statistics import Statistics
 from ..plans import files

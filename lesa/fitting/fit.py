@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from ..models import hooks
-from ..models.denoisers import denoiser_of
 from ..models.gathering import check_alike
+from ..models.layouts import denoiser_of
 from ..models.pipeline import PipelineCall, calls_of, check_functions, check_prompts
 from ..planner.build import expectations, expected_by, prior_error_gains, served_by, surrogate_of
 from ..planner.surrogate import Surrogate, interpolated_error_gains

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..planner.statistics import Statistics, StatisticsError, flow_impulse_response
 from ..plans.rows import SITES, LesaWarning
 from ..runtime.scheduler import impulse_response_of
-from .denoisers import LAYOUTS, config_hash, denoiser_of
+from .layouts import LAYOUTS, config_hash, denoiser_of
 from .pipeline import FeatureRecorder, PipelineCall
 
 _SAME = 1e-4  # of sigma, between requests of one kind

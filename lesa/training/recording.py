@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..models.denoisers import config_hash, denoiser_of
+from ..models.layouts import config_hash, denoiser_of
 from ..models.pipeline import (
     FeatureRecorder,
     by_request,

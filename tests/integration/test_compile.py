@@ -12,8 +12,8 @@ from test_dropin import enabled, plan_for
 from torch._dynamo.utils import counters
 
 import lesa
-from lesa.models import exchange
-from lesa.models.denoisers import layout_of
+from lesa.models import standins
+from lesa.models.layouts import layout_of
 
 FLUX = CASES_BY_NAME["flux_dev"]
 COMPILERS: dict[str, Callable[[Any], None]] = {
@@ -37,7 +37,7 @@ def fresh() -> Iterator[None]:
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have forecast steps end in the fused operator, as on a GPU; here plain torch serves it."""
-    monkeypatch.setattr(exchange.ops, "backend_of", lambda name, tensor: "triton")
+    monkeypatch.setattr(standins.ops, "backend_of", lambda name, tensor: "triton")
 
 
 def compiled_frames() -> tuple[int, int]:
@@ -157,7 +157,7 @@ def test_forecast_steps_skip_the_embedders(case: Case) -> None:
     layout = layout_of(denoiser)
     counts: dict[str, int] = {}
     for path in layout.embedders:
-        module = exchange._child(denoiser, path)
+        module = standins._child(denoiser, path)
         if module is not None:
             module.register_forward_hook(lambda *args, path=path: counts.update({path: counts.get(path, 0) + 1}))
     case.call(pipe)

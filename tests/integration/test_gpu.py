@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 import lesa
 from lesa import assets, ops
-from lesa.models.exchange import Stands
+from lesa.models.standins import Stands
 from lesa.plans.rows import Expected
 from lesa.training import learning
 from lesa.training.learning import Learner, TrainingConfig

@@ -22,7 +22,7 @@ import lesa
 from lesa import assets
 from lesa.forecasters import plan_of
 from lesa.models import hooks
-from lesa.models.denoisers import check_fit, config_hash
+from lesa.models.layouts import check_fit, config_hash
 from lesa.plans import plan as plan_module
 from lesa.plans.files import replace_file
 from lesa.plans.plan import Plan

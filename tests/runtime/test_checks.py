@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lesa
 from lesa.forecasters import check_rows, plan_of
-from lesa.models import exchange, hooks
+from lesa.models import hooks, standins
 from lesa.plans.plan import Plan
 from lesa.plans.rows import Expected, Row
 from lesa.runtime.checks import TOLERANCE, checked, deviation, relative_error, risky_steps
@@ -259,7 +259,7 @@ def test_compiled_without_graph_breaks_and_recompilation(fused: bool, monkeypatc
     torch._dynamo.reset()
     breaks = bare_graph_breaks(FLUX, "whole")
     if fused:
-        monkeypatch.setattr(exchange.ops, "backend_of", lambda name, tensor: "triton")
+        monkeypatch.setattr(standins.ops, "backend_of", lambda name, tensor: "triton")
     plan = measured(FLUX, checked_plan(FLUX, "hidden"))
     plan = scaled(plan, next(iter(plan.expected)), 4, 1e-3)
     expected = FLUX.call(enabled(FLUX, plan), steps=STEPS)

@@ -15,7 +15,7 @@ from pipelines import CASES_BY_NAME, NEGATIVE, PROMPTS, Case
 from torch import Tensor
 
 import lesa
-from lesa.models.denoisers import config_hash
+from lesa.models.layouts import config_hash
 from lesa.models.pipeline import run
 from lesa.plans.plan import Plan
 from lesa.plans.rows import LesaWarning

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lesa.models import hooks
-from lesa.models.denoisers import config_hash
+from lesa.models.layouts import config_hash
 from lesa.models.pipeline import read_prompts, run
 from lesa.plans.rows import LesaWarning
 from lesa.runtime.scheduler import sigmas_of

@@ -15,7 +15,7 @@ from lesa.models.hooks import attached
 from lesa.planner.build import adapt, surrogate_of
 from lesa.planner.statistics import flow_impulse_response
 from lesa.plans.rows import PlanError
-from lesa.runtime import adapting
+from lesa.runtime import runner
 from lesa.runtime.clock import Request
 from lesa.runtime.runner import PlanRunner
 from lesa.runtime.scheduler import sigmas_of
@@ -34,7 +34,7 @@ def made(monkeypatch):
         plans.append(adapt(*args))
         return plans[-1]
 
-    monkeypatch.setattr(adapting, "adapt", counted)
+    monkeypatch.setattr(runner, "adapt", counted)
     return plans
 
 
@@ -115,17 +115,17 @@ def test_other_budgets(pipe, budget, computed, tmp_path):
 
 def test_a_request_is_its_own_where_noise_levels_and_response_are(made, monkeypatch):
     plan, _ = served()
-    driver = adapting.Adaptive(plan)
+    driver = runner.Adaptive(plan)
     made.clear()
     for off, own in ((0.0, True), (0.4, True), (1.6, False)):
-        sigmas = tuple(sigma - off * adapting._SAME * (i < 12) for i, sigma in enumerate(plan.sigmas))
+        sigmas = tuple(sigma - off * runner._SAME * (i < 12) for i, sigma in enumerate(plan.sigmas))
         driver.begin(Request(12, sigmas))
         assert (driver.plan is plan) == own
     assert len(made) == 1
     driver.begin(Request(11, plan.sigmas[1:]))
     assert driver.plan.sigmas == plan.sigmas[1:] and len(made) == 2
     # What multistep schedulers make of the outputs at the same noise levels.
-    monkeypatch.setattr(adapting, "impulse_response_of", lambda *_: 0.9 * surrogate_of(plan).impulse_response)
+    monkeypatch.setattr(runner, "impulse_response_of", lambda *_: 0.9 * surrogate_of(plan).impulse_response)
     scheduler = type("Multistep", (), {"timesteps": plan.timesteps})()
     driver.begin(Request(12, plan.sigmas, scheduler))
     assert driver.plan is made[2] and driver.plan.sigmas == plan.sigmas

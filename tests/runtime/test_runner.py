@@ -18,9 +18,9 @@ from lesa.planner.build import plan_for
 from lesa.planner.search import search
 from lesa.planner.statistics import GUIDED, flow_impulse_response
 from lesa.plans.rows import PlanError
-from lesa.runtime import adapting
-from lesa.runtime.adapting import Adaptive
+from lesa.runtime import runner
 from lesa.runtime.clock import Request
+from lesa.runtime.runner import Adaptive
 from lesa.runtime.scheduler import impulse_response_of, sigmas_of
 
 pytestmark = pytest.mark.filterwarnings("error::lesa.LesaWarning")
@@ -39,7 +39,7 @@ def plans(monkeypatch):
         made.append(plan_for(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(adapting, "plan_for", counted)
+    monkeypatch.setattr(runner, "plan_for", counted)
     return made
 
 
@@ -117,7 +117,7 @@ def test_the_response_of_the_scheduler_decides_on_the_schedule(monkeypatch):
         asked.append((scheduler, begin))
         return flow_impulse_response(sigmas_of(scheduler)[begin:]) * (np.arange(9) >= 5)
 
-    monkeypatch.setattr(adapting, "impulse_response_of", impulse_response_of)
+    monkeypatch.setattr(runner, "impulse_response_of", impulse_response_of)
     pipe = IMAGE.make()
     lesa.enable(pipe, statistics(), budget=3)
     IMAGE.call(pipe, steps=12, strength=0.75)

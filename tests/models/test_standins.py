@@ -14,11 +14,11 @@ from test_dropin import assert_same, enabled, plan_for, untouched
 from torch import nn
 
 import lesa
-from lesa.models import exchange, roothook
-from lesa.models.exchange import FusedHead, Pass, Probe, Skip, Tap
+from lesa.models import hooks, standins
+from lesa.models.standins import FusedHead, Pass, Probe, Skip, Tap
 
 FLUX, DIT, WAN = (CASES_BY_NAME[name] for name in ("flux_dev", "dit", "wan"))
-FILES = {roothook.__file__, exchange.__file__}
+FILES = {hooks.__file__, standins.__file__}
 
 
 def stand_ins(denoiser: nn.Module) -> list[str]:
@@ -29,7 +29,7 @@ def stand_ins(denoiser: nn.Module) -> list[str]:
 @pytest.fixture(params=[False, True], ids=["own head", "fused head"])
 def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if request.param:
-        monkeypatch.setattr(exchange.ops, "backend_of", lambda name, tensor: "triton")
+        monkeypatch.setattr(standins.ops, "backend_of", lambda name, tensor: "triton")
     return request.param
 
 
@@ -125,7 +125,7 @@ def test_denoisers_of_few_blocks(case: Case, name: str, size: int, fused: bool) 
 
 def test_the_modulation_of_wan_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wan computes it in float32 and casts what it modulates to the dtype of the image stream."""
-    monkeypatch.setattr(exchange.ops, "backend_of", lambda name, tensor: "triton")
+    monkeypatch.setattr(standins.ops, "backend_of", lambda name, tensor: "triton")
     pipe = WAN.make()
     pipe.transformer.to(torch.bfloat16)
     seen: list[torch.dtype] = []

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..runtime.history import Ring
-from .denoisers import Layout
+from .layouts import Layout
 
 
 class Exchange:
