@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'lesa' has no attribute {name!r}")
     home = import_module(f"lesa.{_HOMES[name]}")
-    found = home if _HOMES[name].rpartition(".")[2] == name else getattr(home, name)
+    found = getattr(home, name, home)
     globals()[name] = found
     return found
 
