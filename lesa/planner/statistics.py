@@ -7,17 +7,14 @@ T x T numbers for each site and pair of contexts is enough, whatever the size of
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from safetensors.numpy import save as serialize
 
-from ..plans import files
 from ..plans.rows import SITES
+from ..plans.storage import Kind, SafetensorsFile
 
 GUIDED = "guided"
 _SAME = 1e-6  # noise levels come from float32
@@ -28,11 +25,8 @@ class StatisticsError(ValueError):
     """Statistics are malformed, unreadable, or do not fit each other."""
 
 
-_KIND = files.Kind("statistics", "lesa-statistics-1", StatisticsError, "gather or copy them again", "Statistics.save")
-
-
 @dataclass(frozen=True)
-class Statistics:
+class Statistics(SafetensorsFile):
     """Mean inner products of the features of full requests.
 
     Args:
@@ -53,6 +47,10 @@ class Statistics:
     Raises:
         StatisticsError: a value is out of place; the message names it.
     """
+
+    kind: ClassVar[Kind] = Kind(
+        "statistics", "lesa-statistics-1", "statistics.safetensors", StatisticsError, "Statistics.save"
+    )
 
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
@@ -186,36 +184,29 @@ class Statistics:
             impulse_response=flow_impulse_response(sigmas) if impulse_response is None else impulse_response,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the statistics as safetensors with JSON metadata; `path` is replaced at once or not at all."""
+    def to_arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The statistics as arrays and a description, see `SafetensorsFile`."""
         # Half of a symmetric matrix in float64 is as large as a whole one in float32, which would lose the differences
         # of neighbouring steps.
         arrays = {f"gram.{site}": gram[np.triu_indices(len(gram))] for site, gram in self.grams.items()}
         arrays |= {name: np.asarray(getattr(self, name), np.float64) for name in ("sigmas", "timesteps", "guidance")}
-        arrays["response"] = np.ascontiguousarray(self.impulse_response)
+        arrays["response"] = self.impulse_response
         names = ("requests", "scheduler", "denoiser", "config_hash")
-        description = {"format": _KIND.format, "contexts": list(self.contexts), "request": dict(self.request)}
-        description |= {name: getattr(self, name) for name in names}
-        path = Path(path)
-        files.replace_file(path, serialize(arrays, files.metadata(description)))
-        return path
+        description = {"contexts": list(self.contexts), "request": dict(self.request)}
+        return arrays, description | {name: getattr(self, name) for name in names}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Statistics:
-        """Read statistics that `save` wrote.
+    def from_arrays(cls, arrays: dict[str, np.ndarray], description: dict[str, Any]) -> Statistics:
+        """The statistics of `to_arrays`."""
+        known = {name: value for name, value in description.items() if name != "format"}
+        numbers: dict[str, Any] = {name: array for name, array in arrays.items() if "." not in name}
+        size = len(known["contexts"]) * len(numbers["timesteps"])
+        grams = {name.removeprefix("gram."): _unpack(arrays[name], size) for name in sorted(arrays) if "." in name}
+        return cls(grams=grams, impulse_response=numbers.pop("response"), **numbers, **known)
 
-        Raises:
-            StatisticsError: the file is missing, damaged, or holds something else; the message says which.
-        """
-        return files.load(path, _KIND, cls._from_parts)
-
-    @classmethod
-    def _from_parts(cls, description: dict[str, Any], arrays: dict[str, Any]) -> Statistics:
-        del description["format"]
-        size = len(description["contexts"]) * len(arrays["timesteps"])
-        grams = {name.removeprefix("gram."): _unpack(arrays.pop(name), size) for name in sorted(arrays) if "." in name}
-        impulse_response = arrays.pop("response")
-        return cls(grams=grams, impulse_response=impulse_response, **arrays, **description)
+    def title(self) -> str:
+        """One line: of which denoiser, and of how many requests."""
+        return f"Statistics: {self.denoiser or 'any denoiser'}, {self.requests} requests of {self.num_steps} steps"
 
     def _check(self) -> None:
         steps, contexts = len(self.timesteps), len(self.contexts)

@@ -196,7 +196,7 @@ def test_saved_and_loaded_they_are_the_same(tmp_path: Path, seed: int) -> None:
 
 
 def test_files_that_hold_no_statistics(tmp_path: Path, seed: int) -> None:
-    with pytest.raises(StatisticsError, match="do not exist"):
+    with pytest.raises(StatisticsError, match="does not exist"):
         Statistics.load(tmp_path / "none")
     path = tmp_path / "file"
     path.write_bytes(b"nonsense")
