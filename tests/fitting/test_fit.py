@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from lesa.planner.build import surrogate_of
 from lesa.planner.statistics import Statistics, StatisticsError, flow_impulse_response
 from lesa.plans import schedule
 from lesa.plans.plan import Plan
-from lesa.plans.rows import PlanError
+from lesa.plans.rows import PlanError, Row
 from lesa.runtime.runner import PlanRunner
 
 REQUEST = {"num_inference_steps": 8, "height": 32, "width": 32, "max_sequence_length": 8}
@@ -314,6 +315,32 @@ def test_the_hidden_site_can_win(
         lesa.disable(pipe)
 
 
+def test_expected_errors_are_those_of_the_requests(pipe: Any, fitted: tuple[Plan, Path], short: None) -> None:
+    """Mean and standard deviation of the logarithms of the errors that requests have one by one."""
+    first, second, third, fourth = fitted[0].computed
+    reads = ((second, first, 1.0), (third, second, 1.0), (fourth, first, -1.0))
+    checks = {"*": {step: Row((read,), (weight,)) for step, read, weight in reads}}
+    mine = replace(fitted[0], checks=checks, expected={}, surrogate=None)
+    prompts = PROMPTS[:4]
+    best = lesa.fit(pipe, prompts, budget=4, request=GUIDED, held_out=0, candidates=[mine])
+    assert best.training["schedule"].startswith("candidate 0"), "or this tests nothing"
+    found: dict[int, list[float]] = {third: [], fourth: []}  # of the first check nothing is expected
+    for number, prompt in enumerate(prompts):
+        with lesa.enable(pipe, best) as handle:
+            generator = torch.Generator("cpu").manual_seed(number)
+            pipe([prompt], generator=[generator], output_type="latent", **{**GUIDED, "negative_prompt": [""]})
+            for check in handle.stats.checks:
+                if check.context == "cond":
+                    found[check.step].append(math.log(check.error))
+    assert set(best.expected) == {"*", "cond", "uncond"} and best.expected["*"].keys() == found.keys()
+    assert best.rows == dict.fromkeys(best.expected, mine.rows["*"])
+    for step, logs in found.items():
+        expected = best.expected["cond"][step]
+        assert len(logs) == 4
+        assert expected.error == pytest.approx(math.exp(statistics.mean(logs)), rel=1e-3)
+        assert expected.std == pytest.approx(max(statistics.stdev(logs) * math.sqrt(5 / 4), 0.2), rel=1e-2)
+
+
 def test_only_candidates_of_the_budget_are_run(pipe: Any, fitted: tuple[Plan, Path], short: None) -> None:
     given = [plan_of("reuse", range(n), fitted[0].sigmas, "output") for n in (3, 4)]
     plans = fit(pipe, given, budget=[3, 0.5])
@@ -371,16 +398,16 @@ def test_what_is_read(tmp_path: Path) -> None:
 def test_misfits() -> None:
     grams, response = {"output": np.eye(8)}, flow_impulse_response(SIGMAS)
     contexts = ("cond", "uncond")
-    statistics = Statistics(SIGMAS, (4, 3, 2, 1), contexts, (2.0, -1.0), grams, response, 1, config_hash="abc")
+    known = Statistics(SIGMAS, (4, 3, 2, 1), contexts, (2.0, -1.0), grams, response, 1, config_hash="abc")
     one = plan_of("reuse", (0, 2), SIGMAS)
-    assert misfit(one, statistics) is None and misfit(replace(one, config_hash="abc"), statistics) is None
-    assert misfit(plan_of("reuse", (0, 2), SIGMAS[1:]), statistics) == "it was made for 3 steps, they have 4"
+    assert misfit(one, known) is None and misfit(replace(one, config_hash="abc"), known) is None
+    assert misfit(plan_of("reuse", (0, 2), SIGMAS[1:]), known) == "it was made for 3 steps, they have 4"
     shifted = plan_of("reuse", (0, 2), (1.0, 0.8, 0.5, 0.25, 0.0))
-    assert misfit(shifted, statistics) == "its sigmas differ from theirs by up to 0.05"
-    assert misfit(replace(one, config_hash="x"), statistics) == "its denoiser has configuration x, theirs abc"
+    assert misfit(shifted, known) == "its sigmas differ from theirs by up to 0.05"
+    assert misfit(replace(one, config_hash="x"), known) == "its denoiser has configuration x, theirs abc"
     partial = replace(one, rows={"cond": one.rows["*"]})
     with pytest.raises(ValueError, match="mine does not fit the requests: it has no rows for context 'uncond'"):
-        arguments.check_requests([Given("mine", partial)], statistics)
+        arguments.check_requests([Given("mine", partial)], known)
 
 
 # Arguments

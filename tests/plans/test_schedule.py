@@ -11,6 +11,8 @@ from lesa.plans.schedule import (
     check_stages,
     paper,
     paper_stages,
+    published,
+    spaced,
     stage_of,
     uniform,
 )
@@ -73,6 +75,17 @@ def test_uniform_names_the_bad_argument(arguments, named):
 def test_paper_refuses_impossible_intervals(num_steps, interval):
     with pytest.raises(ValueError, match="expected a whole number"):
         paper(num_steps, interval)
+
+
+def test_spaced_and_published_schedules():
+    assert spaced(50, 5) == (0, 10, 20, 30, 40)
+    assert spaced(6, 6, 2.0) == (0, 1, 2, 3, 4, 5)
+    assert published(50, 10)[0] == (0, 1, 2, 3, 9, 16, 23, 30, 37, 44)
+    assert published(50, 31) == [spaced(50, 31)]
+    for budget in range(1, 51):
+        for power in (1.0, 1.5):
+            steps = spaced(50, budget, power)
+            assert len(steps) == budget and check(steps, 50) == steps
 
 
 def test_check_takes_any_iterable_of_whole_numbers():
