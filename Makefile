@@ -26,7 +26,7 @@ lint: .venv/dev.done
 	$(BIN)/mypy
 
 # The pages of docs/ into site/; fails on a broken link, and on a table that differs from benchmarks/results.
-docs: .venv/docs.done
+docs: .venv/dev.done
 	$(BIN)/python -m benchmarks.tables --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

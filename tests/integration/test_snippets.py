@@ -15,7 +15,7 @@ from lesa.cli import main as cli
 ROOT = Path(__file__).parents[2]
 SMALL = {"num_inference_steps": 12, "height": 32, "width": 32}
 PROMPTS = 3
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^( *)```(python|bash)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 
 
@@ -26,6 +26,15 @@ def snippets(page, language):
         if found[2] == language:
             body = re.sub(f"^{found[1]}", "", found[3], flags=re.MULTILINE)
             yield text[: found.start(3)].count("\n") + 1, body
+
+
+def files(page):
+    """The files of the repository that a page names, as `models/hooks.py` or with their whole path."""
+    folders = "plans|planner|ops|kernels|runtime|models|fitting|training|evaluation|cli"
+    for found in re.finditer(
+        rf"(lesa/(?:\w+/)?|tests/(?:\w+/)*|benchmarks/(?:results/)?|{folders})/?(\w+\.(?:py|csv))", page.read_text()
+    ):
+        yield found[0] if found[1].startswith(("lesa/", "tests/", "benchmarks/")) else f"lesa/{found[0]}"
 
 
 def commands(page):
@@ -69,6 +78,11 @@ def test_snippets_run(page, short):
 def test_commands_are_understood(page):
     for words in commands(page):
         cli._parser().parse_args(words)
+
+
+@pytest.mark.parametrize("page", named(page for page in PAGES if any(files(page))))
+def test_files_that_pages_name_are_there(page):
+    assert [name for name in files(page) if not (ROOT / name).is_file()] == []
 
 
 def test_snippets_are_found():
