@@ -89,10 +89,10 @@ def _rows_kernel(
     p_out, p_history, p_slots, p_weights, p_bias, p_step, S, L, K: tl.constexpr, BLOCK: tl.constexpr, HINT: tl.constexpr
 ):
     # All features as the rows of one tile, so that one instruction group issues every load.
-    i_start = tl.program_id(0).to(tl.int64) * BLOCK
+    o_start = tl.program_id(0).to(tl.int64) * BLOCK
     i_row = tl.load(p_step)
     o_k = tl.arange(0, K)
-    o_tile = i_start + tl.arange(0, BLOCK)[None, :]
+    o_tile = o_start + tl.arange(0, BLOCK)[None, :]
     i_slots = tl.load(p_slots + i_row * K + o_k).to(tl.int64)[:, None]
     b_weights = tl.load(p_weights + i_row * K + o_k)[:, None]
     m_tile = (i_slots >= 0) & (o_tile < L)
@@ -126,16 +126,16 @@ def _persistent_kernel(
         weights += (tl.where(i_slot >= 0, tl.load(p_weights + i_row * K + k), 0.0),)
         i_slots += (i_slot,)
     for i_block in tl.range(tl.program_id(0), tl.cdiv(L, BLOCK), tl.num_programs(0), num_stages=STAGES):
-        i_start = i_block * tl.full([], BLOCK, tl.int64)
+        o_start = i_block * tl.full([], BLOCK, tl.int64)
         o_tile = tl.arange(0, BLOCK)
-        left = tl.minimum(L - i_start, BLOCK).to(tl.int32)
+        left = tl.minimum(L - o_start, BLOCK).to(tl.int32)
         b_sum = tl.zeros([BLOCK], tl.float32)
         for k in tl.static_range(K):
             m_tile = o_tile < tl.where(i_slots[k] >= 0, left, 0)
-            p_feature = p_history + i_slots[k] * S + i_start
+            p_feature = p_history + i_slots[k] * S + o_start
             b_feature = tl.load(p_feature + o_tile, mask=m_tile, other=0.0, eviction_policy=HINT)
             b_sum += weights[k] * b_feature.to(tl.float32)
-        tl.store(p_out + i_start + o_tile, (b_sum + bias).to(p_out.dtype.element_ty), mask=o_tile < left)
+        tl.store(p_out + o_start + o_tile, (b_sum + bias).to(p_out.dtype.element_ty), mask=o_tile < left)
 
 
 Runner = Callable[[Case, Tensor], Tensor]

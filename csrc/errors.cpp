@@ -1,4 +1,4 @@
-// How far a forecast is from the truth, without writing the forecast.
+// The squared error of a forecast, without writing the forecast.
 #include <ATen/ops/empty.h>
 
 #include "ops.h"

@@ -11,7 +11,7 @@
 namespace lesa {
 namespace {
 
-// A call of `layer` fills a table that several points must share to be worth it.
+// `layer` fills a table first, which pays off only if several points share it.
 constexpr int64_t FEW_POINTS = 4;
 constexpr int64_t GRAIN = 1 << 15;  // edges a thread should have
 
@@ -25,7 +25,7 @@ KanPoint<A> point_at(A x, const Grid& grid) {
   KanPoint<A> point = {};
   const A sigmoid = 1 / (1 + std::exp(-x));
   point.silu = x * sigmoid;
-  point.silu_slope = sigmoid * (1 + x * (1 - sigmoid));
+  point.silu_derivative = sigmoid * (1 + x * (1 - sigmoid));
   // The place in the cell is a small difference: in float it would keep few digits.
   const double per_unit = double(grid.M - 3) / (grid.high - grid.low);
   const double u = (double(x) - grid.low) * per_unit + 3;
@@ -35,14 +35,14 @@ KanPoint<A> point_at(A x, const Grid& grid) {
   const A f = A(u - double(cell)), g = A(1 - (u - double(cell)));
   const A basis[4] = {g * g * g / 6, (3 * f * f * f - 6 * f * f + 4) / 6, (3 * g * g * g - 6 * g * g + 4) / 6,
                       f * f * f / 6};
-  const A slope[4] = {-g * g / 2, (3 * f - 4) * f / 2, (4 - 3 * g) * g / 2, f * f / 2};
+  const A derivative[4] = {-g * g / 2, (3 * f - 4) * f / 2, (4 - 3 * g) * g / 2, f * f / 2};
   // Near the ends of the grid some of the four bases do not exist.
   point.start = std::min(std::max<int64_t>(cell - 3, 0), grid.M - 4);
   for (int64_t j = 0; j < 4; ++j) {
     const int64_t to = cell - 3 + j - point.start;
     if (to < 0 || to > 3) continue;
     point.basis[to] = basis[j];
-    point.slope[to] = slope[j] * A(per_unit);
+    point.derivative[to] = derivative[j] * A(per_unit);
   }
   return point;
 }
@@ -70,7 +70,7 @@ KanParams<A> params_of(const Tensor& base, const Tensor& spline, const Tensor& s
   return {data_of<A>(base) + e * Q * I, data_of<A>(spline) + e * Q * I * M, data_of<A>(scale) + e * Q * I, I, Q, M};
 }
 
-// Of one layer without E, or of E layers; x is not looked at.
+// Of one layer without E, or of E layers; x is not checked.
 void check_layer(const Tensor& base, const Tensor& spline, const Tensor& scale, int64_t dim, double low, double high) {
   check_floating(base, "base");
   check_floating(spline, "spline");

@@ -64,13 +64,13 @@ struct FeatureKernels {
   void (*loss)(double* sums, const LossTask<T>& task, const Reads<T>& reads, int64_t begin, int64_t end);
 };
 
-// What a KAN layer needs to know of one input value: the four bases start..start+3, which hold all that are not zero.
+// What a KAN layer needs of one input value: the four bases start..start+3; all others are zero.
 template <class A>
 struct KanPoint {
   A basis[4];
-  A slope[4];  // derivatives of the bases
+  A derivative[4];  // of the bases
   A silu;
-  A silu_slope;
+  A silu_derivative;
   int64_t start;
 };
 

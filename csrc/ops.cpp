@@ -50,7 +50,7 @@ Tensor new_feature(const Tensor& history) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const auto begin = (reinterpret_cast<intptr_t>(out.data_ptr()) + HUGE_PAGE - 1) & -HUGE_PAGE;
   const auto end = (reinterpret_cast<intptr_t>(out.data_ptr()) + int64_t(out.nbytes())) & -HUGE_PAGE;
-  // Only advice: where it is refused, pages are small.
+  // This is advice only: if it is refused, pages are small.
   if (end - begin >= LARGE) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return out;

@@ -63,8 +63,7 @@ void check_cpu(const Tensor& tensor, const char* name);
 void check_dtype(const Tensor& tensor, const char* name, at::ScalarType expected);
 void check_floating(const Tensor& tensor, const char* name);
 
-// A new feature, of one huge page after the other where it is large: first touching it costs as much as the forecast
-// otherwise.
+// A new feature. A large one is put on huge pages: else its page faults would cost as much as the forecast.
 Tensor new_feature(const Tensor& history);
 
 // The ring with every feature dense, copied only if it is not.
@@ -101,7 +100,7 @@ Reads<T> reads_of(const Tensor& history, const Row& row) {
   return reads;
 }
 
-// Runs run(begin, end) over the elements of a feature, enough of them a thread.
+// Runs run(begin, end) over the elements of a feature, with enough elements for each thread.
 constexpr int64_t STEP = 1024;
 template <class F>
 void for_elements(int64_t numel, int reads, const F& run) {

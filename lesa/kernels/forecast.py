@@ -1,6 +1,12 @@
-"""Weighted sums of cached features, and the two reductions and the spread their gradients need.
+"""Weighted sums of cached features, the reductions that their gradients and errors need, and the gradient of the ring.
 
-Legend: H ring slots, K window, L elements of a feature, S stride between slots, T steps, P partial sums.
+    F^ = sum_k w_k F_k + b,   so with g = dL/dF^:   dL/dw_k = <g, F_k>,   dL/db = sum g,   dL/dF_k = w_k g.
+
+`feature_sums` makes all the sums in one pass over g and the features, `spread` writes w_k g into slot k: the backward
+saves the inputs only. The errors of a forecast against a truth F are sum (F^ - F)^2 and sum F^2, in one pass too.
+
+Legend: H ring slots, K window, KP window padded to a power of two, L elements of a feature, S stride between slots,
+T steps, P partial sums.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from .launch import Launch, check_feature, check_grad, check_history, check_row,
 
 
 class ForecastConfig(NamedTuple):
-    """How the forecast is cut: elements a program, warps a program, eviction hint of the loads."""
+    """Tiling of the forecast: elements a program, warps a program, eviction hint of the loads."""
 
     block: int = 1024
     warps: int = 8
@@ -29,14 +35,14 @@ _KEPT = 32 * 2**20
 
 
 def forecast_config(size: int) -> ForecastConfig:
-    """The cut for a feature of `size` bytes: features that are read leave the cache first where the result fits it."""
+    """The tiling for a feature of `size` bytes: features leave the cache first if the result fits in it."""
     return ForecastConfig(hint="evict_first" if size <= _KEPT else "")
 
 
 class SumsConfig(NamedTuple):
-    """How the sums are cut: elements times slots a tile, elements a tile at most, programs at most, warps a program.
+    """Tiling of the sums: elements times slots a tile, elements a tile at most, programs at most, warps a program.
 
-    Nothing here follows the machine: the order of the additions is part of the result.
+    It is the same on every machine, because it sets the order of the additions and so the last bits of the result.
     """
 
     tile: int = 8192
@@ -46,13 +52,13 @@ class SumsConfig(NamedTuple):
 
 
 class ErrorsConfig(NamedTuple):
-    """How the sums are cut: elements a tile, tiles that one program takes alone, programs at most, warps a program.
+    """Tiling of the errors: elements a tile, tiles up to which one program suffices, programs at most, warps a program.
 
-    Nothing here follows the machine: the order of the additions is part of the result.
+    It is the same on every machine, as for the sums.
     """
 
     block: int = 1024
-    alone: int = 16  # a second launch takes longer
+    alone: int = 16  # a second launch, to add up, would take longer
     programs: int = 1024
     warps: int = 4
 
@@ -72,27 +78,27 @@ def _forecast_fwd_kernel(
     BLOCK: tl.constexpr,
     HINT: tl.constexpr,
 ):
-    i_start = tl.program_id(0).to(tl.int64) * BLOCK
+    o_start = tl.program_id(0).to(tl.int64) * BLOCK
     i_row = 0
     if p_step is not None:
         i_row = tl.load(p_step)
     o_tile = tl.arange(0, BLOCK)
-    # Cut to the block, what is left fits 32 bits. An unused slot leaves nothing to load.
-    left = tl.minimum(L - i_start, BLOCK).to(tl.int32)
+    # At most a block is left, so it fits 32 bits. For an unused slot nothing is left to load.
+    left = tl.minimum(L - o_start, BLOCK).to(tl.int32)
     b_sum = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):
         i_slot = tl.load(p_slots + i_row * K + k).to(tl.int64)
         weight = tl.where(i_slot >= 0, tl.load(p_weights + i_row * K + k), 0.0)
-        p_feature = p_history + i_slot * S + i_start
+        p_feature = p_history + i_slot * S + o_start
         m_tile = o_tile < tl.where(i_slot >= 0, left, 0)
-        b_feature = tl.load(p_feature + o_tile, mask=m_tile, other=0.0, eviction_policy=HINT)
-        b_sum += weight * b_feature.to(tl.float32)
+        b_feature = tl.load(p_feature + o_tile, mask=m_tile, other=0.0, eviction_policy=HINT).to(tl.float32)
+        b_sum += weight * b_feature
     b_sum += tl.load(p_bias + i_row)
     if p_keep is not None:
         i_slot = tl.load(p_keep + i_row).to(tl.int64)
         p_out = p_history + i_slot * S
         left = tl.where(i_slot >= 0, left, 0)
-    tl.store(p_out + i_start + o_tile, b_sum.to(p_history.dtype.element_ty), mask=o_tile < left)
+    tl.store(p_out + o_start + o_tile, b_sum.to(p_history.dtype.element_ty), mask=o_tile < left)
 
 
 @triton.jit
@@ -106,17 +112,17 @@ def _feature_sums_kernel(
     p_features = (p_history + i_slots * S)[:, None]
     b_sums = tl.zeros([KP, BLOCK], tl.float32)
     b_total = tl.zeros([BLOCK], tl.float32)
-    i_start = i_program.to(tl.int64) * BLOCK
+    o_start = i_program.to(tl.int64) * BLOCK
     for _ in range(i_program, tl.cdiv(L, BLOCK), tl.num_programs(0)):
-        m_tile = o_tile < tl.minimum(L - i_start, BLOCK).to(tl.int32)
-        b_grad = tl.load(p_grad + i_start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        m_tile = o_tile < tl.minimum(L - o_start, BLOCK).to(tl.int32)
+        b_grad = tl.load(p_grad + o_start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         m_features = (i_slots >= 0)[:, None] & m_tile[None, :]
-        b_features = tl.load(p_features + i_start + o_tile[None, :], mask=m_features, other=0.0).to(tl.float32)
+        b_features = tl.load(p_features + o_start + o_tile[None, :], mask=m_features, other=0.0).to(tl.float32)
         b_sums += b_grad[None, :] * b_features
         b_total += b_grad
-        i_start += tl.num_programs(0) * BLOCK
+        o_start += tl.num_programs(0) * BLOCK
     p_part += i_program * (K + 1)
-    # An unused slot's products are zero times the gradient, NaN where that is not finite.
+    # The products of an unused slot are 0 g: NaN where g is not finite.
     tl.store(p_part + o_k, tl.where(i_slots >= 0, tl.sum(b_sums, 1), 0.0), mask=o_k < K)
     tl.store(p_part + K, tl.sum(b_total, 0))
 
@@ -133,14 +139,14 @@ def _reduce_kernel(p_sum, p_part, P, K1: tl.constexpr, BLOCK: tl.constexpr):
 def _spread_kernel(
     p_out, p_grad, p_coefficients, p_slots, L, H, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    i_start = tl.program_id(0).to(tl.int64) * BLOCK
+    o_start = tl.program_id(0).to(tl.int64) * BLOCK
     o_k = tl.arange(0, KP)
     o_tile = tl.arange(0, BLOCK)
-    m_tile = o_tile < tl.minimum(L - i_start, BLOCK).to(tl.int32)
+    m_tile = o_tile < tl.minimum(L - o_start, BLOCK).to(tl.int32)
     i_slots = tl.load(p_slots + o_k, mask=o_k < K, other=-1)
     b_coefficients = tl.load(p_coefficients + o_k, mask=o_k < K, other=0.0)
-    b_grad = tl.load(p_grad + i_start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-    p_out += i_start
+    b_grad = tl.load(p_grad + o_start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+    p_out += o_start
     for i_slot in range(H):
         m_k = i_slots == i_slot
         coefficient = tl.sum(tl.where(m_k, b_coefficients, 0.0), 0)
@@ -157,29 +163,29 @@ def _forecast_errors_kernel(
     i_program = tl.program_id(0)
     o_tile = tl.arange(0, BLOCK)
     bias = tl.load(p_bias)
-    b_error = tl.zeros([BLOCK], tl.float32)
-    b_square = tl.zeros([BLOCK], tl.float32)
-    i_start = i_program.to(tl.int64) * BLOCK
+    b_error_sum = tl.zeros([BLOCK], tl.float32)
+    b_truth_sum = tl.zeros([BLOCK], tl.float32)
+    o_start = i_program.to(tl.int64) * BLOCK
     for _ in range(i_program, tl.cdiv(L, BLOCK), tl.num_programs(0)):
-        left = tl.minimum(L - i_start, BLOCK).to(tl.int32)
-        b_given = tl.load(p_truth + i_start + o_tile, mask=o_tile < left, other=0.0)
+        left = tl.minimum(L - o_start, BLOCK).to(tl.int32)
+        b_given = tl.load(p_truth + o_start + o_tile, mask=o_tile < left, other=0.0)
         b_truth = b_given.to(tl.float32)
         b_forecast = tl.zeros([BLOCK], tl.float32)
         for k in tl.static_range(K):
             i_slot = tl.load(p_slots + k).to(tl.int64)
             weight = tl.where(i_slot >= 0, tl.load(p_weights + k), 0.0)
             m_tile = o_tile < tl.where(i_slot >= 0, left, 0)
-            b_feature = tl.load(p_history + i_slot * S + i_start + o_tile, mask=m_tile, other=0.0)
-            b_forecast += weight * b_feature.to(tl.float32)
-        b_miss = tl.where(o_tile < left, b_forecast + bias - b_truth, 0.0)
-        b_error += b_miss * b_miss
-        b_square += b_truth * b_truth
+            b_feature = tl.load(p_history + i_slot * S + o_start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+            b_forecast += weight * b_feature
+        b_error = tl.where(o_tile < left, b_forecast + bias - b_truth, 0.0)
+        b_error_sum += b_error * b_error
+        b_truth_sum += b_truth * b_truth
         if p_kept is not None:
-            tl.debug_barrier()  # it may be a slot that the row reads
-            tl.store(p_kept + i_start + o_tile, b_given, mask=o_tile < left)
-        i_start += tl.num_programs(0) * BLOCK
-    tl.store(p_part + i_program * 2, tl.sum(b_error, 0))
-    tl.store(p_part + i_program * 2 + 1, tl.sum(b_square, 0))
+            tl.debug_barrier()  # the row may read this slot: all threads load before any stores
+            tl.store(p_kept + o_start + o_tile, b_given, mask=o_tile < left)
+        o_start += tl.num_programs(0) * BLOCK
+    tl.store(p_part + i_program * 2, tl.sum(b_error_sum, 0))
+    tl.store(p_part + i_program * 2 + 1, tl.sum(b_truth_sum, 0))
 
 
 def launch_forecast_fwd(
@@ -202,13 +208,13 @@ def launch_forecast_fwd(
         bias: one float32; [T] with `step`.
         keep: one int32, the slot to write to; [T] with `step`. A negative slot writes nothing.
         step: [1] int64 on the device, the row to use.
-        config: how the work is cut; the result does not depend on it. None chooses.
+        config: the tiling; the result does not depend on it. None chooses by size.
 
     Returns:
         `out`, or `history` where `keep` is given.
 
     Raises:
-        ValueError: an argument has a dtype, shape or stride that is not as said.
+        ValueError: the dtype, shape or strides of an argument differ from the above.
     """
     if keep is not None:
         out = None
@@ -223,13 +229,17 @@ def launch_forecast_fwd(
 def prepare_forecast_into(
     history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, keep: Tensor, step: Tensor
 ) -> Callable[[], None]:
-    """`launch_forecast_fwd` into the ring, for many launches: what is called without arguments.
+    """Prepare `launch_forecast_fwd` into the ring, for many launches.
+
 
     Args:
-        history, slots, weights, bias, keep, step: as there; rows, step and features may change in place meanwhile.
+        history, slots, weights, bias, keep, step: as there; their values may change in place between launches.
+
+    Returns:
+        Called without arguments, it launches.
 
     Raises:
-        ValueError: an argument has a dtype, shape or stride that is not as said.
+        ValueError: the dtype, shape or strides of an argument differ from the above.
     """
     return _prepare(None, history, slots, weights, bias, keep, step)
 
@@ -244,7 +254,7 @@ def _prepare(
     step: Tensor | None,
     config: ForecastConfig | None = None,
 ) -> Callable[[], None]:
-    """What launches the forecast, to `out` or into the ring."""
+    """A function that launches the forecast, to `out` or into the ring."""
     check_history(history)
     window = check_row(slots, step, weights=weights, bias=bias, keep=keep)
     if history.numel() == 0:
@@ -268,13 +278,13 @@ def launch_feature_sums(
         grad: [*feature], contiguous, any of the feature dtypes.
         history: [H, *feature], dense features.
         slots: [K] int32, -1 for an unused entry, whose sum is 0.
-        config: how the work is cut; it sets the order of the additions.
+        config: the tiling; it sets the order of the additions.
 
     Returns:
         [K + 1] float32, S_0 last.
 
     Raises:
-        ValueError: an argument has a dtype, shape or stride that is not as said.
+        ValueError: the dtype, shape or strides of an argument differ from the above.
     """
     check_history(history)
     window = check_row(slots, None)
@@ -305,14 +315,14 @@ def launch_feature_sums(
 
 
 def prepare_sum(parts: Tensor, warps: int) -> Callable[[Tensor], None]:
-    """What adds up every column, in a fixed order.
+    """Prepare the sum of every column, in a fixed order.
 
     Args:
-        parts: [P, sums] float32, contiguous: what each program left, by the time of the call.
-        warps: a program; with P, of the order of the additions.
+        parts: [P, sums] float32, contiguous: the partial sums, one row a program.
+        warps: warps a program; with P it sets the order of the additions.
 
     Returns:
-        Called with sums [sums] float32, on the device or in pinned memory, it writes them there.
+        Called with sums [sums] float32, on the device or in pinned memory, it writes the sums there.
     """
     programs, count = parts.shape
     return Launch(_reduce_kernel, count, (parts, programs, count, padded(programs)), num_warps=warps)
@@ -331,7 +341,7 @@ def launch_spread(grad: Tensor, coefficients: Tensor, slots: Tensor, H: int) -> 
         [H, *feature], the dtype of `grad`.
 
     Raises:
-        ValueError: an argument has a dtype, shape or stride that is not as said.
+        ValueError: the dtype, shape or strides of an argument differ from the above.
     """
     window = check_row(slots, None, coefficients=coefficients)
     check_grad(grad, grad.shape)
@@ -362,7 +372,7 @@ def prepare_forecast_errors(
     kept: Tensor | None = None,
     config: ErrorsConfig = ErrorsConfig(),  # noqa: B008 - immutable
 ) -> Callable[[Tensor, Tensor], None]:
-    """What compares the forecast of one row, F^ = sum_k weights[k] * history[slots[k]] + bias, with one truth or many.
+    """Prepare the errors of one row, F^ = sum_k weights[k] * history[slots[k]] + bias, against one truth or many.
 
     Args:
         history: [H, *feature] float32, float16 or bfloat16, dense features.
@@ -371,15 +381,16 @@ def prepare_forecast_errors(
         bias: one float32.
         kept: [*feature] in the history's dtype, contiguous, where each truth is copied to; it may be a feature that
             the row reads. None copies nothing.
-        config: how the work is cut; it sets the order of the additions.
+        config: the tiling; it sets the order of the additions.
 
     Returns:
         Called with sums [2] float32, on the device or in pinned memory, and a truth [*feature] in the history's dtype,
-        contiguous, it writes sum (F^ - truth)^2 and sum truth^2 to sums, in an order that depends on sizes and on
-        which addresses are multiples of 16.
+        contiguous, it writes sum (F^ - truth)^2 and sum truth^2 to sums. The order of the additions depends on sizes,
+        and on which addresses are multiples of 16.
 
     Raises:
-        ValueError: an argument has a dtype, shape or stride that is not as said; of a truth when it is given.
+        ValueError: the dtype, shape or strides of an argument differ from the above; a truth is checked at
+            its call.
     """
     check_history(history)
     window = check_row(slots, None, weights=weights, bias=bias)

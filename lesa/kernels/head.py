@@ -1,13 +1,15 @@
-"""The forecast and all that follows it in a denoiser, in one pass: weighted sum, layer norm, modulation, projection.
+"""The forecast and the head of a denoiser in one pass: weighted sum, layer norm, modulation, projection.
 
 With x the forecast, s = scale, t = shift, W the projection and m any number near the mean mu of a row,
 
     y = ((x - mu) rstd s + t) W^T + b = rstd (((x - m) s) W^T - (mu - m) (s W^T)) + t W^T + b,
 
-so that mu and rstd are needed only when the channels are through. m is the mean of the row's first channels: taken off
-before the tensor cores round their operand, it leaves that rounding relative to the spread of the row, not to its mean.
-The channels may be split among programs. Each slice j then has its own m_j, and a second kernel puts the slices
-together: y = rstd sum_j (A_j - (mu - m_j) s_j W_j^T) + sum_j t_j W_j^T + b, A_j being the slice's ((x - m_j) s) W_j^T.
+so mu and rstd are needed only after the last channel. m is the mean of the row's first channels. Subtracting it before
+the tensor cores round their operand makes the rounding error relative to the std of the row, not to its mean.
+The channels may be split among programs. Each slice j then has its own m_j, and a second kernel joins the slices.
+With A_j the slice's ((x - m_j) s) W_j^T,
+
+    y = rstd sum_j (A_j - (mu - m_j) s_j W_j^T) + sum_j t_j W_j^T + b.
 
 Legend: B batch, N tokens, D channels, C projected channels, H ring slots, K window, T steps, S strides,
 BM, BD, BC tokens, channels and projected channels a tile, J slices, DJ channels a slice.
@@ -31,7 +33,7 @@ _PIPELINE_BYTES = 3 * 128 * 2 * (8 * 16 + 128)
 
 
 class HeadConfig(NamedTuple):
-    """How the head is cut: tokens and channels a tile, slices of the channels, warps, stages of the pipeline."""
+    """Tiling of the head: tokens and channels a tile, slices of the channels, warps, stages of the pipeline."""
 
     tokens: int
     channels: int
@@ -42,7 +44,7 @@ class HeadConfig(NamedTuple):
 
 @triton.jit
 def _load_modulation(p_scale, p_shift, o_d, D, OPERAND: tl.constexpr):
-    # As rows 0 and 1 of an operand, since a product has at least 16 rows.
+    # Rows 0 and 1 of an operand, because a product has at least 16 rows.
     o_row = tl.arange(0, 16)[:, None]
     b_scale = tl.load(p_scale + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
     b_shift = tl.load(p_shift + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
@@ -127,7 +129,7 @@ def _forecast_head_fwd_kernel(
         weights += (tl.where(i_slot >= 0, tl.load(p_weights + i_row * K + k), 0.0),)  # type: ignore[assignment]
         i_slots += (i_slot,)  # type: ignore[assignment]
     bias = tl.load(p_bias + i_row)
-    i_origin = (i_b * N + i_token) * D
+    o_origin = (i_b * N + i_token) * D
     left = tl.minimum(N - i_token, BM)
 
     b_mean = tl.zeros([BM], tl.float32)
@@ -141,13 +143,13 @@ def _forecast_head_fwd_kernel(
         b_x = tl.zeros([BM, BD], tl.float32)
         for k in tl.static_range(K):
             m_x = (o_m < tl.where(i_slots[k] >= 0, left, 0))[:, None] & m_d
-            p_x = p_history + (i_slots[k] * S + i_origin) + o_tile
+            p_x = p_history + (i_slots[k] * S + o_origin) + o_tile
             b_x += weights[k] * tl.load(p_x, mask=m_x, other=0.0, eviction_policy="evict_first").to(tl.float32)
         b_x += bias
         if p_keep is not None:
             i_keep = tl.load(p_keep + i_row).to(tl.int64)
             m_x = (o_m < tl.where(i_keep >= 0, left, 0))[:, None] & m_d
-            tl.store(p_history + (i_keep * S + i_origin) + o_tile, b_x.to(p_history.dtype.element_ty), mask=m_x)
+            tl.store(p_history + (i_keep * S + o_origin) + o_tile, b_x.to(p_history.dtype.element_ty), mask=m_x)
         if i_d == i_d0:
             b_mean = tl.sum(tl.where(m_d, b_x, 0.0), 1) / tl.minimum(D - i_d, BD)
         b_x = tl.where(m_d, b_x - b_mean[:, None], 0.0)
@@ -202,7 +204,7 @@ def _join_slices_kernel(
     m_c = o_c < C
     m_y = m_token[:, None] & m_c[None, :]
 
-    # The mean is summed relative to the first slice's m, so that it is exact to the spread of the row.
+    # The mean is summed relative to the first slice's m, so its error is relative to the std of the row.
     b_first = tl.load(p_moments + i_b * N * 3 + o_token * 3, mask=m_token, other=0.0)
     b_mean = tl.zeros([BM], tl.float32)
     for j in tl.static_range(J):
@@ -234,10 +236,10 @@ def _join_slices_kernel(
 
 
 def head_config(history: Tensor, window: int, projected: int) -> HeadConfig:
-    """How the head of `history` is cut, as measured (benchmarks/NOTES.md).
+    """The tiling of the head of `history`, as measured (benchmarks/NOTES.md).
 
-    The order of the sums follows the cut: two runs on one machine are bit-equal, machines of less shared memory than
-    an A100 or H100 may round differently.
+    The order of the sums follows the tiling: two runs on one machine are bit-equal, but machines with less shared
+    memory than an A100 or H100 may round differently.
 
     Args:
         history: [H, B, N, D].
@@ -247,7 +249,7 @@ def head_config(history: Tensor, window: int, projected: int) -> HeadConfig:
     if history.dtype != torch.bfloat16 or projected > 128 or history.shape[-1] % 16:
         return HeadConfig(tokens=16, channels=32, slices=1, warps=4, stages=1)
     narrow = history.shape[-1] < 1024
-    if window > 8:  # 64 channels of so many features do not fit the registers
+    if window > 8:  # 64 channels of so many features do not fit in the registers
         return HeadConfig(tokens=16, channels=32, slices=1 if narrow else 4, warps=4, stages=1)
     if (narrow or window > 4) and _shared_memory(history.device) >= _PIPELINE_BYTES:
         return HeadConfig(tokens=16, channels=128, slices=1, warps=8, stages=3)
@@ -256,7 +258,7 @@ def head_config(history: Tensor, window: int, projected: int) -> HeadConfig:
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    """Bytes a program can have; without limit where there is no such memory."""
+    """Bytes of shared memory a program can have; without limit on devices other than CUDA."""
     if device.type != "cuda":
         return 1 << 30
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
@@ -276,27 +278,27 @@ def launch_forecast_head_fwd(
     eps: float,
     config: HeadConfig | None = None,
 ) -> Tensor:
-    """(layernorm(x, eps) * scale + shift) @ proj_weight^T + proj_bias, x the forecast, which stays in registers.
+    """(layernorm(x, eps) * scale + shift) @ proj_weight^T + proj_bias, where x is the forecast, kept in registers.
 
     Args:
         history: [H, B, N, D] float32, float16 or bfloat16, dense features.
         slots: [K] int32, -1 for an unused entry; [T, K] with `step`.
         weights: float32, like `slots`.
         bias: one float32; [T] with `step`.
-        keep: one int32, the slot of the ring x is also written to, none if negative; [T] with `step`.
+        keep: one int32, the slot of the ring that x is also written to; negative writes none; [T] with `step`.
         step: [1] int64 on the device, the row to use.
         scale: [B, D], the whole factor; channels contiguous.
         shift: [B, D]; channels contiguous.
-        proj_weight: [C, D], contiguous; bfloat16 is expected beside bfloat16 features and is what it is rounded to.
+        proj_weight: [C, D], contiguous; rounded to bfloat16 if the features are bfloat16.
         proj_bias: [C] or None.
         eps: added to the variance.
-        config: how the work is cut; None chooses by shape.
+        config: the tiling; None chooses by shape.
 
     Returns:
         [B, N, C] in the history's dtype.
 
     Raises:
-        ValueError: an argument has a dtype, shape or stride that is not as said, or C is above 256.
+        ValueError: the dtype, shape or strides of an argument differ from the above, or C exceeds 256.
     """
     check_history(history)
     window = check_row(slots, step, weights=weights, bias=bias, keep=keep)
@@ -344,7 +346,7 @@ def launch_forecast_head_fwd(
             J=slices,
             DJ=width,
             OPERAND=tl.bfloat16 if history.dtype == torch.bfloat16 else tl.float32,
-            # float16 goes through tf32, which has its precision and the range the unscaled products need.
+            # float16 is multiplied as tf32: it has the same precision, and the range that the unscaled products need.
             PRECISION="ieee" if history.dtype == torch.float32 else "tf32",
             num_warps=config.warps,
             num_stages=config.stages,

@@ -2,9 +2,10 @@
 
     y_tq = sum_i base_qi silu(x_ti) + scale_qi sum_m spline_qim B_m(x_ti)
 
-A tile of rows against a tile of edges is a product over the flat index (i, m), [BT, BX MP] x [BX MP, BQ], with the
-bases from their closed form; few rows or few outputs do without the product. Where that makes few tiles, a program
-sums a span of the inputs only, and the sums of the spans are added up in a second launch; the rest is one launch each.
+A tile of rows times a tile of edges is a matrix product over the flat index (i, m), [BT, BX MP] x [BX MP, BQ], with
+the bases in closed form. Few rows or few outputs are summed without a product. If there are few tiles, each program
+sums only a span of the inputs, and a second launch adds up the spans. Everything else is one launch. The header of
+kan_backward.py derives the gradients; the backward saves the inputs only.
 
 Legend: E experts, T steps, X inputs, Q outputs, M spline bases, MP bases padded to a power of two, SE, ST strides of x,
 BT, BQ, BX rows, outputs and inputs a tile, SPLIT parts of a tile's inputs that are summed apart, SPAN inputs a program.
@@ -35,24 +36,24 @@ from .spline import (
     silu,
 )
 
-# A product reads at least 16 rows: up to so many rows or outputs, going through them one by one is less work.
+# A product reads at least 16 rows. Up to so many rows or outputs, a loop over them is less work.
 _FEW = 4
-# Elements of y up to which a program of the forward takes a span of the inputs.
+# Up to so many elements of y, a program of the forward takes a span of the inputs.
 _SMALL = 1 << 16
 
 
 class ForwardConfig(NamedTuple):
-    """How a forward is cut.
+    """Tiling of a forward.
 
     Args:
         form: "rows" sums one row over a tile of edges, "gather" does so reading the active coefficients only,
             "dot" multiplies tiles of at least 16 rows and inputs.
         rows, outputs, inputs: sizes of the tile, powers of two.
-        split: parts of the tile's inputs that different warps sum ("dot").
+        split: parts of the tile's inputs, each summed by other warps ("dot").
         precision: of products, "ieee" or "tf32x3".
         warps: warps a program.
         stages: depth of the pipeline of loads.
-        span: inputs a program sums, a multiple of `inputs`; 0 for all. Sums of several spans are added up afterwards.
+        span: inputs a program sums, a multiple of `inputs`; 0 for all. The sums of the spans are added up afterwards.
     """
 
     form: str
@@ -67,7 +68,7 @@ class ForwardConfig(NamedTuple):
 
 
 class BackwardConfig(NamedTuple):
-    """How a backward is cut: see ForwardConfig; sizes of the tiles of both roles, one row of dx in the form "rows"."""
+    """Tiling of a backward, see ForwardConfig: tiles of the parameters' gradients and of dx (1 row in "rows")."""
 
     form: str
     rows: int
@@ -82,17 +83,17 @@ class BackwardConfig(NamedTuple):
 
 
 def forward_config(steps: int, inputs: int, outputs: int, bases: int) -> ForwardConfig:
-    """The cut for x [*, steps, inputs] and `outputs` outputs."""
+    """The tiling for x [*, steps, inputs] and `outputs` outputs."""
     if min(steps, outputs) <= _FEW:
         return ForwardConfig("rows", 1, min(2, padded(outputs)), min(256, padded(inputs)))
-    # With few tiles, the way of one program through all the inputs takes longest.
+    # With few tiles, one program that goes through all inputs takes longest.
     if inputs > 64 and steps * outputs <= _SMALL:
         return ForwardConfig("dot", 16, 32, max(4, 64 // padded(bases)), split=4, stages=3, span=64)
     return ForwardConfig("dot", 16, 16, max(4, 128 // padded(bases)), split=4)
 
 
 def backward_config(steps: int, inputs: int, outputs: int, bases: int) -> BackwardConfig:
-    """The cut for x [*, steps, inputs] and `outputs` outputs."""
+    """The tiling for x [*, steps, inputs] and `outputs` outputs."""
     wide = min(128, padded(outputs))
     if steps <= _FEW:
         return BackwardConfig("rows", 1, min(8, wide), min(32, padded(inputs)), 1, wide, min(64, 512 // wide))
@@ -113,7 +114,7 @@ def _split_product(
     PART: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # [SPLIT, BT, BQ]: each warp sums PART terms of all outputs, so that no two warps read the same operands.
+    # [SPLIT, BT, BQ]: each warp sums PART terms of all outputs, so no two warps read the same operands.
     b_rows = tl.permute(tl.reshape(b_rows, [BT, SPLIT, PART]), (1, 0, 2))
     b_edges = tl.permute(tl.reshape(b_edges, [BQ, SPLIT, PART]), (1, 2, 0))
     return product(b_rows, b_edges, FACTOR, PRECISION)
@@ -156,8 +157,8 @@ def _kan_fwd_kernel(
     p_y += ((i_span * E + i_e) * T + i_t) * Q + i_q
     i_first = i_span * SPAN
     i_end = tl.minimum(X, i_first + SPAN)
-    i_edge = (i_e * Q + i_q) * X
-    p_base, p_spline, p_scale = p_base + i_edge, p_spline + i_edge * M, p_scale + i_edge
+    o_first = (i_e * Q + i_q) * X
+    p_base, p_spline, p_scale = p_base + o_first, p_spline + o_first * M, p_scale + o_first
     o_t, o_q, o_m = tl.arange(0, BT), tl.arange(0, BQ), tl.arange(0, MP)
     T, Q_left = T - i_t, Q - i_q
     if FORM == "dot":
@@ -202,8 +203,8 @@ def launch_kan_fwd(
         x: [E, T, X], any strides; 0 over E for one x that all experts read.
         base, scale: [E, Q, X], float32, float16 or bfloat16.
         spline: [E, Q, X, M].
-        low, high: the range of the M - 3 intervals of the grid.
-        config: how the work is cut; it sets the order of the additions.
+        low, high: range of the grid, which has M - 3 intervals.
+        config: the tiling; it sets the order of the additions.
 
     Returns:
         [E, T, Q] float32.
@@ -242,7 +243,7 @@ def launch_kan_fwd(
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
-    # To let the last program do this, a counter must be zeroed: a launch too. So few terms torch adds in a fixed order.
+    # The last program could do this, but zeroing its counter is a launch too. Torch adds so few terms in a fixed order.
     return sums[0] if len(sums) == 1 else sums.sum(0)
 
 
@@ -263,7 +264,7 @@ def launch_kan_bwd(
         grad: [E, T, Q], of y.
         x, base, spline, scale, low, high: as given to the forward.
         needs_x: whether dx is wanted.
-        config: how the work is cut; it sets the order of the additions.
+        config: the tiling; it sets the order of the additions.
 
     Returns:
         dx [E, T, X] in x's dtype or None, and the gradients of base, spline and scale, like these.

@@ -1,11 +1,14 @@
-"""The backward kernel of a KAN layer; `kan.py` launches it.
+"""The backward kernel of a KAN layer, which `kan.py` launches.
+
+The forward is y_tq = sum_i base_qi silu(x_ti) + scale_qi sum_m spline_qim B_m(x_ti).
 
 With g = dy and the moments A_qim = sum_t g_tq B_m(x_ti):
 
     d base = g^T silu(x),   d spline = scale A,   d scale = sum_m spline A,
     dx_ti = sum_q g_tq (base_qi silu'(x_ti) + scale_qi sum_m spline_qim B'_m(x_ti)),
 
-so the inputs are all that is saved. Programs of the one launch take one of two roles, dx or the parameters' gradients.
+so the backward saves x and the parameters only. One launch does all: a program computes a tile either of dx or of the
+parameters' gradients.
 
 Legend: E experts, T steps, X inputs, Q outputs, M spline bases, MP bases padded to a power of two, SE, ST strides of x,
 BT, BQ, BX rows, outputs and inputs a tile, DT, DQ, DX those of a tile of dx.
@@ -18,14 +21,14 @@ from .spline import (
     SIXTH,
     apply_edges,
     basis6,
+    derivative6,
     load_edges,
     load_rows,
     load_splines,
     position,
     product,
     silu,
-    silu_slope,
-    slope6,
+    silu_derivative,
 )
 
 
@@ -54,7 +57,7 @@ def _grad_x(
     BX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # One tile of dx: the tile's first row is where the pointers point, its first input is i_x.
+    # One tile of dx: the pointers point at its first row, and its first input is i_x.
     o_t, o_m, o_x = tl.arange(0, BT), tl.arange(0, MP), i_x + tl.arange(0, BX)
     if FORM == "dot":
         b_base_sum = tl.zeros([BT, BX], tl.float32)
@@ -68,19 +71,21 @@ def _grad_x(
             b_base_sum += product(2.0 * b_grad, b_base, 0.5, PRECISION)
         b_x = load_rows(p_x, o_t, o_x, T, X, ST)
         b_cell, b_rest = position(b_x, middle, inverse, width, width_rest)
-        b_slope = slope6(b_cell[:, :, None], b_rest[:, :, None], o_m[None, None, :], M)
-        b_dx = tl.sum(tl.reshape(b_spline_sum, [BT, BX, MP]) * b_slope, 2) * inverse + b_base_sum * silu_slope(b_x)
+        b_derivative = derivative6(b_cell[:, :, None], b_rest[:, :, None], o_m[None, None, :], M)
+        b_dx = tl.sum(
+            tl.reshape(b_spline_sum, [BT, BX, MP]) * b_derivative, 2
+        ) * inverse + b_base_sum * silu_derivative(b_x)
     else:
         b_x = tl.load(p_x + o_x, mask=o_x < X, other=0.0).to(tl.float32)
         b_cell, b_rest = position(b_x, middle, inverse, width, width_rest)
-        b_slope = slope6(b_cell[:, None], b_rest[:, None], o_m[None, :], M) * inverse
-        b_silu = silu_slope(b_x)
+        b_derivative = derivative6(b_cell[:, None], b_rest[:, None], o_m[None, :], M) * inverse
+        b_silu = silu_derivative(b_x)
         b_sum = tl.zeros([BQ, BX], tl.float32)
         for i_q in range(0, Q, BQ):
             o_q = i_q + tl.arange(0, BQ)
             b_grad = tl.load(p_grad + o_q, mask=o_q < Q, other=0.0).to(tl.float32)
             b_base, b_spline, b_scale = load_edges(p_base, p_spline, p_scale, o_q, i_x, Q, X, M, MP, BX)
-            b_sum += b_grad[:, None] * apply_edges(b_base, b_spline, b_scale, b_silu, b_slope)
+            b_sum += b_grad[:, None] * apply_edges(b_base, b_spline, b_scale, b_silu, b_derivative)
         b_dx = tl.sum(b_sum, 0)[None, :]
     m_dx = (o_t < T)[:, None] & (o_x < X)[None, :]
     tl.store(p_dx + o_t[:, None] * X + o_x[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_dx)
@@ -113,7 +118,7 @@ def _grad_edges(
     BX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # One tile of the parameters' gradients: its first output is where the pointers point, its first input is i_x.
+    # One tile of the parameters' gradients: the pointers point at its first output, and its first input is i_x.
     o_q, o_m, o_x = tl.arange(0, BQ), tl.arange(0, MP), i_x + tl.arange(0, BX)
     b_dbase = tl.zeros([BQ, BX], tl.float32)
     if FORM == "dot":
@@ -183,11 +188,11 @@ def _kan_bwd_kernel(
 ):
     i_program = tl.program_id(0)
     i_e = tl.program_id(1).to(tl.int64)
-    i_edge = i_e * Q * X
+    o_first = i_e * Q * X
     p_x += i_e * SE
     p_grad += i_e * T * Q
-    p_base, p_spline, p_scale = p_base + i_edge, p_spline + i_edge * M, p_scale + i_edge
-    # Programs of dx come first: they run longest, and none are left to wait for in the end.
+    p_base, p_spline, p_scale = p_base + o_first, p_spline + o_first * M, p_scale + o_first
+    # Programs of dx come first: they run longest, so the last programs to finish are short ones.
     n_dx = 0
     if p_dx is not None:
         n_dx = tl.cdiv(T, DT) * tl.cdiv(X, DX)
@@ -206,10 +211,10 @@ def _kan_bwd_kernel(
         i_tile = i_program - n_dx
         i_q = (i_tile // tl.cdiv(X, BX)).to(tl.int64) * BQ
         i_x = i_tile % tl.cdiv(X, BX) * BX
-        i_local = i_q * X
-        i_edge += i_local
+        o_local = i_q * X
+        o_first += o_local
         # fmt: off
-        _grad_edges(p_dbase + i_edge, p_dspline + i_edge * M, p_dscale + i_edge, p_grad + i_q, p_x,
-                    p_spline + i_local * M, p_scale + i_local, i_x, T, X, Q, Q - i_q, ST,
+        _grad_edges(p_dbase + o_first, p_dspline + o_first * M, p_dscale + o_first, p_grad + i_q, p_x,
+                    p_spline + o_local * M, p_scale + o_local, i_x, T, X, Q, Q - i_q, ST,
                     middle, inverse, width, width_rest, M, MP, FORM, BT, BQ, BX, PRECISION)
         # fmt: on

@@ -16,27 +16,27 @@ _ALIGNED = 16
 
 
 class Launch:
-    """One kernel with all its arguments but the first, which are tensors of always the same dtypes.
+    """A kernel with all arguments fixed but the first ones, tensors whose dtypes never change.
 
-    `kernel[grid](...)` looks at each argument to find the binary that fits, which takes longer than a small kernel
-    runs. Here the binary that the first launch found is used again, as long as the tensors that change are aligned.
+    `kernel[grid](...)` inspects every argument to find the compiled binary; this takes longer than a small kernel
+    runs. `Launch` keeps the binary of its first launch and uses it again while the changing tensors are aligned.
 
     Args:
-        kernel: to launch.
-        programs: of the grid.
-        fixed: the arguments after those that change, in order, constexprs too; at least one tensor.
-        options: of the launch, e.g. num_warps.
+        kernel: the kernel.
+        programs: size of the grid.
+        fixed: the arguments after the changing ones, in order, constexprs too; at least one is a tensor.
+        options: launch options, e.g. num_warps.
     """
 
     def __init__(self, kernel: triton.JITFunction, programs: int, fixed: tuple[Any, ...], **options: Any) -> None:
         self._kernel, self._grid, self._fixed, self._options = kernel, (programs, 1, 1), fixed, options
         self._device = next(argument.device for argument in fixed if isinstance(argument, Tensor))
-        # The interpreter runs on the CPU, where there is nothing to choose.
+        # The interpreter runs on the CPU: there is no device to choose.
         self._module: Any = None if self._device.type == "cpu" else torch.get_device_module(self._device)
         self._binary: Any = None
 
     def __call__(self, *changing: Tensor) -> None:
-        """Launch on the tensors that change."""
+        """Launch with these tensors as the first arguments."""
         if self._module is None or self._module.current_device() == self._device.index:
             self._launch(changing)
         else:
@@ -54,7 +54,7 @@ class Launch:
 
 
 def guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """The device to launch on: that of `tensor`; nothing to choose where it is already, nor for the interpreter."""
+    """A context in which the device of `tensor` is current; empty if it is already, and for the interpreter."""
     if tensor.device.type == "cpu":
         return contextlib.nullcontext()
     module = torch.get_device_module(tensor.device)
@@ -65,13 +65,13 @@ def guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def check_history(history: Tensor) -> None:
-    """Refuse a ring whose features are not dense or not of a dtype the kernels know.
+    """Check that a ring has dense features of a dtype that the kernels know.
 
     Args:
         history: [H, *feature], any stride between slots.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it has not.
     """
     if history.dtype not in FEATURE_DTYPES:
         raise ValueError(f"history has dtype {history.dtype}; expected float32, float16 or bfloat16")
@@ -83,18 +83,19 @@ def check_history(history: Tensor) -> None:
 
 
 def check_row(slots: Tensor, step: Tensor | None, **rows: Tensor | None) -> int:
-    """Refuse rows the kernels would misread.
+    """Check rows of slots and weights.
 
     Args:
         slots: [K] int32, or [T, K] with `step`.
         step: [1] int64, or None.
-        rows: weights or coefficients like `slots`, bias and keep one a row; None is left out.
+        rows: by name. `weights` and `coefficients` are like `slots`, `bias` and `keep` hold one value a row; None is
+            left out.
 
     Returns:
         K.
 
     Raises:
-        ValueError: a dtype, a window, or a stride is not as said.
+        ValueError: the dtype, window or strides of a row differ from the above.
     """
     window = slots.shape[-1]
     if not 1 <= window <= MAX_WINDOW:
@@ -119,14 +120,14 @@ def check_row(slots: Tensor, step: Tensor | None, **rows: Tensor | None) -> int:
 
 
 def check_grad(grad: Tensor, shape: torch.Size) -> None:
-    """Refuse a gradient that is not a dense feature.
+    """Check that a gradient is a dense feature.
 
     Args:
         grad: expected to have `shape` and one of the feature dtypes.
-        shape: of a feature.
+        shape: shape of a feature.
 
     Raises:
-        ValueError: it has not, or is not contiguous.
+        ValueError: it has not, or it is not contiguous.
     """
     if grad.dtype not in FEATURE_DTYPES or grad.shape != shape or not grad.is_contiguous():
         raise ValueError(
@@ -136,15 +137,15 @@ def check_grad(grad: Tensor, shape: torch.Size) -> None:
 
 
 def check_feature(name: str, feature: Tensor, history: Tensor) -> None:
-    """Refuse what is not a dense feature like those of a ring.
+    """Check that a tensor is a dense feature like those of a ring.
 
     Args:
-        name: of the argument.
+        name: name of the argument.
         feature: expected to have the dtype of `history` and the shape of its features.
         history: [H, *feature].
 
     Raises:
-        ValueError: it has not, or is not contiguous.
+        ValueError: it has not, or it is not contiguous.
     """
     if feature.dtype != history.dtype or feature.shape != history.shape[1:] or not feature.is_contiguous():
         raise ValueError(

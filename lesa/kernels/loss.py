@@ -1,11 +1,13 @@
 """The loss of a forecast and the gradients of its row, in one pass over the features and the target.
 
 With F^ = F_last + alpha (sum_k w_k F_k + b), the error d = F^ - target of L elements and g = dL/dF^, which is
-sign(d) / L for the mean absolute and 2 d / L for the mean squared error, all follows from S_k = <g, F_k>, S = sum g:
+sign(d) / L for the mean absolute and 2 d / L for the mean squared error, all gradients follow from S_k = <g, F_k> and
+S = sum g:
 
     d w_k = alpha S_k,   d b = alpha S,   d alpha = sum_k w_k S_k + b S.
 
-Every program leaves its part of each sum; the one that finishes last adds the parts up in their order.
+The forward therefore computes the gradients at once, and the backward saves these K + 2 numbers only. Every program
+writes its part of each sum; the program that finishes last adds up the parts in their order.
 
 Legend: H ring slots, K window, KP window padded to a power of two, K2 K + 2 sums padded likewise, L elements of a
 feature, S stride between slots, P programs, BP parts a tile, R lanes a tile, V elements a lane.
@@ -24,9 +26,9 @@ from .launch import check_history, check_row, guard, padded
 
 
 class LossConfig(NamedTuple):
-    """How the loss is cut: lanes a tile, bytes a lane, programs at most, warps a program, stages of loads.
+    """Tiling of the loss: lanes a tile, bytes a lane, programs at most, warps a program, stages of loads.
 
-    All but warps and stages set the order of the additions, so nothing here follows the machine.
+    All but warps and stages set the order of the additions, so they are the same on every machine.
     """
 
     lanes: int = 128
@@ -37,7 +39,7 @@ class LossConfig(NamedTuple):
 
 
 def loss_config(K: int) -> LossConfig:
-    """The cut for a window: one stage less where four do not fit the 99 KiB that small GPUs have."""
+    """The tiling for a window: one stage less where four do not fit in the 99 KiB of small GPUs."""
     return LossConfig() if K <= 8 else LossConfig(stages=3)
 
 
@@ -73,16 +75,16 @@ def _predict_loss_kernel(
     o_k = tl.arange(0, KP)
     i_slots = tl.load(p_slots + o_k, mask=o_k < K, other=-1).to(tl.int64)
     b_weights = tl.load(p_weights + o_k, mask=i_slots >= 0, other=0.0)
-    # F_last is one of the features: its 1 joins the coefficient.
+    # F_last is one of the features: its coefficient gets the 1 of the residual.
     b_coefficients = alpha * b_weights + tl.where(o_k == K - 1, 1.0, 0.0)
     p_features = p_history + (i_slots * S)[:, None]
     o_tile = tl.arange(0, R * V)
     b_sums = tl.zeros([KP, R], tl.float32)
     b_total = tl.zeros([R], tl.float32)
     b_loss = tl.zeros([R], tl.float32)
-    i_start = i_program.to(tl.int64) * (R * V)
+    o_start = i_program.to(tl.int64) * (R * V)
     for _ in tl.range(i_program, tl.cdiv(L, R * V), P, num_stages=STAGES):
-        o_element = i_start + o_tile
+        o_element = o_start + o_tile
         m_element = o_element < L
         m_features = (i_slots >= 0)[:, None] & m_element[None, :]
         b_features = tl.load(p_features + o_element[None, :], mask=m_features, other=0.0).to(tl.float32)
@@ -99,15 +101,15 @@ def _predict_loss_kernel(
             b_sign = tl.where(b_error > 0, 1.0, tl.where(b_error < 0, -1.0, 0.0))
             b_grad = tl.where(b_error == b_error, b_sign, b_error)
             b_each = tl.abs(b_error)
-        # Neighbours, which one thread holds, are added up at once, so that a sum needs one register.
+        # One thread holds neighbours and adds them up at once, so a sum needs one register.
         b_loss += tl.sum(tl.reshape(b_each, [R, V]), 1)
         b_total += tl.sum(tl.reshape(b_grad, [R, V]), 1)
         b_sums += tl.sum(tl.reshape(b_grad[None, :] * b_features, [KP, R, V]), 2)
-        i_start += P * (R * V)
+        o_start += P * (R * V)
     tl.store(p_part + o_k * P + i_program, tl.sum(b_sums, 1), mask=o_k < K)
     tl.store(p_part + K * P + i_program, tl.sum(b_total, 0))
     tl.store(p_part + (K + 1) * P + i_program, tl.sum(b_loss, 0))
-    # All warps have stored before one thread says so.
+    # All warps store before one thread counts this program.
     tl.debug_barrier()
     if tl.atomic_add(p_count, 1, sem="acq_rel") == P - 1:
         o_sum = tl.arange(0, K2)
@@ -116,13 +118,13 @@ def _predict_loss_kernel(
             o_part = i_part + tl.arange(0, BP)
             m_part = (o_sum < K + 2)[:, None] & (o_part < P)[None, :]
             p_parts = p_part + o_sum[:, None] * P + o_part[None, :]
-            # Other programs wrote them: read past this processor's own cache.
+            # Other programs wrote them: do not read this processor's own cache.
             b_parts += tl.load(p_parts, mask=m_part, other=0.0, cache_modifier=".cg")
         b_sum = tl.sum(b_parts, 1) * inverse
         tl.store(p_loss, tl.sum(tl.where(o_sum == K + 1, b_sum, 0.0), 0))
         if SQUARED:
             b_sum *= 2.0
-        # The products of an unused slot are 0 g, NaN where g is not finite.
+        # The products of an unused slot are 0 g: NaN where g is not finite.
         m_used = (tl.load(p_slots + o_sum, mask=o_sum < K, other=-1) >= 0) | (o_sum == K)
         b_sum = tl.where(m_used, b_sum, 0.0)
         b_row = tl.load(p_weights + o_sum, mask=m_used & (o_sum < K), other=0.0)
@@ -152,14 +154,14 @@ def launch_predict_loss(
         target: [*feature], contiguous, any of the feature dtypes.
         l2: mean squared error instead of mean absolute error.
         want_forecast: whether the forecast is written.
-        config: how the work is cut; it sets the order of the additions. None chooses.
+        config: the tiling; it sets the order of the additions. None chooses.
 
     Returns:
         The loss [] float32, the forecast [*feature] in the history's dtype ([0] if unwanted), and [K + 2] float32: the
         gradients of the weights, of the bias and of alpha.
 
     Raises:
-        ValueError: an argument has a dtype, shape or stride that is not as said.
+        ValueError: the dtype, shape or strides of an argument differ from the above.
     """
     check_history(history)
     window = check_row(slots, None, weights=weights, bias=bias)

@@ -1,10 +1,14 @@
 """The live predictor in one launch: F^ = F_last + alpha z, z = sum_k w_k F_k + b, alpha = KAN(dt).
 
 The KAN reads the schedule only. So the first programs evaluate it, a few outputs each, while all others stream the
-features, form z and F_last, and need alpha just before they store. Values go from program to program as words of 64
-bits, a float32 below a flag: a word is read whole, so no fence is needed, and each reader sees for itself whether the
-value is there. Programs take their part in the order of their start (a ticket), so that whatever is waited for is
+features, form z and F_last, and need alpha just before they store. Programs pass values on as words of 64 bits, a
+float32 below a flag: a word is read as a whole, so no fence is needed, and each reader sees whether the value is there.
+Programs take their part in the order in which they start (by a ticket), so a program only waits for programs that are
 already running.
+
+With g = dL/dF^, S_k = <g, F_k> and S = sum g:   d w_k = alpha S_k,   d b = alpha S,   d alpha = sum_k w_k S_k + b S,
+d F_k = alpha w_k g (+ g for the last), and d alpha goes back through the layers of the KAN. The backward therefore
+saves the inputs, alpha and the hidden values, which the kernel writes for it; it needs no kernel of its own.
 
 Legend: H ring slots, K window, L elements of a feature, S stride between slots, X inputs and Q outputs of a layer,
 M spline bases, MP bases padded to a power of two, BQ, BX outputs and inputs a tile.
@@ -27,16 +31,16 @@ from .spline import apply_edges, basis6, grid_numbers, load_edges, position, sil
 __all__ = ["PredictConfig", "launch_predict_fwd", "launch_predict_loss"]
 
 READY = tl.constexpr(1 << 32)
-# Words apart in memory, so that waiting for alpha does not slow the tickets.
+# Words lie apart in memory, so waiting for alpha does not slow the tickets.
 _ALPHA_WORD = 16
 _HIDDEN_WORD = 32
 
 
 class PredictConfig(NamedTuple):
-    """How the forecast is cut: elements a streaming program, outputs and inputs a KAN program, warps a program.
+    """Tiling: elements a streaming program, outputs and inputs a KAN program, warps a program.
 
-    Streaming programs wait for alpha with their sums in registers: the more of them there are at once, and the larger,
-    the longer memory stays busy meanwhile.
+    Streaming programs wait for alpha with their sums in registers. The more of them run at once, and the larger they
+    are, the longer memory stays busy meanwhile.
     """
 
     block: int = 4096
@@ -93,7 +97,7 @@ def _kan_part(
     BQ: tl.constexpr,
     BX: tl.constexpr,
 ):
-    # Outputs i_q to i_q + BQ of one layer. Its parameters are under way before it waits for its inputs.
+    # Outputs i_q to i_q + BQ of one layer. The loads of its parameters start before it waits for its inputs.
     o_q, o_m = i_q + tl.arange(0, BQ), tl.arange(0, MP)
     b_sum = tl.zeros([BQ, BX], tl.float32)
     for i_x in range(0, X, BX):
@@ -168,22 +172,22 @@ def _predict_fwd_kernel(
                   middle, inverse, width, width_rest, True, M, MP, 1, BX)
     # fmt: on
     else:
-        i_start = (i_ticket - n_hidden - 1) * BLOCK
+        o_start = (i_ticket - n_hidden - 1) * BLOCK
         o_tile = tl.arange(0, BLOCK)
-        m_tile = i_start + o_tile < L
-        p_tile = p_history + i_start
+        m_tile = o_start + o_tile < L
+        p_tile = p_history + o_start
         b_z = tl.zeros([BLOCK], tl.float32)
         b_feature = tl.zeros([BLOCK], tl.float32)
         for k in tl.static_range(K):
             i_slot = tl.load(p_slots + k).to(tl.int64)
             weight = tl.where(i_slot >= 0, tl.load(p_weights + k), 0.0)
-            m_feature = i_start + o_tile < tl.where(i_slot >= 0, L, 0)
+            m_feature = o_start + o_tile < tl.where(i_slot >= 0, L, 0)
             b_feature = tl.load(p_tile + i_slot * S + o_tile, mask=m_feature, other=0.0).to(tl.float32)
             b_z += weight * b_feature
         b_z += tl.load(p_bias).to(tl.float32)
         # The last feature read is F_last.
         b_forecast = b_feature + _wait(p_words) * b_z
-        tl.store(p_forecast + i_start + o_tile, b_forecast.to(p_forecast.dtype.element_ty), mask=m_tile)
+        tl.store(p_forecast + o_start + o_tile, b_forecast.to(p_forecast.dtype.element_ty), mask=m_tile)
 
 
 def launch_predict_fwd(
@@ -206,14 +210,14 @@ def launch_predict_fwd(
         bias: one float32.
         dt: [X], offsets.
         params: base [Q, X], spline [Q, X, M] and scale [Q, X] of each layer; the last layer has Q = 1.
-        low, high: the range of the M - 3 intervals of the spline grids.
-        config: how the work is cut.
+        low, high: range of the spline grids, which have M - 3 intervals.
+        config: the tiling.
 
     Returns:
         The forecast [*feature] in the history's dtype; alpha [] and the values of both hidden layers, float32.
 
     Raises:
-        ValueError: an argument has a dtype, shape or stride that is not as said.
+        ValueError: the dtype, shape or strides of an argument differ from the above.
     """
     check_history(history)
     window = check_row(slots, None, weights=weights, bias=bias)

@@ -1,16 +1,16 @@
-"""What the KAN's kernels share: cubic B-splines on a uniform grid in closed form, and tiles of edges.
+"""Shared by the KAN's kernels: cubic B-splines on a uniform grid in closed form, and tiles of edges.
 
 Of M bases on intervals of width h, whose middle is c, basis m is symmetric about u = m - (M - 1) / 2, where
 u = (x - c) / h is the position of x. With w the distance from there,
 
     B_m(x) = (a^3 - 4 b^3) / 6,   a = max(2 - |w|, 0),   b = max(1 - |w|, 0),
 
-which vanishes beyond |w| = 2, so beyond the grid too, carried on by 3 intervals at both ends. At an x at most four
-bases differ from zero. Every `..6` here leaves the sixth to its caller, who applies it once to a whole sum.
+which is zero beyond |w| = 2, so also beyond the grid extended by 3 intervals at both ends. At any x at most four bases
+are nonzero. Functions named `..6` leave out the factor 1 / 6; the caller applies it once to a whole sum.
 
-A position is kept as the nearest whole number and the rest: a float32 of u would lose digits of w near the ends of a
-fine grid, and the slope of a spline shows it. h comes in two parts, the first of so few bits that its multiples are
-exact.
+A position is kept as the nearest whole number and the rest: one float32 of u would lose digits of w near the ends of a
+fine grid, which the derivative of a spline would show. h comes in two parts; the first has so few bits that its
+multiples are exact.
 
 Legend: T steps, X inputs, Q outputs, M spline bases, MP bases padded to a power of two, BQ, BX edges a tile.
 """
@@ -40,13 +40,13 @@ def basis6(b_cell, b_rest, o_m, M: tl.constexpr):
 
 
 @triton.jit
-def slope6(b_cell, b_rest, o_m, M: tl.constexpr):
+def derivative6(b_cell, b_rest, o_m, M: tl.constexpr):
     """6 dB_m / du at the positions u."""
     b_w = b_cell - (o_m - 0.5 * (M - 1)) + b_rest
     b_far = tl.maximum(2.0 - tl.abs(b_w), 0.0)
     b_near = tl.maximum(b_far - 1.0, 0.0)
-    b_slope = 12.0 * b_near * b_near - 3.0 * b_far * b_far
-    return tl.where(b_w < 0, -b_slope, b_slope)
+    b_derivative = 12.0 * b_near * b_near - 3.0 * b_far * b_far
+    return tl.where(b_w < 0, -b_derivative, b_derivative)
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def silu(b_x):
 
 
 @triton.jit
-def silu_slope(b_x):
+def silu_derivative(b_x):
     b_sigmoid = tl.sigmoid(b_x)
     return b_sigmoid * (1.0 + b_x * (1.0 - b_sigmoid))
 
@@ -74,7 +74,7 @@ def load_splines(p_spline, o_q, i_x, Q, X, M: tl.constexpr, MP: tl.constexpr, BX
     o_flat = tl.arange(0, BX * MP)
     o_row = o_q[:, None] * (X * M)
     if M == MP:
-        # One long row: written with two indices, some compilers would let neighbouring threads load distant edges.
+        # One long row: with two indices, some compilers let neighbouring threads load distant edges.
         o_flat += i_x * M
         m_flat = o_flat < X * M
     else:
@@ -95,7 +95,7 @@ def load_edges(p_base, p_spline, p_scale, o_q, i_x, Q, X, M: tl.constexpr, MP: t
 
 @triton.jit
 def apply_edges(b_base, b_spline, b_scale, b_silu, b_basis6):
-    """phi_qi [BQ, BX]: base_qi silu_i + scale_qi sum_m spline_qim basis_im; or its slope, given both slopes.
+    """phi_qi [BQ, BX]: base_qi silu_i + scale_qi sum_m spline_qim basis_im; its derivative, given both derivatives.
 
     b_silu is [BX], b_basis6 [BX, MP].
     """
@@ -105,7 +105,7 @@ def apply_edges(b_base, b_spline, b_scale, b_silu, b_basis6):
 
 @triton.jit
 def gather_edges(p_base, p_spline, p_scale, o_q, o_x, Q, X, b_silu, b_cell, b_rest, M: tl.constexpr):
-    """`apply_edges` reading the four coefficients of the active bases only."""
+    """`apply_edges`, but it reads only the four coefficients of the active bases."""
     o_edge = o_q[:, None] * X + o_x[None, :]
     m_edge = (o_q < Q)[:, None] & (o_x < X)[None, :]
     # Far outside the grid no basis is active; the clamp keeps the cast to an integer defined.
@@ -124,18 +124,18 @@ def gather_edges(p_base, p_spline, p_scale, o_q, o_x, Q, X, b_silu, b_cell, b_re
 
 @triton.jit
 def _split(b_x):
-    # The nearest number of 11 significant bits, and the rest, which 12 bits and a sign hold.
+    # The nearest number of 11 significant bits, and the rest, which fits 12 bits and a sign.
     b_high = ((b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return b_high, b_x - b_high
 
 
 @triton.jit
 def product(b_left, b_right, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
-    """FACTOR times the product, in plain float32 ("ieee") or on tensor cores ("tf32x3"), for sums that go on outside.
+    """FACTOR times the product, in plain float32 ("ieee") or on tensor cores ("tf32x3"), as one term of a longer sum.
 
-    Tensor cores multiply 11 bits of each operand, so both are split in two; they round every sum towards zero, and stay
-    as exact as float32 over short sums only. The factor, which must not be 1, keeps the compiler from merging the sum
-    that follows into theirs.
+    Tensor cores multiply 11 bits of each operand, so both are split in two. They round every sum towards zero, so only
+    short sums are as exact as float32. The factor must not be 1: it keeps the compiler from merging the caller's sum
+    into theirs.
     """
     if PRECISION == "tf32x3":
         b_left, b_left_rest = _split(b_left)

@@ -1,7 +1,7 @@
-"""Schemas and the choice of a backend, shared by all operators.
+"""Shared by all operators: schemas, the choice of a backend, and the checks of plain torch.
 
-The schemas are defined here, in Python. The C++ library only adds kernels for the CPU to them, so that it may be
-absent; it is loaded at the first call on CPU tensors, and triton at the first call on a GPU.
+The schemas are defined here, in Python. The C++ library only adds kernels for the CPU, so it may be absent. It is
+loaded at the first call on CPU tensors, and triton at the first call on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BACKENDS = ("triton", "cpp", "torch")
 # ROCm's tensors carry the key CUDA.
 _GPU_KEYS = ("CUDA", "XPU")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Operators the C++ library has no kernel for: on the CPU the host's own head is as good.
+# Operators without a C++ kernel: on the CPU, plain torch is as fast.
 _NO_CPP = ("forecast_head", "spread")
 
 _library = torch.library.Library("lesa", "DEF")
@@ -45,17 +45,17 @@ def define(
     """Define one operator.
 
     Args:
-        schema: its schema, the name first, without namespace.
-        plain: the operator in plain torch, for any device and dtype.
-        triton: its launcher, imported when it is called.
+        schema: the schema, which starts with the name, without namespace.
+        plain: the implementation in plain torch, for any device and dtype.
+        triton: calls the launcher, which it imports.
         fake: makes outputs of the right shape, dtype and device.
-        setup, backward: the autograd formula; none for operators without one.
+        setup, backward: the autograd formula; None for operators without one.
     """
     name = schema.partition("(")[0]
     _plain[name], _triton[name] = plain, triton
 
     def checked_fake(*args: Any) -> Any:
-        _check_devices(name, args)  # real tensors come here too, where one of them is on meta
+        _check_devices(name, args)  # real tensors get here too if one of them is on meta
         return fake(*args)
 
     arguments = schema[schema.index("(") + 1 : schema.rindex(") ->")].split(", ")
@@ -70,30 +70,30 @@ def define(
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """What features like `tensor` are accumulated in: float32 or wider."""
+    """The dtype in which features like `tensor` are accumulated: float32 or wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """What a formula saves that only refuses."""
+    """Save nothing, for a formula that only refuses."""
 
 
 def no_second_derivative(ctx: Any, *grads: Any) -> Any:
-    """The autograd formula of what a backward is made of.
+    """The autograd formula of operators that a backward calls.
 
     Raises:
-        NotImplementedError: always; without it torch would take second derivatives to be 0.
+        NotImplementedError: always. Without it, torch would silently take second derivatives as 0.
     """
     raise NotImplementedError("lesa's operators have first derivatives only: leave create_graph=True out")
 
 
 def call(name: str, backend: str | None, *args: Any) -> Any:
-    """Call an operator on its own backend, or on the one asked for.
+    """Call an operator on the best backend, or on the given one.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: `backend` is unknown.
-        RuntimeError: `backend` cannot serve these tensors; nothing else is tried.
+        RuntimeError: `backend` cannot serve these tensors; no other is tried.
     """
     for i, argument in _tensors[name]:
         if not isinstance(args[i], Tensor):
@@ -114,7 +114,7 @@ def call(name: str, backend: str | None, *args: Any) -> Any:
 
 
 def no_tensor(name: str, argument: str, value: Any) -> TypeError:
-    """The error for what stands in the place of a tensor."""
+    """The error for an argument that should be a tensor."""
     remedy = "make one with torch.tensor"
     if argument in ("slots", "keep"):
         remedy = f"torch.tensor({argument}, dtype=torch.int32) makes one"
@@ -131,12 +131,12 @@ def backend_of(name: str, tensor: Tensor) -> str:
 
 
 def launches(tensor: Tensor, backend: str | None) -> bool:
-    """Whether kernels may be launched on tensors like this one without the dispatcher, which only finds the device."""
+    """Whether a kernel may be launched directly, without the dispatcher, on tensors like this one."""
     return tensor.device.type in ("cuda", "xpu") and backend in (None, "triton") and not _triton_missing(tensor)
 
 
 def describe() -> dict[str, str]:
-    """For every backend whether it is there, and if not why and what to do."""
+    """For every backend: its version, or why it is missing and what to do."""
     triton = _triton_version()
     gpu = _gpu_name()
     return {
@@ -155,13 +155,13 @@ def _no_triton(version: str | None) -> str:
 
 @functools.cache
 def cpp_path() -> Path | None:
-    """The C++ library beside the package, None if it was not built."""
+    """The C++ library in the package; None if it was not built."""
     return next(iter(sorted(Path(__file__).parents[1].glob("_cpu*.so"))), None)
 
 
 @functools.cache
 def load_cpp() -> bool:
-    """Load the C++ library once; whether it is there."""
+    """Load the C++ library once, and return whether it is there."""
     path = cpp_path()
     if path is None:
         return False
@@ -169,8 +169,8 @@ def load_cpp() -> bool:
         torch.ops.load_library(str(path))
     except OSError as error:
         warnings.warn(
-            f"{path.name} was built for another torch than {torch.__version__} and is not used, plain torch serves the "
-            f"CPU: install lesa again ({error})",
+            f"{path.name} does not fit torch {torch.__version__}, so plain torch serves the CPU: "
+            f"install lesa again ({error})",
             stacklevel=2,
         )
         return False
@@ -187,7 +187,7 @@ def _check_devices(name: str, args: tuple[Any, ...]) -> None:
 
 
 def _run_default(name: str, *args: Any) -> Any:
-    """Reached where no kernel of the device is registered: on the CPU before the C++ library is loaded, or without."""
+    """Runs where the device has no kernel, e.g. on the CPU before the C++ library is loaded, or without it."""
     _check_devices(name, args)
     if args[0].device.type == "cpu" and not load_cpp.cache_info().currsize and load_cpp() and name not in _NO_CPP:
         return getattr(torch.ops.lesa, name)(*args)
@@ -256,10 +256,10 @@ def check_row(history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, new
         slots: [K] int32, below H.
         weights: [K], float32 or wider.
         bias: [] or [1], like `weights`.
-        newest: whether the last slot must be a real one.
+        newest: whether the last slot must be a used one.
 
     Raises:
-        ValueError: an argument is out of place.
+        ValueError: an argument differs from the above.
     """
     if history.dim() < 1 or not history.dtype.is_floating_point:
         raise ValueError(f"history is {_kind(history)}: expected floating features [H, ...]")
@@ -277,14 +277,14 @@ def check_row(history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, new
 
 
 def check_slots(history: Tensor, slots: Tensor) -> None:
-    """Check that slots lie in the history; negative ones are left out."""
+    """Check that the slots lie in the history; negative ones are unused."""
     outside = [slot for slot in slots.tolist() if slot >= len(history)]
     if outside:
         raise ValueError(f"slots names {outside[0]}, but history holds slots 0 to {len(history) - 1}")
 
 
 def check_step(step: Tensor, rows: Tensor) -> int:
-    """The step, checked against the rows of a table."""
+    """The step as an int, checked against the rows of a table."""
     if step.numel() != 1 or not 0 <= int(step) < rows.shape[0]:
         raise ValueError(f"step={step.tolist()}: expected one of 0 to {rows.shape[0] - 1}")
     return int(step)
@@ -302,8 +302,8 @@ def check_kan(x: Tensor, base: Tensor, spline: Tensor, scale: Tensor, low: float
         raise ValueError(f"x is {_kind(x)} and base_weight {_kind(base)}: expected [E, T, I] and [E, Q, I]")
     if spline.shape[:-1] != base.shape or spline.shape[-1] < 4 or scale.shape != base.shape:
         raise ValueError(
-            f"spline_weight is {_kind(spline)}, spline_scale {_kind(scale)}: expected {list(base.shape)}, the first "
-            "with at least 4 bases beside"
+            f"spline_weight is {_kind(spline)}, spline_scale {_kind(scale)}: expected {list(base.shape)}, the "
+            "first with one more axis of at least 4 bases"
         )
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"grid_range=({low}, {high}): expected two finite numbers, the lower first")

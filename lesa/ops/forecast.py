@@ -1,8 +1,8 @@
-"""Forecasts: a weighted sum of cached features plus a bias, and what its gradients need.
+"""Forecasts: a weighted sum of cached features plus a bias, and the operators of its gradients.
 
     F^ = sum_k w_k F_k + b,   so with g = dL/dF^:   dL/dw_k = <g, F_k>,   dL/db = sum g,   dL/dF_k = w_k g.
 
-The backward therefore saves nothing but the inputs: one pass over g and the features gives all sums.
+The backward therefore saves the inputs only: one pass over g and the features gives all sums.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def forecast(
 
     Args:
         history: features [H, ...] of any floating dtype.
-        slots: [K] int32 indices into the first axis, K <= 16; negative entries are left out and their slots not read.
+        slots: [K] int32 indices into the first axis, K <= 16; negative entries are unused.
         weights: [K]; float32, or float64 with a float64 history.
         bias: [] or [1], added to every element; dtype as `weights`. Sequences and floats are copied to the device.
         backend: "triton", "cpp" or "torch"; None takes the best there is.
@@ -49,7 +49,7 @@ def forecast(
         The forecast feature [...], in the history's dtype. Differentiable in history, weights and bias.
 
     Raises:
-        TypeError: `history` is no tensor.
+        TypeError: `history` is not a tensor.
         ValueError: a sequence names a slot outside the history, or lengths differ.
     """
     if not isinstance(history, Tensor):
@@ -107,13 +107,16 @@ def prepared_forecast(
     step: Tensor,
     backend: str | None = None,
 ) -> Callable[[], None]:
-    """`forecast_into_`, for many steps: what it returns is called once a step, and looks at no argument again.
+    """Prepare `forecast_into_` for many steps: the arguments are checked once, not at every step.
 
     Args:
-        history, slots, weights, bias, keep, step, backend: see `forecast_into_`; what they hold may change meanwhile.
+        history, slots, weights, bias, keep, step, backend: see `forecast_into_`; their values may change between steps.
+
+    Returns:
+        Called without arguments, once a step, it makes the forecast.
 
     Raises:
-        ValueError: an argument has a dtype or a shape that is not as said.
+        ValueError: the dtype or shape of an argument differs from the above.
     """
     if launches(history, backend):
         from ..kernels.forecast import prepare_forecast_into
@@ -123,7 +126,7 @@ def prepared_forecast(
 
 
 def feature_sums(grad: Tensor, history: Tensor, slots: Tensor, backend: str | None = None) -> Tensor:
-    """The sums all gradients of the weights are made of: <grad, F_k> for every k, then sum(grad).
+    """The sums that make the gradients of weights and bias: <grad, F_k> for every k, then sum(grad).
 
     Args:
         grad: [...] like one feature.
@@ -138,7 +141,7 @@ def feature_sums(grad: Tensor, history: Tensor, slots: Tensor, backend: str | No
 
 
 def spread(grad: Tensor, coefficients: Tensor, slots: Tensor, size: int, backend: str | None = None) -> Tensor:
-    """The gradient of the history: coefficients[k] * grad added up at slots[k], 0 elsewhere.
+    """The gradient of the history: coefficients[k] * grad, summed at slots[k]; 0 elsewhere.
 
     Args:
         grad: [...] like one feature.

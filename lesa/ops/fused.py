@@ -1,4 +1,4 @@
-"""Forecasts that are never written: brought through a denoiser's head, or compared with the truth.
+"""Forecasts that need not be written: passed through a denoiser's head, or compared with the truth.
 
 With x the forecast, mu and r the mean and inverse deviation of its rows, s the scale, t the shift, W and c the
 projection, the head is
@@ -39,17 +39,17 @@ def forecast_head(
     eps: float,
     backend: str | None = None,
 ) -> Tensor:
-    """Forecast a feature and bring it through the denoiser's head (AdaLayerNormContinuous and its like).
+    """Forecast a feature and apply the denoiser's head to it (AdaLayerNormContinuous and similar).
 
     Args:
-        history: contiguous features [H, B, N, D]; `keep` says whether the forecast is written into it.
+        history: contiguous features [H, B, N, D], changed in place where `keep` says so.
         slots, weights, bias, step: see `forecast_at`.
-        keep: [T] int32 slot of each step's forecast where a later row reads it, else negative.
+        keep: [T] int32 slot of each step's forecast, if a later row reads it; negative to write none.
         scale: [B, D], the whole factor after the norm (1 + the modulation's scale).
         shift: [B, D].
         proj_weight: [C, D], as in Linear.
         proj_bias: [C] or None.
-        eps: of the layer norm, which has no weights of its own.
+        eps: epsilon of the layer norm, which has no weights of its own.
         backend: see `forecast`.
 
     Returns:
@@ -66,18 +66,18 @@ def forecast_errors(
 
     Args:
         history: features [H, ...] of any floating dtype.
-        slots: [K] int32, K <= 16; negative entries are left out and their slots not read.
+        slots: [K] int32, K <= 16; negative entries are unused.
         weights: [K], float32 (float64 with float64 features).
         bias: [] or [1], like `weights`.
         truth: the true feature [...], in the history's dtype.
         backend: see `lesa.ops.forecast`.
 
     Returns:
-        [2], float32 or wider: sum (F^ - truth)^2 and sum truth^2; inf or NaN where an input is, or where a sum is
-        beyond float32. Two runs are bit-equal. It has no gradient: a backward through it is refused.
+        [2], float32 or wider: sum (F^ - truth)^2 and sum truth^2; inf or NaN if an input is, or if a sum exceeds
+        float32. Two runs are bit-equal. It has no gradient: a backward through it is refused.
 
     Raises:
-        ValueError: an argument has a dtype or a shape that is not as said.
+        ValueError: the dtype or shape of an argument differs from the above.
     """
     return call("forecast_errors", backend, history, slots, weights, bias, truth)
 
@@ -85,19 +85,18 @@ def forecast_errors(
 def prepared_errors(
     history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, kept: Tensor | None, backend: str | None = None
 ) -> Callable[[Tensor, Tensor], None]:
-    """`forecast_errors` of one row, for many truths: what does not change is looked at once.
+    """Prepare `forecast_errors` of one row for many truths: the arguments are checked once, not at every call.
 
     Args:
-        history, slots, weights, bias, backend: see `forecast_errors`; what they hold may change meanwhile.
-        kept: a feature of the history, where each truth is copied to; None copies nothing.
+        history, slots, weights, bias, backend: see `forecast_errors`; their values may change between calls.
+        kept: a feature of the history to which each truth is copied; None copies nothing.
 
     Returns:
-        Called with sums [2], float32 or wider, and a truth, contiguous, it writes the two sums. Those of a CUDA device
-        may be in pinned memory, and are there once the device is done; those of others on the CPU are there as it
-        returns.
+        Called with sums [2], float32 or wider, and a contiguous truth, it writes the two sums. For features on a CUDA
+        device, sums may be pinned memory; read them once the device is done. Otherwise they are there on return.
 
     Raises:
-        ValueError: an argument has a dtype or a shape that is not as said; of a truth when it is given.
+        ValueError: the dtype or shape of an argument differs from the above; a truth is checked at its call.
     """
     if history.is_cuda and launches(history, backend):
         from ..kernels.forecast import prepare_forecast_errors
@@ -105,7 +104,7 @@ def prepared_errors(
         return prepare_forecast_errors(history, slots, weights, bias, kept)
 
     def compare(sums: Tensor, truth: Tensor) -> None:
-        with torch.inference_mode():  # what autograd does about an operator takes longer than the operator
+        with torch.inference_mode():  # autograd's part of an operator call takes longer than the operator
             found = forecast_errors(history, slots, weights, bias, truth, backend)
             sums.copy_(found, non_blocking=found.is_cuda)
             if kept is not None:

@@ -50,14 +50,14 @@ def kan(
         spline_weight: [Q, I, M] or [E, Q, I, M]; M - order intervals lie on `grid_range`.
         spline_scale: like `base_weight`.
         grid_range: (low, high) of the grid.
-        order: degree of the pieces. The kernels serve 3; others run in plain torch.
+        order: degree of the pieces. The kernels serve 3; any other runs in plain torch.
         backend: see `lesa.ops.forecast`.
 
     Returns:
         [T, Q] or [E, T, Q], float32 or wider. Differentiable in everything but the grid.
 
     Raises:
-        ValueError: a backend other than "torch" is asked for with another order.
+        ValueError: `backend` is not "torch" and `order` is not 3.
     """
     low, high = grid_range
     if order != _ORDER:
@@ -86,10 +86,10 @@ def predict(
 
     Args:
         history: features [H, ...].
-        slots: [K] int32, the newest last; negative entries are left out, but not the last.
+        slots: [K] int32, the newest last; negative entries are unused, but the last must be used.
         weights: W [K], float32 (float64 with float64 features).
         bias: b, [] or [1].
-        dt: offsets [I] of Eq. 5.
+        dt: time offsets [I] of Eq. 5.
         layers: (base weight [Q, I], spline weight [Q, I, M], spline scale [Q, I]) of each of three KAN layers, the
             last with Q = 1; cubic.
         grid_range: (low, high) of the spline grids.
@@ -128,10 +128,10 @@ def predict_loss(
 
     Args:
         history, slots, weights, bias: see `predict`.
-        alpha: [], e.g. of a KAN.
+        alpha: [], e.g. the output of a KAN.
         target: the true feature [...].
         loss: "l1" (the paper's), the mean absolute error, or "l2", the mean squared one.
-        want_forecast: False leaves the forecast unwritten.
+        want_forecast: False does not write the forecast.
         backend: see `lesa.ops.forecast`.
 
     Returns:
@@ -175,10 +175,10 @@ def _plain_kan_backward(
     if not needs_x:
         return x.new_empty(0), d_base, d_spline, d_scale
     lower = reference.bspline_basis(x, knots, _ORDER - 1)
-    slope = (lower[..., :-1] - lower[..., 1:]) * (intervals / (high - low))
+    derivative = (lower[..., :-1] - lower[..., 1:]) * (intervals / (high - low))
     sigmoid = x.sigmoid()
     dx = (grad @ base) * sigmoid * (1 + x * (1 - sigmoid))
-    dx = dx + torch.einsum("etq,eqim,etim->eti", grad, spline * scale.unsqueeze(-1), slope)
+    dx = dx + torch.einsum("etq,eqim,etim->eti", grad, spline * scale.unsqueeze(-1), derivative)
     return dx, d_base, d_spline, d_scale
 
 
@@ -324,7 +324,7 @@ def _backward_predict(ctx: Any, grad: Tensor | None, grad_alpha: Tensor | None, 
 def _setup_predict_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, forecast, grads = output
     ctx.shapes = [(part.shape, part.dtype) for part in inputs[2:5]]
-    # Else a feature of zeros is made for the forecast at every backward.
+    # Else every backward would make a feature of zeros for the forecast.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(forecast, grads)
     ctx.save_for_backward(grads)
