@@ -1,0 +1,190 @@
+"""Two checkouts of lesa in turn on one device: kernels, a request without checks, and fits.
+
+    python -m benchmarks.side_by_side --other ../before --results benchmarks/results/side-by-side.csv --rounds 5
+
+Each round runs a process for each checkout, the other one first in every second round. A row has the median over rounds
+of both, and their ratio. Fits run once in each checkout. The other checkout needs its own lesa/, nothing else of it is
+used. On an H200 it takes about 8 minutes; --only chooses "ops", "request" or "fit".
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = ("measure", "unit", "before", "now", "ratio", "rounds", "hardware", "commit", "date")
+KINDS = ("ops", "request", "fit")
+FITS = [(effort, guidance) for effort in ("quick", "default") for guidance in (1, 3)]
+BUDGET, CAPTIONS = 10, 16
+
+
+def measure_ops() -> dict[str, float]:
+    """Microseconds of the operators at FLUX's size, K = 8, bfloat16; medians of single calls on cold inputs."""
+    import torch
+    from lesa import ops
+
+    from benchmarks.measuring import DEVICE, timer_of
+
+    torch.manual_seed(0)
+    B, N, D, K = 1, 4096, 3072, 8
+    like = {"device": DEVICE, "dtype": torch.bfloat16}
+    features = [torch.randn(K, B, N, D, **like) for _ in range(3)]
+    slots = torch.arange(K, device=DEVICE, dtype=torch.int32)
+    weights = torch.randn(K, device=DEVICE)
+    bias = torch.zeros((), device=DEVICE)
+    truth = [torch.randn(B, N, D, **like) for _ in range(3)]
+    scale, shift = (torch.randn(B, D, **like) for _ in range(2))
+    weight, lift = torch.randn(64, D, **like), torch.randn(64, **like)
+    table, row = weights.view(1, K), slots.view(1, K)
+    step, keep = torch.zeros(1, device=DEVICE, dtype=torch.int64), torch.full((1,), -1, device=DEVICE).int()
+    calls = {
+        "forecast": lambda i: ops.forecast(features[i], slots, weights, bias),
+        "forecast_errors": lambda i: ops.forecast_errors(features[i], slots, weights, bias, truth[i]),
+        "forecast_head": lambda i: ops.forecast_head(
+            features[i], row, table, bias.view(1), keep, step, scale, shift, weight, lift, 1e-6
+        ),
+    }
+    x = torch.randn(3, 50, 51, device=DEVICE)
+    net = [torch.randn(3, 256, 51, *more, device=DEVICE) for more in ((), (8,), ())]
+    alpha = torch.tensor(0.7, device=DEVICE)
+    calls |= {
+        "predict_loss": lambda i: ops.predict_loss(features[i], slots, weights, bias, alpha, truth[i]),
+        "kan": lambda i: ops.kan(x, *net, (-3.0, 3.0)),
+    }
+    found, timer = {}, timer_of(DEVICE)
+    for name, call in calls.items():
+        for i in range(3):
+            call(i)
+        times = []
+        for i in range(60):
+            begin = timer()
+            call(i % 3)
+            times.append(timer() - begin)
+        found[name] = 1e6 * statistics.median(times)
+    return found
+
+
+def measure_request() -> dict[str, float]:
+    """Milliseconds of one request of emoji-flux by the bundled plan of 10 computed steps, without checks."""
+    import torch
+
+    import lesa
+    from lesa import assets
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = assets.load(device).to(torch.bfloat16)
+    option = inspect.signature(lesa.enable).parameters["guard"].default
+    found = {}
+    for site, plan in (("output", assets.fitted_path(10)), ("hidden", assets.plan_path(7))):
+        lesa.enable(pipe, plan, guard="off" if option == "warn" else False)
+        times = []
+        for _ in range(24):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            noise = torch.Generator().manual_seed(0)
+            pipe("red apple", generator=noise, output_type="latent", **assets.REQUEST)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        found[f"request, {site} site"] = 1e3 * statistics.median(times[4:])
+    return found
+
+
+def measure_fit() -> dict[str, float]:
+    """PSNR of fits at 10 of 50 on held-out captions, without and with guidance."""
+    import torch
+
+    import lesa
+    from lesa import assets, metrics
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = assets.load(device)
+    option = inspect.signature(lesa.enable).parameters["guard"].default
+    prompts, seeds = assets.held_out_prompts()[:CAPTIONS], assets.held_out_seeds()[:CAPTIONS]
+    found = {}
+    for guidance in (1, 3):
+        request: dict[str, Any] = dict(assets.REQUEST)
+        if guidance > 1:
+            request |= {"true_cfg_scale": float(guidance), "negative_prompt": ""}
+
+        def pictures(request: dict[str, Any] = request) -> np.ndarray:
+            noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+            more = {"negative_prompt": [""] * CAPTIONS} if "negative_prompt" in request else {}
+            return pipe(prompts, generator=noise, output_type="np", **{**request, **more}).images
+
+        full = pictures()
+        for effort in ("quick", "default"):
+            plan = lesa.fit(
+                pipe,
+                assets.fitting_prompts()[:8],
+                budget=BUDGET,
+                request=request,
+                seeds=range(8),
+                effort=effort,
+                batch=8,
+            )
+            lesa.enable(pipe, plan, guard="off" if option == "warn" else False)
+            psnr = [metrics.psnr(a, b) for a, b in zip(pictures(), full, strict=True)]
+            lesa.disable(pipe)
+            found[f"fit {effort}, guidance {guidance}"] = float(np.mean(psnr))
+    return found
+
+
+MEASURES = {"ops": measure_ops, "request": measure_request, "fit": measure_fit}
+UNITS = {"ops": "us", "request": "ms", "fit": "dB"}
+
+
+def ran(kind: str, checkout: Path) -> dict[str, float]:
+    """What a process with the lesa of a checkout measures."""
+    path = os.pathsep.join([str(checkout), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(Path(__file__)), "--measure", kind]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{kind} in {checkout}: {done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--other", type=Path, help="checkout to compare with")
+    parser.add_argument("--results", type=Path, help="CSV that rows are added to")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS)
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--measure", choices=KINDS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(MEASURES[options.measure]()))
+        return
+    from benchmarks.measuring import append_row, hardware
+
+    for kind in options.only:
+        rounds = 1 if kind == "fit" else options.rounds
+        sides: dict[str, list[dict[str, float]]] = {"before": [], "now": []}
+        for i in range(rounds):
+            order = [("before", options.other), ("now", ROOT)]
+            for name, checkout in order if i % 2 == 0 else order[::-1]:
+                sides[name].append(ran(kind, checkout.resolve()))
+        for measure in sides["now"][0]:
+            before, now = (statistics.median(one[measure] for one in sides[name]) for name in ("before", "now"))
+            ratio = now - before if kind == "fit" else now / before
+            print(f"{measure:<28}{before:10.3f}{now:10.3f} {UNITS[kind]}  {ratio:8.4f}", flush=True)
+            if options.results:
+                cells = [measure, UNITS[kind], f"{before:.4f}", f"{now:.4f}", f"{ratio:.4f}", rounds]
+                append_row(options.results, COLUMNS, [*cells, hardware("cuda"), options.commit, time.strftime("%F")])
+
+
+if __name__ == "__main__":
+    main()
