@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import metrics, ops
-from ..models.gathering import gather
+from ..models.gathering import gather_calls
 from ..models.pipeline import FeatureRecorder, PipelineCall, by_request, without_variance
 from ..planner.statistics import Statistics, StatisticsError
 from ..planner.surrogate import Outcome, Surrogate
@@ -181,7 +181,7 @@ def run_in_full(
         references.append(_reference(recorder, result))
 
     begin = time.perf_counter()
-    statistics = gather(target, calls, request, sigmas=sigmas, guidance=guidance, visit=visit)
+    statistics = gather_calls(target, calls, request, sigmas=sigmas, guidance=guidance, visit=visit)
     return Trials(calls, statistics, references, time.perf_counter() - begin)
 
 

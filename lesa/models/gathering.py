@@ -17,12 +17,27 @@ from ..planner.statistics import Statistics, StatisticsError, flow_impulse_respo
 from ..plans.rows import SITES, LesaWarning
 from ..runtime.scheduler import impulse_response_of
 from .layouts import LAYOUTS, config_hash, denoiser_of
-from .pipeline import FeatureRecorder, PipelineCall
+from .pipeline import FeatureRecorder, PipelineCall, calls_of
 
 _SAME = 1e-4  # of sigma, between requests of one kind
 
 
 def gather(
+    target: Any,
+    prompts: Sequence[str] | None,
+    *,
+    request: Mapping[str, Any],
+    requests: Sequence[Callable[[], Any]] | None,
+    seeds: Sequence[int] | None,
+    batch: int,
+    **options: Any,
+) -> Statistics:
+    """`Statistics.gather`, whose arguments these are; `options` are those of `gather_calls`."""
+    calls = calls_of(target, prompts, requests, request, seeds, batch)
+    return gather_calls(target, calls, request, **options)
+
+
+def gather_calls(
     target: Any,
     calls: Sequence[PipelineCall],
     request: Mapping[str, Any],

@@ -117,11 +117,20 @@ class Statistics(SafetensorsFile):
             StatisticsError: features are not finite or were lost, or the requests are not of one kind.
             ValueError: an argument is out of place, or lesa is enabled on the target.
         """
-        from ..models import gathering, pipeline
+        from ..models.gathering import gather
 
-        request = request or {}
-        calls = pipeline.calls_of(target, prompts, requests, request, seeds, batch)
-        return gathering.gather(target, calls, request, sigmas=sigmas, guidance=guidance, sites=sites, offload=offload)
+        return gather(
+            target,
+            prompts,
+            request=request or {},
+            requests=requests,
+            seeds=seeds,
+            batch=batch,
+            sigmas=sigmas,
+            guidance=guidance,
+            sites=sites,
+            offload=offload,
+        )
 
     @property
     def num_steps(self) -> int:
