@@ -14,7 +14,7 @@ from lesa.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"num_inference_steps": 12, "height": 32, "width": 32}
-PROMPTS = 3
+PROMPTS = 2
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^( *)```(python|bash)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 
