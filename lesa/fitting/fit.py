@@ -227,7 +227,7 @@ class Session:
         recorded = trials.count + (0 if self._held is None else self._held.count)
         left = max(effort.generations - recorded, 0)
         runs = int(left * effort.run_share / (trials.count * budget / trials.statistics.num_steps))
-        if effort.run_share:  # what is promised is measured, whatever it takes
+        if effort.run_share:  # the floor, the searched plan and all given ones are run, whatever it takes
             runs = max(runs, _LEAST + len(given))
         schedules = ScheduleSearch(trials, budget, effort.evaluations, self._seed)
         refiner = Refiner(trials, schedules, budget, runs, given)

@@ -244,12 +244,13 @@ class Refiner:
         """Run the most promising schedule beside the best one, and refine its rows while that gains anything."""
         assert self._base is not None
         self._learn(self._base)
-        tried = {name for name, _ in self.seen}
         neighbours = self._schedules.moves(self._base.computed)
-        if not neighbours:
+        moves = self._untried(neighbours)
+        for neighbour in neighbours:  # all beside the best one are run: go two moves away
+            moves = moves or self._untried(self._schedules.moves(neighbour))
+        if not moves:
             self._left = 0
             return
-        moves = [move for move in neighbours if str(move) not in tried] or self._schedules.moves(neighbours[0])
         computed = min(moves, key=self._schedules.objective)
         found = self._try(self._made(str(computed), computed))
         while self._left and self._refining and found is not self._base:
@@ -257,6 +258,11 @@ class Refiner:
             if following.score <= found.score + _STALLED:
                 return
             found = following
+
+    def _untried(self, moves: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The schedules that were not run as moves yet."""
+        tried = {name for name, _ in self.seen}
+        return [move for move in moves if str(move) not in tried]
 
     def _step(self, candidate: Candidate, damping: float) -> Candidate:
         """Run a candidate after a step of Gauss-Newton; the first one that loses is the last for this budget."""

@@ -123,7 +123,7 @@ def test_nothing_is_begun_after_the_deadline(tiny, tmp_path):
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm++", "unipc"])
 def test_solvers_converge_at_exact_timesteps(name):
     # Pictures of mean 0 and deviation s: x_sigma = x_1 sqrt((1 - sigma)^2 s^2 + sigma^2) solves the flow.
-    spread = 0.5
+    std = 0.5
     errors = []
     for steps in (80, 160):
         scheduler = fitted_solvers.solvers()[name] or FlowMatchEulerDiscreteScheduler()
@@ -137,9 +137,9 @@ def test_solvers_converge_at_exact_timesteps(name):
         assert np.allclose(sorted(set(scheduler.sigmas.tolist()))[1:], levels[::-1], rtol=0, atol=1e-4)
         for timestep in scheduler.timesteps:
             sigma = float(timestep) / 1000
-            velocity = x * (sigma - (1 - sigma) * spread**2) / ((1 - sigma) ** 2 * spread**2 + sigma**2)
+            velocity = x * (sigma - (1 - sigma) * std**2) / ((1 - sigma) ** 2 * std**2 + sigma**2)
             x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
-        errors.append(abs(float(x) - spread))
+        errors.append(abs(float(x) - std))
     print(name, errors)
     # first order and second
     assert errors[1] < errors[0] / (1.9 if name == "euler" else 3)

@@ -109,6 +109,14 @@ def test_a_move_that_wins_is_refined_while_that_gains(
     assert found[first + 3] == f"{found[first + 2]} +"
 
 
+def test_no_schedule_is_run_as_a_move_twice(trials: Trials) -> None:
+    """Not even where all beside the best one are run; a budget of one step has no moves."""
+    refiner, _ = refine(trials, 60, budget=2)
+    moved = [name for name in names(refiner) if name.startswith("(") and not name.endswith("+")]
+    assert len(set(moved)) == len(moved) <= 7, "of 8 steps the first and one more"
+    assert len(refine(trials, 60, budget=1)[0].seen) < 8
+
+
 def test_without_runs_one_call_tells_how_the_denoiser_answers(trials: Trials) -> None:
     counted, schedules = Flattered(trials), ScheduleSearch(trials, 3, 60, 0)
     exact, prior = schedules.starts()[0], schedules.error_gains
