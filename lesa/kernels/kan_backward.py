@@ -72,9 +72,8 @@ def _grad_x(
         b_x = load_rows(p_x, o_t, o_x, T, X, ST)
         b_cell, b_rest = position(b_x, middle, inverse, width, width_rest)
         b_derivative = derivative6(b_cell[:, :, None], b_rest[:, :, None], o_m[None, None, :], M)
-        b_dx = tl.sum(
-            tl.reshape(b_spline_sum, [BT, BX, MP]) * b_derivative, 2
-        ) * inverse + b_base_sum * silu_derivative(b_x)
+        b_splines = tl.sum(tl.reshape(b_spline_sum, [BT, BX, MP]) * b_derivative, 2) * inverse
+        b_dx = b_splines + b_base_sum * silu_derivative(b_x)
     else:
         b_x = tl.load(p_x + o_x, mask=o_x < X, other=0.0).to(tl.float32)
         b_cell, b_rest = position(b_x, middle, inverse, width, width_rest)

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and reads registers, spills and shared memory.
 
-    python tests/aot.py --write benchmarks/results/registers.csv
+    python tests/helpers/aot.py --write benchmarks/results/registers.csv
 
 The variants are listed beside this file, in aot_*.py, each with a list VARIANTS of `Variant`.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 TARGETS = (80, 90, 100, 120)
-ROOMS = ("aot_forecast", "aot_kan")
+MODULES = ("aot_forecast", "aot_kan")
 COLUMNS = ("kernel", "variant", "sm", "registers", "spills", "shared")
 # Bytes of shared memory a block may ask for. sm_80 stands for 86 and 89 too, which have the 99 KiB of sm_120.
 SHARED = {80: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -72,9 +72,9 @@ class Row:
 def variants() -> list[Variant]:
     """All variants of all kernels that are there."""
     found: list[Variant] = []
-    for room in ROOMS:
-        if Path(__file__).with_name(f"{room}.py").exists():
-            found += importlib.import_module(room).VARIANTS
+    for module in MODULES:
+        if Path(__file__).with_name(f"{module}.py").exists():
+            found += importlib.import_module(module).VARIANTS
     return found
 
 
@@ -132,11 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="CSV file to write")
     parser.add_argument("--only", default="", help="part of a kernel's name")
+    parser.add_argument("--quick", action="store_true", help="compile each variant for its newest target only")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 is set; unset it, interpreted kernels are not compiled")
     chosen = [variant for variant in variants() if options.only in variant.kernel.__name__]
-    rows = [measure(variant, sm) for variant in chosen for sm in variant.targets]
+    rows = [measure(variant, sm) for variant in chosen for sm in (variant.targets[-1:] if options.quick else variant.targets)]
     table = [[str(getattr(row, column)) for column in COLUMNS] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(COLUMNS, *table, strict=True)]
     for line in [COLUMNS, *table]:

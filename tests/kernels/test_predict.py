@@ -104,10 +104,10 @@ def test_predict(window, unused, shape, dtype, seed):
     check_predict(results, *row)
 
 
-@pytest.mark.parametrize("config", [PredictConfig(64, 1, 4), PredictConfig(256, 8, 32), PredictConfig(4096, 4, 16)])
+@pytest.mark.parametrize("config", [PredictConfig(64, 2, 4), PredictConfig(256, 8, 32), PredictConfig(4096, 4, 16)])
 @pytest.mark.parametrize(("widths", "bases"), [((1, 5, 1), 4), ((13, 33, 7), 11)])
 def test_predict_however_cut(config, widths, bases, seed):
-    history, slots, weights, bias, _, _ = random_row(seed, (777,), 5, torch.float32)
+    history, slots, weights, bias, _, _ = random_row(seed, (177,), 5, torch.float32)
     row = (history, slots, weights, bias, *random_net(seed, widths, bases, DTYPES[1]))
     check_predict(launch_predict_fwd(*row, LOW, HIGH, config), *row)
 
@@ -121,8 +121,9 @@ def test_predict_without_elements_has_its_alpha(seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("l2", [False, True])
-@pytest.mark.parametrize("window", range(1, 17))
+@pytest.mark.parametrize(
+    ("window", "l2"), [(1, False), (2, True), (3, False), (5, True), (8, False), (8, True), (16, False), (16, True)]
+)
 def test_loss(window, l2, dtype, seed):
     unused = window // 3
     row = (*random_row(seed, (3, 5, 31), window, dtype, unused), l2)
@@ -136,7 +137,7 @@ def test_loss(window, l2, dtype, seed):
 
 
 @pytest.mark.parametrize("l2", [False, True])
-@pytest.mark.parametrize("shape", [(), (1,), (257,), (2, 3, 1001)])
+@pytest.mark.parametrize("shape", [(), (1,), (257,), (2, 3, 201)])
 def test_loss_over_several_tiles_and_programs(shape, l2, seed):
     row = (*random_row(seed, shape, 5, torch.float32), l2)
     for config in (SMALL, SMALL._replace(lanes=8, programs=200)):
@@ -158,7 +159,7 @@ def test_loss_where_forecast_and_target_agree():
 
 
 def test_two_runs_are_bit_equal(seed):
-    row = random_row(seed, (5, 997), 6, torch.float32)
+    row = random_row(seed, (5, 197), 6, torch.float32)
     dt, params = random_net(seed)
     for first, second in zip(
         launch_predict_loss(*row, False, True, SMALL), launch_predict_loss(*row, False, True, SMALL), strict=True
