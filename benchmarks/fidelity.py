@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
-from lesa.cli.main.demo import FORECASTERS
 
 from lesa import assets
-from lesa.evaluation.comparison import Method, Outcome, compare
+from lesa.cli.demo import FORECASTERS
+from lesa.evaluation.compare import Method, MethodResult, compare
 from lesa.forecasters import plan_of as closed_form_plan
 from lesa.plans import schedule
 from lesa.plans.plan import Plan
@@ -194,7 +194,7 @@ def measure(options: argparse.Namespace) -> None:
     print((options.work / "fidelity.csv").read_text())
 
 
-def _cells(outcome: Outcome) -> list[Any]:
+def _cells(outcome: MethodResult) -> list[Any]:
     method, psnr = outcome.method, outcome.psnr
     training = method.plan.training if method.plan is not None else {}
     variant = [training.get(name, "") for name in ("alpha", "stages", "after", "prompts")]

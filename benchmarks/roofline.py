@@ -24,7 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lesa.evaluation.grid import DPI, FAINT, INK, MUTED, write_png
+from lesa.evaluation.plots import DPI, FAINT, INK, MUTED, write_png
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"

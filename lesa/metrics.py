@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 _LUMA_601 = (0.299, 0.587, 0.114)
 _SSIM_WINDOW = 7
@@ -32,7 +31,7 @@ def psnr(image: Any, reference: Any) -> np.ndarray:
     return _decibel(np.mean((images - references) ** 2, axis=(1, 2, 3)), peak=1.0)
 
 
-def wrapped_psnr(image: Any, reference: Any) -> np.ndarray:
+def psnr_wrapped(image: Any, reference: Any) -> np.ndarray:
     """The figure called PSNR in the image tables of the caching papers; wrong, and only for comparison with them.
 
     It subtracts and squares uint8 levels in uint8, so every squared difference is taken modulo 256: a
@@ -104,8 +103,7 @@ def _pair(image: Any, reference: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _floats(value: Any, name: str) -> np.ndarray:
-    if isinstance(value, torch.Tensor):
-        # numpy has no bfloat16
+    if hasattr(value, "is_floating_point"):  # a tensor: numpy has no bfloat16
         value = value.detach().cpu()
         value = (value.double() if value.is_floating_point() else value).numpy()
     array = np.asarray(value)

@@ -7,23 +7,21 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from lesa.metrics import psnr, ssim, wrapped_psnr
+from lesa.metrics import psnr, psnr_wrapped, ssim
 
-SEED = 7
-METRICS = [psnr, wrapped_psnr, ssim]
+METRICS = [psnr, psnr_wrapped, ssim]
 
 
-def random_images(*shape: int, seed: int = SEED) -> np.ndarray:
-    print(f"seed {seed}")
+def random_images(*shape: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random((*shape, 3))
 
 
 def noisy(images: np.ndarray, scale: float) -> np.ndarray:
-    return np.clip(images + scale * np.random.default_rng(SEED + 1).standard_normal(images.shape), 0, 1)
+    return np.clip(images + scale * np.random.default_rng(len(images)).standard_normal(images.shape), 0, 1)
 
 
-def test_psnr_equals_scikit_image():
-    references = random_images(3, 20, 24)
+def test_psnr_equals_scikit_image(seed):
+    references = random_images(3, 20, 24, seed=seed)
     images = noisy(references, 0.05)
     expected = [peak_signal_noise_ratio(r, i, data_range=1) for r, i in zip(references, images, strict=True)]
     assert psnr(images, references) == pytest.approx(expected, abs=1e-10)
@@ -40,34 +38,34 @@ def test_psnr_is_an_images_own_figure():
     assert psnr(np.stack([black[0], black[1] + 0.1]), black) == pytest.approx([math.inf, 20.0])
 
 
-@pytest.mark.parametrize("metric, expected", [(psnr, math.inf), (wrapped_psnr, math.inf), (ssim, 1.0)])
-def test_identical_images(metric, expected):
-    images = random_images(2, 16, 16)
+@pytest.mark.parametrize("metric, expected", [(psnr, math.inf), (psnr_wrapped, math.inf), (ssim, 1.0)])
+def test_identical_images(metric, expected, seed):
+    images = random_images(2, 16, 16, seed=seed)
     assert metric(images, images).tolist() == [expected, expected]
 
 
-def test_wrapped_psnr_equals_psnr_while_no_square_reaches_256():
+def test_psnr_wrapped_equals_psnr_while_no_square_reaches_256():
     reference = np.full((8, 8, 3), 100 / 255)
     image = np.full((8, 8, 3), 115 / 255)
-    assert wrapped_psnr(image, reference) == pytest.approx(psnr(image, reference))
+    assert psnr_wrapped(image, reference) == pytest.approx(psnr(image, reference))
 
 
-def test_wrapped_psnr_takes_16_levels_for_none():
+def test_psnr_wrapped_takes_16_levels_for_none():
     reference = np.full((8, 8, 3), 100 / 255)
     image = np.full((8, 8, 3), 116 / 255)
-    assert wrapped_psnr(image, reference).tolist() == [math.inf]
+    assert psnr_wrapped(image, reference).tolist() == [math.inf]
     assert psnr(image, reference) == pytest.approx([20 * math.log10(255 / 16)])
 
 
-def test_wrapped_psnr_cannot_tell_unrelated_images():
-    images, references = random_images(4, 128, 128), random_images(4, 128, 128, seed=SEED + 1)
-    assert wrapped_psnr(images, references) == pytest.approx([27.9] * 4, abs=0.15)
+def test_psnr_wrapped_cannot_tell_unrelated_images(seed):
+    images, references = random_images(4, 128, 128, seed=seed), random_images(4, 128, 128, seed=seed + 1)
+    assert psnr_wrapped(images, references) == pytest.approx([27.9] * 4, abs=0.15)
     # the mean square difference of two uniform variables is 1/6
     assert psnr(images, references) == pytest.approx([10 * math.log10(6)] * 4, abs=0.15)
 
 
-def test_ssim_equals_scikit_image_on_integer_luma():
-    references = random_images(2, 24, 20)
+def test_ssim_equals_scikit_image_on_integer_luma(seed):
+    references = random_images(2, 24, 20, seed=seed)
     images = noisy(references, 0.2)
 
     def grey(image):
@@ -82,8 +80,8 @@ def test_ssim_equals_scikit_image_on_integer_luma():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_tensors_arrays_and_batches_agree(metric):
-    references = random_images(3, 16, 16).astype(np.float32)
+def test_tensors_arrays_and_batches_agree(metric, seed):
+    references = random_images(3, 16, 16, seed=seed).astype(np.float32)
     images = noisy(references, 0.1).astype(np.float32)
     batch = metric(images, references)
     assert batch.shape == (3,) and batch.dtype == np.float64
@@ -97,7 +95,6 @@ def test_bfloat16_tensors_with_gradients_are_read():
     assert psnr(image, reference) == pytest.approx([20 * math.log10(2)])
 
 
-@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     "image, reference, error, message",
     [
@@ -105,16 +102,17 @@ def test_bfloat16_tensors_with_gradients_are_read():
         (np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 3)), ValueError, "same"),
         (np.zeros((2, 3, 8, 8)), np.zeros((2, 3, 8, 8)), ValueError, "channels"),
         (np.zeros((0, 8, 8, 3)), np.zeros((0, 8, 8, 3)), ValueError, "expected"),
-        (np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3)), TypeError, "image holds uint8.*divide"),
+        (np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3)), TypeError, "image holds uint8"),
         (np.zeros((8, 8, 3)), torch.zeros(8, 8, 3).int(), TypeError, "reference holds int32"),
         (np.zeros((8, 8, 3)), np.full((8, 8, 3), 255.0), ValueError, r"reference spans \[255, 255\]"),
         (np.full((8, 8, 3), -1.0), np.zeros((8, 8, 3)), ValueError, r"image spans \[-1, -1\]"),
         (np.full((8, 8, 3), math.nan), np.zeros((8, 8, 3)), ValueError, "image spans"),
     ],
 )
-def test_what_is_no_pair_of_images_is_refused(metric, image, reference, error, message):
-    with pytest.raises(error, match=message):
-        metric(image, reference)
+def test_what_is_no_pair_of_images_is_refused(image, reference, error, message):
+    for metric in METRICS:
+        with pytest.raises(error, match=message):
+            metric(image, reference)
 
 
 def test_ssim_refuses_images_below_its_window():

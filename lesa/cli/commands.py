@@ -1,17 +1,23 @@
-"""What the commands of the command line do; see `lesa.cli` for their options."""
+"""What the commands do; `lesa.cli.main` has their options."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__, assets, ops
-from ..plans.files import check_folder
+from ..plans.files import check_folder, replace_file
 from ..plans.plan import Plan
+
+if TYPE_CHECKING:
+    from ..evaluation.compare import BudgetResult
 
 
 def _load(options: argparse.Namespace) -> Any:
@@ -20,17 +26,20 @@ def _load(options: argparse.Namespace) -> Any:
 
     device = _device(options.device)
     path = assets.PIPELINE if options.pipeline == assets.PIPELINE.name else options.pipeline
-    pipe = DiffusionPipeline.from_pretrained(path, **{_dtype_name(): getattr(torch, options.dtype)}).to(device)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(path, **{_dtype_name(): getattr(torch, options.dtype)}).to(device)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--pipeline {options.pipeline}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def _dtype_name() -> str:
-    """What `DiffusionPipeline.from_pretrained` calls the dtype, which its signature does not tell."""
+    """The name of the dtype argument of `DiffusionPipeline.from_pretrained`, which its signature does not tell."""
     import diffusers
 
     major, minor = (int(number) for number in diffusers.__version__.split(".")[:2])
-    # 0.40 renamed it and warns of the old name; earlier versions pass over the new one
+    # 0.40 renamed it and warns of the old name; earlier versions ignore the new one
     return "dtype" if (major, minor) >= (0, 40) else "torch_dtype"
 
 
@@ -73,65 +82,73 @@ def demo(options: argparse.Namespace) -> int:
 
 def fit(options: argparse.Namespace) -> int:
     """Fit plans to a pipeline."""
-    from ..evaluation import frontier
+    from ..evaluation.compare import budget_results, frontier_table, smallest_budget
     from ..fitting import arguments
     from ..fitting import fit as fitting
     from ..models.pipeline import read_prompts
 
-    # What can be wrong with the options is found before a model is loaded and recorded.
+    # all options are checked before a model is loaded
     check_folder(options.out, "--out")
-    prompts, request, goal = read_prompts(options.prompts), _request(options, options.steps), _goal(options)
+    prompts, request, budgets = read_prompts(options.prompts), _request(options, options.steps), _budgets(options)
     if options.batch < 1:
         raise ValueError(f"--batch {options.batch}: expected at least 1")
     if options.held_out is not None and not 0 <= options.held_out < len(prompts):
         raise ValueError(
             f"--held-out {options.held_out}: expected 0 to {len(prompts) - 1}, one of the prompts is fitted to"
         )
-    arguments.check_budgets(arguments.read_candidates(options.candidate or (), options.effort), goal["budget"])
-    names = ("effort", "held_out", "batch", "seed")
-    more = {
-        "request": request,
-        "candidates": options.candidate or (),
-        **{name: getattr(options, name) for name in names},
-    }
-    if not options.frontier:
-        made = fitting.fit(_load(options), prompts, folder=options.out, **goal, **more)
-        plans = made if isinstance(made, dict) else {made.budget: made}
-        print(frontier.table(frontier.entries_of(plans), options.out))
-        return 0
-    entries = frontier.frontier(_load(options), prompts, options.out, budgets=goal["budget"], **more)
-    print(f"{frontier.table(entries, options.out)}\n\nfrontier.json and frontier.png are in {options.out}/")
+    candidates = options.candidate or ()
+    arguments.check_budgets(arguments.read_candidates(candidates, options.effort), budgets)
+    more = {name: getattr(options, name) for name in ("effort", "held_out", "batch", "seed")}
+    plans = fitting.fit(
+        _load(options), prompts, budget=budgets, request=request, candidates=candidates, folder=options.out, **more
+    )
+    results = budget_results(plans)
+    if options.frontier:
+        _write_frontier(options.out, results)
+    print(frontier_table(results, options.out))
+    if options.frontier:
+        print(f"\nfrontier.json and frontier.png are in {options.out}/")
     if options.target_psnr is not None or options.target_ssim is not None:
-        chosen = frontier.smallest(entries, options.target_psnr, options.target_ssim)
-        frontier.write(options.out, entries, chosen)
-        print(f"smallest budget for what is wished: {chosen}")
+        try:
+            chosen = smallest_budget(results, options.target_psnr, options.target_ssim)
+        except ValueError as error:  # not of bad input: the plans are there
+            print(f"lesa fit: {error}", file=sys.stderr)
+            return 1
+        _write_frontier(options.out, results, chosen)
+        print(f"smallest budget that reaches the target: {chosen}")
     return 0
+
+
+def _write_frontier(folder: Path, results: Sequence[BudgetResult], chosen: int | None = None) -> None:
+    """Write frontier.json, a list of `BudgetResult` as objects, and frontier.png, which marks `chosen`."""
+    from ..evaluation.plan_plots import frontier_figure
+    from ..evaluation.plots import write_png
+
+    replace_file(folder / "frontier.json", json.dumps([asdict(result) for result in results], indent=1).encode())
+    write_png(frontier_figure(results, chosen), folder / "frontier.png")
 
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _goal(options: argparse.Namespace) -> dict[str, Any]:
-    """What to fit, as `lesa.fit` takes it."""
-    from ..evaluation.frontier import budgets_below
+def _budgets(options: argparse.Namespace) -> list[int]:
+    """The budgets to fit, the smallest first, once the targets are checked."""
+    from ..evaluation.compare import budgets_below
 
-    for name, low in (("target_psnr", 0), ("target_ssim", 0)):
+    for name in ("target_psnr", "target_ssim"):
         value = getattr(options, name)
-        if value is not None and not low < value < math.inf:
-            raise ValueError(f"{_option(name)} {value:g}: expected a number above {low}")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{_option(name)} {value:g}: expected a number above 0")
+        if value is not None and not options.frontier:
+            raise ValueError(f"{_option(name)} {value:g} picks a budget of a frontier: add --frontier")
     if options.target_ssim is not None and options.target_ssim > 1:
-        raise ValueError(f"--target-ssim {options.target_ssim:g}: expected at most 1, that of the same picture")
+        raise ValueError(f"--target-ssim {options.target_ssim:g}: expected at most 1, the SSIM of equal pictures")
     budgets = sorted(set(options.budget or ()))
     _check_budgets(budgets)
-    if options.frontier:
-        return {"budget": budgets or budgets_below(options.steps)}
-    for name in ("target_psnr", "target_ssim"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"{_option(name)} {getattr(options, name):g} is chosen on a frontier: add --frontier")
-    if not budgets:
-        raise ValueError("give --budget or --frontier")
-    return {"budget": budgets}
+    if not budgets and not options.frontier:
+        raise ValueError("--budget is missing: give the number of computed steps, or --frontier for many of them")
+    return budgets or budgets_below(options.steps)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -142,7 +159,7 @@ def train(options: argparse.Namespace) -> int:
     from ..training import fitting
     from ..training.training import TrainingConfig
 
-    # What can be wrong with the options is found before a model is loaded and recorded.
+    # all options are checked before a model is loaded
     check_folder(options.out, "--out")
     prompts = read_prompts(options.prompts)
     config = TrainingConfig(batch=options.batch, seed=options.seed)
@@ -162,8 +179,17 @@ def train(options: argparse.Namespace) -> int:
     )
     for interval, path in plans.items():
         print(f"N = {interval}: {path}")
-    print(f"loss curves: {options.out / 'losses.png'}")
+    print(f"loss curves: {_draw_losses(options.out)}")
     return 0
+
+
+def _draw_losses(folder: Path) -> Path:
+    """Draw losses.json, {training stage: {context: losses}}, into losses.png beside it."""
+    from ..evaluation.plots import loss_curves
+
+    losses = json.loads((folder / "losses.json").read_text())
+    curves = {f"{stage} ({context})": values for stage, by in losses.items() for context, values in by.items()}
+    return loss_curves(folder / "losses.png", {title: values for title, values in curves.items() if values})
 
 
 def _check_budgets(budgets: Sequence[int]) -> None:
@@ -177,7 +203,7 @@ def generate(options: argparse.Namespace) -> int:
     from ..models.pipeline import run
 
     if options.plan is None and (options.budget is not None or options.guard is not None):
-        raise ValueError("--budget and --guard are of a plan: name one with --plan")
+        raise ValueError("--budget and --guard need a plan: name one with --plan")
     _check_budgets([] if options.budget is None else [options.budget])
     plan = api.source_of(options.plan, options.budget) if options.plan else None
     if plan:
@@ -212,13 +238,13 @@ def _name(prompt: str, seed: int, plan: str | None, budget: int | None) -> str:
 
 
 def _free(folder: Path, name: str, suffix: str) -> Path:
-    """A path that is not taken: a number is put behind the name where it is."""
+    """The first path that does not exist yet: the name alone, or with a number behind it."""
     paths = (folder / f"{name}{number}.{suffix}" for number in chain([""], (f"-{i}" for i in count(2))))
     return next(path for path in paths if not path.exists())
 
 
 def info(options: argparse.Namespace) -> int:
-    """Say what a plan holds, or which backends are here."""
+    """Describe a plan, or the backends of this machine."""
     if options.plan is None:
         if options.out is not None:
             raise ValueError(f"--out {str(options.out)!r}: name the plan to draw")
@@ -233,7 +259,5 @@ def info(options: argparse.Namespace) -> int:
     plan = Plan.from_pretrained(options.plan)
     print(plan.summary())
     if options.out is not None:
-        from ..evaluation.planview import plan_picture
-
-        print(f"picture      {plan_picture(options.out, plan)}")
+        print(f"picture      {plan.plot(options.out)}")
     return 0

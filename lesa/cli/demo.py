@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import assets
-from ..evaluation.comparison import Method, Outcome, compare
-from ..evaluation.report import StepPanel, method_grid, step_errors
+from ..evaluation.compare import Method, MethodResult, compare
+from ..evaluation.plots import StepPanel, method_grid, step_errors
 from ..forecasters import plan_of
 from ..plans import schedule
 from ..plans.files import replace_file
@@ -17,6 +19,14 @@ from ..plans.plan import Plan
 
 FORECASTERS = ("reuse", "taylor-1", "taylor-2")
 FITTED = "lesa.fit"
+# What the grid shows at the smallest budget, each with a word of explanation.
+_EXPLAINED = {
+    "fewer steps": "the sampler with {computed} steps",
+    "taylor-1": "linear extrapolation",
+    "lesa": "the paper's predictor",
+    FITTED: "fitted schedule and weights",
+}
+_COLUMNS, _AMPLIFY = 8, 20
 
 
 def methods(lesa_plans: Sequence[tuple[int, Plan]], fitted: Sequence[Plan] = (), site: str = "hidden") -> list[Method]:
@@ -55,43 +65,52 @@ def demo(folder: str | Path, prompts: int = 5, device: str = "cpu") -> list[dict
     plans = [(interval, Plan.load(assets.plan_path(interval))) for interval in assets.INTERVALS]
     fitted = [Plan.load(assets.fitted_path(plan.budget)) for _, plan in plans]
     pipe = assets.load(device)
-    outcomes = compare(pipe, methods(plans, fitted), captions[:prompts], seeds[:prompts], assets.REQUEST)
-    rows = [outcome.row(outcomes[0]) for outcome in outcomes]
+    results = compare(pipe, methods(plans, fitted), captions[:prompts], seeds[:prompts], assets.REQUEST)
+    rows = [result.row(results[0]) for result in results]
     folder = Path(folder)
     replace_file(folder / "results.json", json.dumps(rows, indent=1).encode())
-    method_grid(folder / "grid.png", [(label(o, outcomes[0]), list(o.images)) for o in outcomes], captions[:prompts])
-    step_errors(folder / "steps.png", panels(outcomes, plans, fitted), ylabel="relative error of the latents")
+    method_grid(folder / "grid.png", grid_rows(results), captions[: min(prompts, _COLUMNS)], amplify=_AMPLIFY)
+    step_errors(folder / "steps.png", panels(results, plans, fitted), ylabel="relative error of the latents")
     return rows
 
 
-def label(outcome: Outcome, full: Outcome) -> str:
-    """Method, computed steps and figures of one row of the grid."""
-    row = outcome.row(full)
-    lines = [row["method"] if row["interval"] is None else f"{row['method']}, N = {row['interval']}"]
-    lines.append(f"{row['computed']} computed")
-    if outcome is not full:
-        lines.append(f"{row['speedup']:.2f}x, {row['psnr']:.1f} dB")
-    return "\n".join(lines)
+def grid_rows(results: Sequence[MethodResult]) -> list[tuple[str, list[np.ndarray]]]:
+    """The full request, and at the smallest budget what tells most: fewer steps, taylor-1, lesa, lesa.fit."""
+    full = results[0]
+    smallest = min(result.method.computed for result in results)
+    at_smallest = [r for r in results if r.method.computed == smallest and r.method.name in _EXPLAINED]
+    return [(label(result, full), list(result.images[:_COLUMNS])) for result in (full, *at_smallest)]
+
+
+def label(result: MethodResult, full: MethodResult) -> str:
+    """Name, computed steps and figures of one row of the grid."""
+    row, total = result.row(full), full.method.num_steps
+    if result is full:
+        return f"{row['method']}\nall {total} steps computed"
+    lines = [row["method"], _EXPLAINED[row["method"]].format(**row)]
+    if result.method.plan is not None:
+        lines.append(f"{row['computed']} of {total} steps computed")
+    return "\n".join([*lines, f"{row['speedup']:.2f}× faster, {row['psnr']:.1f} dB PSNR"])
 
 
 def panels(
-    outcomes: Sequence[Outcome], plans: Sequence[tuple[int, Plan]], fitted: Sequence[Plan] = ()
+    results: Sequence[MethodResult], plans: Sequence[tuple[int, Plan]], fitted: Sequence[Plan] = ()
 ) -> list[StepPanel]:
     """One column of the steps picture for every interval, and the fitted plan with as many computed steps."""
     columns = []
     own = {plan.budget: plan for plan in fitted}
     for interval, plan in plans:
         of_interval = [
-            o
-            for o in outcomes
-            if o.method.interval == interval or (o.method.name == FITTED and o.method.computed == plan.budget)
+            r
+            for r in results
+            if r.method.interval == interval or (r.method.name == FITTED and r.method.computed == plan.budget)
         ]
         alphas = plan.training["alphas"]["*"]
         columns.append(
             StepPanel(
                 title=f"N = {interval}: {plan.budget} of {plan.num_steps} computed",
                 sigmas=plan.sigmas,
-                errors={o.method.name: list(o.step_errors) for o in of_interval if o.step_errors is not None},
+                errors={r.method.name: list(r.step_errors) for r in of_interval if r.step_errors is not None},
                 computed={"lesa": plan.computed} | ({FITTED: own[plan.budget].computed} if plan.budget in own else {}),
                 alphas={"lesa": [(step, alpha) for step, alpha in enumerate(alphas) if alpha is not None]},
                 stages=plan.stages,
@@ -101,7 +120,7 @@ def panels(
 
 
 def headline(rows: Sequence[dict[str, Any]]) -> str:
-    """What the fitted plans come to, in one sentence."""
+    """The fitted plan of the fewest computed steps beside the paper's of the most, in one sentence."""
     fitted = min((row for row in rows if row["method"] == FITTED), key=lambda row: row["computed"])
     paper = max((row for row in rows if row["method"] == "lesa"), key=lambda row: row["computed"])
     return (

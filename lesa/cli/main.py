@@ -16,7 +16,14 @@ from . import commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; errors that a user can mend are printed in one line."""
+    """Run one command; an error is one line.
+
+    Args:
+        arguments: of the command line; by default those of this process.
+
+    Returns:
+        The exit code: 0, 2 for bad input, 1 for other failures, 130 where the user interrupts.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.name is None:
@@ -26,9 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _shown(warnings.showwarning)
             status = options.command(options)
-            sys.stdout.flush()  # here, where a reader that has gone is seen to
+            sys.stdout.flush()  # here, where a closed pipe is handled
             return status
-    except BrokenPipeError:  # as with `lesa info | head`: nobody reads on, and Python would say so once more at its end
+    except (
+        BrokenPipeError
+    ):  # as in `lesa info | head -1`: without a new stdout, Python reports the error again as it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ImportError as error:
@@ -38,19 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"lesa {options.name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        kept = "; run it again with the same --out to go on" if options.name in ("fit", "train") else ""
+        kept = "; run it again with the same --out to continue" if options.name in ("fit", "train") else ""
         print(f"lesa {options.name}: interrupted{kept}", file=sys.stderr)
         return 130
 
 
 def _shown(usual: Callable[..., None]) -> Callable[..., None]:
-    """Shows what lesa warns of without the lines of code it comes from."""
+    """Shows warnings of lesa without the lines of code they come from."""
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, LesaWarning):
-            bars = sys.modules.get("tqdm")  # where one is drawn, the line stands above it
+            bars = sys.modules.get("tqdm")  # its `write` keeps the line off a progress bar
             (bars.tqdm.write if bars else print)(f"lesa: {message}", file=sys.stderr)
         else:
             usual(message, category, *where, **more)
@@ -63,82 +72,96 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"lesa {__version__}")
     known = parser.add_subparsers(dest="name", metavar="command")
-
-    demo = known.add_parser("demo", help="compare methods on the bundled pipeline; writes a table and pictures")
+    demo = known.add_parser("demo", help="compare methods on the bundled pipeline; writes a table and two pictures")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder of the files (default: %(default)s)")
     demo.add_argument("--prompts", type=int, default=5, help="held-out captions, 2 to 64 (default: %(default)s)")
     _add_device(demo)
     demo.set_defaults(command=commands.demo)
+    _add_fit(known.add_parser("fit", help="fit plans to a pipeline: a schedule and weights for each budget"))
+    _add_train(known.add_parser("train", help="record a pipeline and train the paper's predictors; writes plans"))
+    _add_generate(known.add_parser("generate", help="make pictures, with or without a plan"))
+    info = known.add_parser("info", help="describe a plan, or without one the backends of this machine")
+    info.add_argument("plan", nargs="?", help="plan: a file, a folder or a hub repository owner/name")
+    info.add_argument("--out", type=Path, help="also draw the plan into this .png file")
+    info.set_defaults(command=commands.info)
+    return parser
 
-    fit = known.add_parser("fit", help="search schedules and learn weights for a pipeline; writes a plan a budget")
+
+def _add_fit(fit: argparse.ArgumentParser) -> None:
     _add_pipeline(fit)
-    fit.add_argument("--prompts", type=Path, required=True, help="text file with one prompt a line; 8 suffice")
+    fit.add_argument("--prompts", type=Path, required=True, help="text file with one prompt a line; 8 are enough")
     fit.add_argument(
         "--out",
         type=Path,
         required=True,
-        help="folder of the statistics and plans; a rerun records again, and keeps what it finds",
+        help="folder of the statistics and plans; a budget whose plan is there already is not fitted again",
     )
     fit.add_argument("--steps", type=int, default=50, help="steps of a full request (default: %(default)s)")
-    fit.add_argument("--budget", type=int, nargs="+", help="computed steps, one or more numbers of them")
+    fit.add_argument("--budget", type=int, nargs="+", help="computed steps, one or more numbers")
+    fit.add_argument(
+        "--frontier",
+        action="store_true",
+        help="fit budgets 4 to 25, or those of --budget, and draw PSNR against computed steps",
+    )
     fit.add_argument(
         "--target-psnr",
         type=float,
-        help="with --frontier: the smallest budget that reaches this many dB, on the prompts fitted to and held out",
+        metavar="DB",
+        help="with --frontier: pick the smallest budget that reaches it on fitting and on held-out prompts",
     )
+    fit.add_argument("--target-ssim", type=float, metavar="SSIM", help="with --frontier: likewise for SSIM")
     fit.add_argument(
-        "--target-ssim", type=float, help="with --frontier: the smallest budget that reaches this, likewise"
+        "--effort",
+        choices=("quick", "default", "thorough"),
+        default="default",
+        help="at most the time of about 10, 40 or 300 full requests for each budget (default: %(default)s)",
     )
-    fit.add_argument("--frontier", action="store_true", help="fit budgets 4 to 25 or --budget; frontier.json and .png")
-    fit.add_argument("--effort", choices=("quick", "default", "thorough"), default="default")
-    fit.add_argument("--held-out", type=int, help="prompts, the last ones, that are only measured (default: an eighth)")
+    fit.add_argument("--held-out", type=int, help="how many prompts, the last ones, are only measured (an eighth)")
     fit.add_argument(
         "--candidate",
         action="append",
         metavar="PLAN",
-        help="plan of your own (file, folder or hub repository) to run besides: the plan written is never worse on the "
-        "prompts fitted to; repeat for several",
+        help="plan of your own (file, folder or hub repository) to compare: the plan written is never worse on the "
+        "fitting prompts; repeat for several",
     )
     fit.add_argument("--batch", type=int, default=1, help="prompts in one request (default: %(default)s)")
     fit.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")
     fit.set_defaults(command=commands.fit)
 
-    train = known.add_parser("train", help="record a pipeline, train predictors in both stages, write plans")
+
+def _add_train(train: argparse.ArgumentParser) -> None:
     _add_pipeline(train)
     train.add_argument("--prompts", type=Path, required=True, help="text file with one prompt a line")
     train.add_argument("--out", type=Path, required=True, help="folder of the recording, predictors and plans")
     train.add_argument("--steps", type=int, default=50, help="steps of a full request (default: %(default)s)")
-    train.add_argument("--intervals", type=int, nargs="+", default=[5, 7, 10], help="N of the paper's schedules")
-    train.add_argument("--site", choices=("hidden", "output"), default="hidden", help="default: %(default)s")
-    train.add_argument("--cuts", type=float, nargs=2, default=[0.9, 0.5], help="sigmas between the stages")
+    train.add_argument("--intervals", type=int, nargs="+", default=[5, 7, 10], help="N of the schedules (5 7 10)")
+    train.add_argument(
+        "--site", choices=("hidden", "output"), default="hidden", help="feature that is forecast (default: %(default)s)"
+    )
+    train.add_argument("--cuts", type=float, nargs=2, default=[0.9, 0.5], help="sigmas between stages (0.9 0.5)")
     train.add_argument("--batch", type=int, default=1, help="prompts in one request (default: %(default)s)")
     train.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
-    train.add_argument("--no-calibration", action="store_true", help="stop after the paper's two stages")
+    train.add_argument("--no-calibration", action="store_true", help="stop after the paper's two training stages")
     train.set_defaults(command=commands.train)
 
-    generate = known.add_parser("generate", help="make pictures, with or without a plan")
+
+def _add_generate(generate: argparse.ArgumentParser) -> None:
     _add_pipeline(generate)
     generate.add_argument("prompt", nargs="+", help="one or more prompts")
     generate.add_argument(
         "--plan",
-        help="plan file, folder with one, or hub repository, or with --budget statistics; without, all is computed",
+        help="plan (file, folder or hub repository), or statistics with --budget; without it all steps are computed",
     )
-    generate.add_argument("--steps", type=int, help="default: the plan's, or 50; a fitted plan serves any number")
+    generate.add_argument("--steps", type=int, help="of the request (the plan's, or 50); a fitted plan serves any")
+    generate.add_argument("--budget", type=int, help="computed steps, for statistics or to change a fitted plan's own")
     generate.add_argument(
-        "--budget", type=int, help="computed steps, with statistics, or other than a fitted plan's own"
-    )
-    generate.add_argument(
-        "--guard", choices=("warn", "off"), help="warn of requests unlike the fitted ones (default), or measure nothing"
+        "--guard",
+        choices=("warn", "off"),
+        help="warn where forecasts err far more than in fitting (default), or measure nothing",
     )
     generate.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    generate.add_argument("--out", type=Path, default=Path("."), help="folder of the pictures")
+    generate.add_argument("--out", type=Path, default=Path("."), help="folder of the pictures (default: this one)")
     generate.set_defaults(command=commands.generate)
-
-    info = known.add_parser("info", help="say what a plan holds, or without one, which backends are here")
-    info.add_argument("plan", nargs="?", help="plan file, folder with one, or hub repository owner/name")
-    info.add_argument("--out", type=Path, help="also draw the plan into this .png file")
-    info.set_defaults(command=commands.info)
-    return parser
 
 
 def _add_pipeline(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +171,9 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
         help="folder or hub name of a diffusers pipeline (default: the bundled %(default)s)",
     )
     _add_device(parser)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="default: %(default)s"
+    )
     for name, kind in (("height", int), ("width", int), ("guidance-scale", float), ("true-cfg-scale", float)):
         parser.add_argument(f"--{name}", type=kind, help=f"{name.replace('-', '_')} of the pipeline call")
     parser.add_argument("--negative-prompt", help="negative_prompt of the pipeline call")

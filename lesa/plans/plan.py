@@ -279,7 +279,7 @@ class Plan(SafetensorsFile):
 
         The one place where a plan looks upward: drawing lives in `lesa.evaluation`.
         """
-        from ..evaluation.planview import plan_picture
+        from ..evaluation.plan_plots import plan_picture
 
         return plan_picture(path, self)
 

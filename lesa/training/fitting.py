@@ -57,8 +57,6 @@ def train(
     Raises:
         ValueError: `prompts` is no list of prompts.
     """
-    from ..evaluation.report import loss_curves  # needs matplotlib, which plans do not
-
     folder = Path(folder)
     recording = record(pipe, prompts, folder / "recording", request=request, site=site, batch=config.batch)
     schedules = {interval: schedule.paper(recording.num_steps, interval) for interval in intervals}
@@ -96,8 +94,6 @@ def train(
             gains = calibrated_gains(predictors, recording, computed, measure)
         plan_of(predictors, recording, computed, gains, training=figures).save(path)
     replace_file(folder / "losses.json", json.dumps(losses).encode())
-    curves = {f"{phase} ({context})": values for phase, by in losses.items() for context, values in by.items()}
-    loss_curves(folder / "losses.png", {title: values for title, values in curves.items() if values})
     return plans
 
 

@@ -1,4 +1,4 @@
-"""planview and describe: what a plan's picture and its words show is what the plan holds."""
+"""plan_plots: what the pictures show is what the plans hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from PIL import Image
 
 import lesa
 from lesa import assets
-from lesa.evaluation.planview import plan_figure, plan_picture
+from lesa.evaluation.compare import BudgetResult
+from lesa.evaluation.plan_plots import frontier_figure, plan_figure, plan_picture
+from lesa.evaluation.plots import method_styles
 from lesa.plans.plan import Plan
 from lesa.plans.rows import Expected, Row
 from lesa.plans.schedule import PAPER_STAGES
@@ -166,9 +168,8 @@ def test_stages_are_named_between_their_sigmas() -> None:
     assert 0.9 < places["high"] < 1.1 and 0.5 < places["middle"] < 0.9 and 0 < places["low"] < 0.5
 
 
-@pytest.mark.parametrize("interval", assets.INTERVALS)
-def test_bundled_plans_are_drawn(interval: int, tmp_path: Path) -> None:
-    path = plan_picture(tmp_path / "new" / "plan.png", Plan.load(assets.plan_path(interval)))
+def test_a_bundled_plan_is_drawn(tmp_path: Path) -> None:
+    path = plan_picture(tmp_path / "new" / "plan.png", Plan.load(assets.plan_path(7)))
     with Image.open(path) as image:
         assert image.format == "PNG"
         pixels = np.asarray(image.convert("RGB")).astype(int)
@@ -182,7 +183,7 @@ def test_equal_plans_are_equal_files_and_pyplot_is_left_alone(tmp_path: Path) ->
     plan = assets.plan_path(5)
     script = (
         "import sys, warnings\n"
-        "from lesa.plan import Plan\nfrom lesa.planview import plan_picture\n"
+        "from lesa.plans.plan import Plan\nfrom lesa.evaluation.plan_plots import plan_picture\n"
         "warnings.simplefilter('error')\n"
         f"plan_picture({str(first)!r}, Plan.load({str(plan)!r}))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
@@ -192,54 +193,67 @@ def test_equal_plans_are_equal_files_and_pyplot_is_left_alone(tmp_path: Path) ->
     assert first.read_bytes() == second.read_bytes()
 
 
-# Words
+# Several plans
+
+# not rising: at 6 the fit had bad luck with its held-out prompt
+RESULTS = [
+    BudgetResult(4, 0.2, 20.0, 21.0, 0.80, 0.82, "plan-4.safetensors", {"published schedule, taylor-1": 12.0}),
+    BudgetResult(5, 0.25, 26.0, 25.0, 0.88, 0.90, "plan-5.safetensors", {"published schedule, taylor-1": 15.0}),
+    BudgetResult(6, 0.3, 28.0, 23.0, 0.95, 0.86, "plan-6.safetensors", {"published schedule, taylor-1": 14.0}),
+    BudgetResult(9, 0.45, 33.0, 31.0, 0.97, 0.94, "plan-9.safetensors", {"published schedule, reuse": 11.0}),
+]
 
 
-def test_drawing_is_in_tens_and_fifties() -> None:
-    assert Plan.drawing(PLAN) == ["##.#."]
-    lines = Plan.drawing(spread(120, np.linspace(1, 1 / 120, 120), 7))
-    assert [len(line) for line in lines] == [54, 54, 21]
-    assert lines[0].startswith("####...#.. ....#.....")
-    assert "".join(lines).replace(" ", "").count("#") == len({*range(4), *range(0, 120, 7)})
+def lines(figure: Figure) -> dict[str, Any]:
+    """Label -> line of the axes of PSNR."""
+    return {str(line.get_label()): line for line in figure.axes[0].get_lines()}
 
 
-def test_describe_tells_known_figures_and_scalars_only() -> None:
-    training = {
-        "alphas": {"*": [0.1]},
-        "budget": 3,
-        "gains": [0.5],
-        "interval": 7,
-        "rate": 0.123456789,
-        "prompts": ["a", "b"],
-        "seconds": 41.23,
-        "held_out_psnr": 32.499,
-        "fitting_psnr": float("inf"),
-        "fitting_ssim": 0.99987,
-        "effort": "default",
-        "calibrated": None,
-        "a name that is long": "x" * 200,
+def points(line: Any) -> list[tuple[float, float]]:
+    return [tuple(point) for point in np.asarray(line.get_xydata()).tolist()]
+
+
+def test_the_picture_shows_the_figures() -> None:
+    drawn = lines(frontier_figure(RESULTS))
+    assert {label: points(line) for label, line in drawn.items()} == {
+        "fitted, held-out prompts": [(4, 21), (5, 25), (6, 23), (9, 31)],
+        "fitted, fitting prompts": [(4, 20), (5, 26), (6, 28), (9, 33)],
+        "published schedule, taylor-1, fitting prompts": [(4, 12), (5, 15), (6, 14)],
+        "published schedule, reuse, fitting prompts": [(9, 11)],
     }
-    told = Plan.summary(replace(GUIDED, training=training)).splitlines()
-    assert "expected     relative error 0.125 to 0.125 at computed steps" in told
-    first = told.index("effort       default")
-    assert told[first : first + 8] == [
-        "effort       default",
-        "fitting      inf dB PSNR",
-        "fitting      0.9999 SSIM",
-        "held out     32.50 dB PSNR",
-        "prompts      2",
-        "took         41.2 s",
-        "interval     7",
-        "rate         0.1235",
-    ]
-    assert told[first + 8].startswith("a name that is long ") and len(told[first + 8]) < 120
-    assert told[-1] == "written by   lesa (not saved yet)" and len(told) == first + 10
+    colors = {label.rpartition(", ")[0]: line.get_color() for label, line in drawn.items()}
+    assert colors["fitted"] == method_styles(["lesa"])["lesa"].color
+    for name in ("taylor-1", "reuse"):
+        assert colors[f"published schedule, {name}"] == method_styles([name])[name].color
 
 
-def test_what_a_quick_fit_compared_is_nothing() -> None:
-    assert replace(PLAN, training={"evaluations": 0}).figures() == [("compared", "0 plans")]
+def test_baselines_have_colours_of_their_own_and_only_the_best_are_drawn() -> None:
+    baselines = {f"paper, {name}": float(i) for i, name in enumerate(("reuse", "taylor-2", "taylor-1", "lesa"))}
+    drawn = lines(
+        frontier_figure([BudgetResult(4, 0.1, 30.0, 29.0, baselines={**baselines, "published, taylor-1": 9.0})])
+    )
+    names = [label.removesuffix(", fitting prompts") for label in drawn][2:]
+    assert names == ["published, taylor-1", "paper, lesa", "paper, taylor-1", "paper, taylor-2"]
+    assert len({line.get_color() for line in drawn.values()}) == 5, "the fitted plan's two lines share theirs"
 
 
-def test_figures_of_a_plan_that_was_not_fitted() -> None:
-    assert replace(PLAN, training={}).figures() == []
-    assert "expected" not in Plan.summary(PLAN)
+def test_the_picture_marks_the_choice_and_shares() -> None:
+    figure = frontier_figure(RESULTS, 9)
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["9 computed"]
+    assert axes.texts[0].xy[0] == 9
+    [above] = axes.child_axes
+    assert above.get_xlabel() == "share of the 20 denoiser calls, %"
+    FigureCanvasAgg(figure).draw()
+    low, high = axes.get_xlim()
+    assert above.get_xlim() == pytest.approx((5 * low, 5 * high))
+    assert not frontier_figure(RESULTS).axes[0].texts
+
+
+def test_the_picture_leaves_out_what_is_unknown() -> None:
+    drawn = lines(
+        frontier_figure([BudgetResult(4, 0.2, None, 21.0), BudgetResult(5, 0.25), BudgetResult(6, 0.3, None, 24.0)])
+    )
+    assert {label: points(line) for label, line in drawn.items()} == {"fitted, held-out prompts": [(4, 21), (6, 24)]}
+    with pytest.raises(ValueError, match="results"):
+        frontier_figure([])

@@ -1,30 +1,35 @@
-"""The picture of a plan: its schedule over sigma, its weights, and the errors it expects."""
+"""Pictures of plans: the schedule, weights and expected errors of one, and the fidelity of several over budgets."""
 
 from __future__ import annotations
 
 import os
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ..plans.plan import Plan
 from ..plans.rows import ANY_CONTEXT, Expected, Row
-from .grid import DPI, FAINT, INK, MUTED, write_png
+from .plots import FAINT, INK, MUTED, constrained_figure, method_styles, tidy, write_png
+
+if TYPE_CHECKING:
+    from .compare import BudgetResult
 
 _SHADE, _UNREAD = "#F1F1F1", "#E2E2E2"
 _FIXED = "\u00a0"  # a space at which no line breaks
 _UNTOLD = {"generations", "evaluations", "found", "schedule", "held_out", "seed"}  # of fitting: `lesa info` says it
 _COLORS, _LINEAR = "RdBu_r", 0.05
-_STRIP, _SQUARE, _ERRORS, _HEAD = 0.95, 4.2, 1.5, 0.9
+_STRIP, _SQUARE, _ERRORS, _HEAD = 0.95, 4.2, 1.5, 0.9  # inches
+_CURVES = 4  # baselines that a frontier shows
 
 
 def plan_picture(path: str | os.PathLike[str], plan: Plan) -> Path:
@@ -41,8 +46,7 @@ def plan_figure(plan: Plan) -> Figure:
     expected = {context: plan.expected_of(context) for context in contexts if plan.expected_of(context)}
     heights = [_STRIP, *([_SQUARE] if plan.rows else []), *([_ERRORS] if expected else [])]
     columns = max(1, len(contexts))
-    figure = Figure((max(7.0, 0.9 + 5.2 * columns), _HEAD + sum(heights) + 0.55 * len(heights)), dpi=DPI)
-    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
+    figure = constrained_figure(max(7.0, 0.9 + 5.2 * columns), _HEAD + sum(heights) + 0.55 * len(heights))
     figure.suptitle(_title(plan), x=0.01, ha="left", fontsize=11, color=INK)
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     _draw_schedule(figure.add_subplot(grid[0, :]), plan, figure.get_figwidth() - 1.4)
@@ -200,3 +204,77 @@ def _step_axis(axes: Axes, plan: Plan) -> None:
 
 def _whole_numbers() -> MaxNLocator:
     return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
+
+
+def frontier_figure(results: Sequence[BudgetResult], chosen: int | None = None) -> Figure:
+    """PSNR against computed steps: the fitted plans on both kinds of prompts, and the best published baselines.
+
+    Args:
+        results: at least one.
+        chosen: number of computed steps to mark.
+
+    Raises:
+        ValueError: `results` is empty.
+    """
+    if not results:
+        raise ValueError("results is empty: give at least one budget")
+    figure = constrained_figure(7.5, 4.6)
+    axes = figure.subplots()
+    names = _best_baselines(results)
+    # the last word of a name, the forecaster, is what has a colour of its own
+    keys = {name: re.sub(r"[, ]+", " ", f"{re.split('[^a-z0-9-]+', name.lower())[-1]} {name}") for name in names}
+    styles = method_styles(["lesa", *keys.values()])
+    ours = {**styles["lesa"]._asdict(), "markersize": 4.5}
+    hollow = {"linestyle": "--", "markerfacecolor": "white", "linewidth": 1.2}
+    _draw_curve(axes, [(r.computed, r.held_out_psnr) for r in results], "fitted, held-out prompts", linewidth=2, **ours)
+    _draw_curve(axes, [(r.computed, r.fitting_psnr) for r in results], "fitted, fitting prompts", **ours, **hollow)
+    for name in names:
+        points = [(r.computed, r.baselines.get(name)) for r in results]
+        _draw_curve(
+            axes, points, f"{name}, fitting prompts", linewidth=1.2, markersize=4, **styles[keys[name]]._asdict()
+        )
+    _label_axes(axes, results)
+    if chosen is not None:
+        axes.axvline(chosen, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+        axes.annotate(
+            f"{chosen} computed",
+            (chosen, 0.02),
+            xycoords=("data", "axes fraction"),
+            xytext=(5, 0),
+            textcoords="offset points",
+            fontsize=9,
+            color=INK,
+        )
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_curve(axes: Axes, points: Sequence[tuple[int, float | None]], label: str, **style: Any) -> None:
+    known = [(computed, psnr) for computed, psnr in points if psnr is not None]
+    if known:
+        axes.plot(*zip(*known, strict=True), label=label, **style)
+
+
+def _label_axes(axes: Axes, results: Sequence[BudgetResult]) -> None:
+    total = results[0].computed / results[0].share
+    axes.set_title("Fidelity of fitted plans by computed steps", loc="left", fontsize=11, color=INK)
+    axes.set_xlabel("computed steps")
+    axes.set_ylabel("PSNR, dB")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    above = axes.secondary_xaxis(
+        "top", functions=(lambda x: np.multiply(x, 100 / total), lambda x: np.multiply(x, total / 100))
+    )
+    above.set_xlabel(f"share of the {total:.0f} denoiser calls, %", fontsize=9, color=MUTED)
+    above.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
+    above.tick_params(colors=MUTED, labelsize=9)
+    above.spines["top"].set_color(MUTED)
+    tidy(axes)
+
+
+def _best_baselines(results: Iterable[BudgetResult]) -> list[str]:
+    """The few best baselines by mean PSNR."""
+    figures: dict[str, list[float]] = {}
+    for result in results:
+        for name, psnr in result.baselines.items():
+            figures.setdefault(name, []).append(psnr)
+    return sorted(figures, key=lambda name: -sum(figures[name]) / len(figures[name]))[:_CURVES]
