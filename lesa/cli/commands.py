@@ -12,7 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__, assets, ops
+from .. import __version__, assets
 from ..plans.files import check_folder, replace_file
 from ..plans.plan import Plan
 
@@ -248,6 +248,8 @@ def info(options: argparse.Namespace) -> int:
     if options.plan is None:
         if options.out is not None:
             raise ValueError(f"--out {str(options.out)!r}: name the plan to draw")
+        from .. import ops
+
         print(f"lesa {__version__}")
         for name, state in ops.describe().items():
             print(f"{name:<8}{state}")
