@@ -32,9 +32,9 @@ BUDGET, CAPTIONS = 10, 16
 def measure_ops() -> dict[str, float]:
     """Microseconds of the operators at FLUX's size, K = 8, bfloat16; medians of single calls on cold inputs."""
     import torch
-    from lesa import ops
 
     from benchmarks.measuring import DEVICE, timer_of
+    from lesa import ops
 
     torch.manual_seed(0)
     B, N, D, K = 1, 4096, 3072, 8

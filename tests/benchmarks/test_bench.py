@@ -13,7 +13,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import measuring, roofline
+from benchmarks import bench_ops, measuring, roofline
 from lesa import ops
 
 ROOT = Path(__file__).parents[2]
@@ -75,11 +75,12 @@ def test_building_a_plan_is_timed(tmp_path):
 
 
 def test_names_select():
-    listed = run_benchmarks("--collect-only", "-k", "forecast and flux")
-    names = [line for line in listed.splitlines() if "::" in line]
-    assert names and all("forecast" in name and "-flux-" in name for name in names)
     provider = "triton" if torch.cuda.is_available() else "cpp"
-    assert any(f"[forecast-flux-k8-bfloat16-{provider}]" in name for name in names)
+    names = [str(spec) for spec in bench_ops.specs(quick=False)]
+    assert len(names) == len(set(names))
+    chosen = [name for name in names if "forecast" in name and "flux" in name]
+    assert f"forecast-flux-k8-bfloat16-{provider}" in chosen
+    assert all("-tiny-" in str(spec) for spec in bench_ops.specs(quick=True))
 
 
 def test_rows_are_appended_and_other_files_refused(tmp_path):

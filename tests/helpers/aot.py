@@ -137,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 is set; unset it, interpreted kernels are not compiled")
     chosen = [variant for variant in variants() if options.only in variant.kernel.__name__]
-    rows = [measure(variant, sm) for variant in chosen for sm in (variant.targets[-1:] if options.quick else variant.targets)]
+    last = -1 if options.quick else 0
+    rows = [measure(variant, sm) for variant in chosen for sm in variant.targets[last:]]
     table = [[str(getattr(row, column)) for column in COLUMNS] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(COLUMNS, *table, strict=True)]
     for line in [COLUMNS, *table]:

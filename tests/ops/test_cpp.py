@@ -21,6 +21,13 @@ cpp = torch.ops.lesa
 needs_library = pytest.mark.skipif(not BUILT, reason="lesa._cpu was not built: pip install --no-build-isolation -e .")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 SHAPES = [(5,), (8,), (31,), (3, 5, 11), (1031,), (70001,)]
+# Every shape in float32, an odd one and several chunks in the other dtypes.
+FEATURES = pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.float32, shape) for shape in SHAPES]
+    + [(dtype, shape) for dtype in (torch.float64, torch.bfloat16, torch.float16) for shape in ((3, 5, 11), (70001,))],
+    ids=str,
+)
 GRID = (-3.0, 3.0)
 
 
@@ -102,10 +109,10 @@ def test_the_library_serves_every_operator() -> None:
 
 @needs_library
 @DTYPES
-@pytest.mark.parametrize("reads", range(1, 17))
-def test_forecast(dtype: torch.dtype, reads: int, seed: int) -> None:
+@pytest.mark.parametrize(("reads", "shape"), [*zip((1, 2, 3, 5, 8, 16), SHAPES, strict=True)], ids=str)
+def test_forecast(dtype: torch.dtype, reads: int, shape: tuple[int, ...], seed: int) -> None:
     torch.manual_seed(seed + reads)
-    row = make_row(dtype, reads, SHAPES[reads % len(SHAPES)])
+    row = make_row(dtype, reads, shape)
     exact, plain = plain_forecast(*row, torch.float64), plain_forecast(*row, dtype)
     assert_close(cpp.forecast(*row), exact, plain)
 
@@ -168,8 +175,7 @@ def test_16_bit_numbers_are_read_and_rounded_as_torch_does(dtype: torch.dtype, e
 
 
 @needs_library
-@DTYPES
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@FEATURES
 def test_feature_sums(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> None:
     torch.manual_seed(seed)
     history, slots, _, _ = make_row(dtype, 6, shape)
@@ -186,8 +192,7 @@ def test_feature_sums(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> 
 
 
 @needs_library
-@DTYPES
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@FEATURES
 def test_forecast_errors(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> None:
     torch.manual_seed(seed)
     row, truth = make_row(dtype, 6, shape), torch.randn(shape).to(dtype)
@@ -212,18 +217,18 @@ def test_forecast_errors(dtype: torch.dtype, shape: tuple[int, ...], seed: int) 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    ("experts", "points", "inputs", "outputs", "bases"),
+    ("experts", "points", "inputs", "outputs", "bases", "shared"),
     [
-        (1, 1, 51, 70, 8),
-        (3, 3, 2, 5, 4),
-        (2, 4, 1, 64, 5),
-        (3, 65, 9, 65, 8),
-        (1, 130, 16, 1, 11),
-        (2, 0, 3, 4, 8),
-        (1, 5, 0, 3, 8),
+        (1, 1, 51, 70, 8, False),
+        (3, 3, 2, 5, 4, True),
+        (2, 4, 1, 64, 5, False),
+        (3, 65, 9, 65, 8, False),
+        (3, 65, 9, 65, 8, True),
+        (1, 130, 16, 1, 11, False),
+        (2, 0, 3, 4, 8, False),
+        (1, 5, 0, 3, 8, False),
     ],
 )
-@pytest.mark.parametrize("shared", [False, True])
 def test_kan(
     dtype: torch.dtype, experts: int, points: int, inputs: int, outputs: int, bases: int, shared: bool, seed: int
 ) -> None:
@@ -285,8 +290,7 @@ def plain_alpha(dt: Tensor, params: list[Tensor], dtype: torch.dtype) -> list[Te
 
 
 @needs_library
-@DTYPES
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@FEATURES
 def test_predict(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> None:
     torch.manual_seed(seed)
     row = make_row(dtype, 5, shape)
@@ -302,8 +306,7 @@ def test_predict(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> None:
 
 
 @needs_library
-@DTYPES
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@FEATURES
 @pytest.mark.parametrize("l2", [False, True])
 def test_predict_loss(dtype: torch.dtype, shape: tuple[int, ...], l2: bool, seed: int) -> None:
     torch.manual_seed(seed)
@@ -416,17 +419,17 @@ def int32(*values: Any) -> Tensor:
 H, ROW = torch.ones(3, 4), (torch.ones(2), torch.zeros(()))
 LAYER = [torch.ones(1, 2, 3), torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3)]
 REFUSED: list[tuple[str, Callable[[], object]]] = [
-    (r"slots\[1\] is 3, but history holds 3 features", lambda: cpp.forecast(H, int32(0, 3), *ROW)),
-    (r"slots has dtype Long: expected Int", lambda: cpp.forecast(H, torch.tensor([0, 1]), *ROW)),
+    (r"slots\[1\] is 3", lambda: cpp.forecast(H, int32(0, 3), *ROW)),
+    (r"slots has dtype Long", lambda: cpp.forecast(H, torch.tensor([0, 1]), *ROW)),
     (r"slots has shape \[1, 2\]", lambda: cpp.forecast(H, int32([0, 1]), *ROW)),
-    (r"slots has a window of 17: expected 1 to 16", lambda: cpp.forecast(H, int32(*[0] * 17), *ROW)),
+    (r"slots has a window of 17", lambda: cpp.forecast(H, int32(*[0] * 17), *ROW)),
     (r"weights has shape \[2\]", lambda: cpp.forecast(H, int32(0), *ROW)),
-    (r"weights has dtype Float: expected Double", lambda: cpp.forecast(H.double(), int32(0, 1), *ROW)),
+    (r"weights has dtype Float", lambda: cpp.forecast(H.double(), int32(0, 1), *ROW)),
     (r"bias has shape \[2\]", lambda: cpp.forecast(H, int32(0, 1), ROW[0], torch.zeros(2))),
     (r"history has dtype Int", lambda: cpp.forecast(H.int(), int32(0, 1), *ROW)),
     (r"history has no axis of slots", lambda: cpp.forecast(torch.tensor(1.0), int32(0, 1), *ROW)),
     (
-        r"step is 1: expected 0 to 0",
+        r"step is 1",
         lambda: cpp.forecast_at(H, int32([0, 1]), ROW[0][None], ROW[1][None], torch.tensor([1])),
     ),
     (
@@ -434,7 +437,7 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
         lambda: cpp.forecast_at(H, int32([0, 1]), ROW[0][None], ROW[1][None], int32(0)),
     ),
     (
-        r"keep\[0\] is 3, but history holds 3",
+        r"keep\[0\] is 3",
         lambda: cpp.forecast_into_(H, int32([0, 1]), ROW[0][None], ROW[1][None], int32(3), torch.tensor([0])),
     ),
     (r"grad has shape \[5\]", lambda: cpp.feature_sums(torch.ones(5), H, int32(0))),
@@ -448,11 +451,11 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
         lambda: cpp.predict_loss(H, int32(0, 1), *ROW, torch.tensor(1.0), torch.ones(3), False, True),
     ),
     (
-        r"params has 3 tensors: expected 9",
+        r"params has 3 tensors",
         lambda: cpp.predict(H, int32(0, 1), *ROW, torch.ones(3), [part[0] for part in LAYER], *GRID),
     ),
     (r"x has shape \[1, 5, 4\]", lambda: cpp.kan(torch.ones(1, 5, 4), *LAYER, *GRID)),
-    (r"low=1, high=1: expected a finite grid range", lambda: cpp.kan(torch.ones(1, 5, 3), *LAYER, 1.0, 1.0)),
+    (r"low=1, high=1", lambda: cpp.kan(torch.ones(1, 5, 3), *LAYER, 1.0, 1.0)),
     (
         r"spline has 3 coefficients an edge",
         lambda: cpp.kan(torch.ones(1, 5, 3), LAYER[0], LAYER[1][..., :3], LAYER[2], *GRID),
