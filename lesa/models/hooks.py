@@ -24,7 +24,7 @@ from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManag
 from torch._dynamo.decorators import skip  # unlike torch.compiler.disable(recursive=False), for good, not call by call
 
 from .. import ops
-from ..runtime.clock import Call, Clock, Inputs
+from ..runtime.clock import Call, Clock
 from ..runtime.driver import Driver, Forecast
 from .layouts import denoiser_of, layout_of
 from .standins import Exchange, Stands, Tail, Tap
@@ -236,8 +236,9 @@ class RootHook(ModelHook):
     @torch.compiler.disable
     def _begin(self, args: tuple, kwargs: dict) -> _Turn:
         """Place the call and ask the driver."""
-        inputs = Inputs(self._names, args, kwargs)
-        call = self._clock.tick(self.context.name, inputs.get("timestep"), inputs.sample, inputs)
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        sample = given.get("sample" if "sample" in self._names else "hidden_states")
+        call = self._clock.tick(self.context.name, given.get("timestep"), sample)
         if call.starts:
             self.driver.begin(call.request)
         coming = self.driver.forecast(call)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -35,11 +34,6 @@ class Row:
     steps: tuple[int, ...]
     weights: tuple[float, ...]
     bias: float = 0.0
-
-    @cached_property
-    def gain(self) -> float:
-        """How many times larger than what it reads the forecast can be, without its bias."""
-        return sum(map(abs, self.weights))
 
     def check(self, step: int, where: str) -> None:
         """Check that the row can serve a step.

@@ -8,7 +8,7 @@ timestep argument, which falls within a request and rises when the next one star
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,37 +20,6 @@ from .scheduler import begin_index, sigmas_of
 UNNAMED = "default"
 # cond, uncond and two more guidance branches: no pipeline calls its denoiser more often for one step.
 _MOST_CALLS_A_STEP = 4
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The arguments of one denoiser call.
-
-    Args:
-        names: of the parameters of the denoiser's forward, in order.
-        args, kwargs: as the call was made.
-    """
-
-    names: Sequence[str]
-    args: tuple
-    kwargs: dict[str, Any]
-
-    @property
-    def sample_name(self) -> str:
-        """What the denoiser calls its noisy sample."""
-        return "sample" if "sample" in self.names else "hidden_states"
-
-    @property
-    def sample(self) -> Any:
-        """The noisy sample."""
-        return self.get(self.sample_name)
-
-    def get(self, name: str) -> Any:
-        """The argument `name`; None where it is not given."""
-        if name in self.kwargs:
-            return self.kwargs[name]
-        place = self.names.index(name) if name in self.names else len(self.args)
-        return self.args[place] if place < len(self.args) else None
 
 
 @dataclass(frozen=True)
@@ -79,7 +48,6 @@ class Call:
         sample: the denoiser's first tensor argument, the noisy sample.
         request: the request it belongs to.
         starts: whether it is the first call of that request.
-        inputs: all that the denoiser is given, where known.
     """
 
     context: str
@@ -88,7 +56,6 @@ class Call:
     sample: torch.Tensor
     request: Request
     starts: bool
-    inputs: Inputs | None = field(default=None, repr=False, compare=False)
 
 
 class Clock:
@@ -111,7 +78,7 @@ class Clock:
         self._counts: dict[str, int] = defaultdict(int)
         self._last: dict[str, float] = {}
 
-    def tick(self, context: str | None, timestep: Any, sample: torch.Tensor, inputs: Inputs | None = None) -> Call:
+    def tick(self, context: str | None, timestep: Any, sample: torch.Tensor) -> Call:
         """Place one denoiser call.
 
         Raises:
@@ -123,7 +90,7 @@ class Clock:
         else:
             name, step, starts = self._tick_scheduler(context or UNNAMED, scheduler, timestep)
         assert self._request is not None
-        return Call(name, step, timestep, sample, self._request, starts, inputs)
+        return Call(name, step, timestep, sample, self._request, starts)
 
     def _tick_bare(self, context: str, timestep: Any) -> tuple[str, int, bool]:
         now = float(torch.as_tensor(timestep).max())
