@@ -1,11 +1,11 @@
-"""Times every operator against plain torch, the released code's formula, torch.compile and a copy of as many bytes.
+"""Time every operator against plain torch, the released code's formula, torch.compile and a copy of as many bytes.
 
     pytest benchmarks/bench_ops.py [-k "forecast and flux"] [--results benchmarks/results/ops.csv] [--quick]
 
-It runs on the CUDA device if there is one, in bfloat16, else on the CPU. A provider's result is checked against float64
-before it is timed. A round is one call on inputs that no cache holds: on the GPU the time between two CUDA events
-around it, with its launches queued in advance; on the CPU wall clock. `train_step` is the exception: wall clock of a
-block of optimiser steps that ends with the device idle, because the launches are what it costs. Where a provider has
+It runs on the CUDA device if there is one, in bfloat16, else on the CPU. Each provider's result is checked against
+float64 before it is timed. A round is one call on inputs that are in no cache. On the GPU it is timed by two CUDA
+events, with its launches queued in advance; on the CPU by wall clock. `train_step` is the exception: wall clock of a
+block of optimiser steps until the device is idle, because launches are most of its cost. Where a provider has
 several ways to do it, the fastest is reported.
 """
 
@@ -69,7 +69,7 @@ BLOCK = 20 if DEVICE == "cuda" else 2
 
 
 def specs(quick: bool) -> Iterator[Spec]:
-    """All rows this device can give, those on the same inputs next to each other."""
+    """All rows of this device; rows on the same inputs are neighbours."""
     fused = "triton" if DEVICE == "cuda" else "cpp"
     shapes = ["tiny"] if quick else [name for name in SHAPES if name != "tiny"]
     if DEVICE == "cpu" and not quick:
@@ -91,7 +91,7 @@ def specs(quick: bool) -> Iterator[Spec]:
 
 
 def _compiles(op: str, shape: str, k: int) -> bool:
-    """Whether torch.compile gets a row: it takes long."""
+    """Whether torch.compile gets a row; not always, because it takes long."""
     if k == max(WINDOWS):
         return shape in (*COMPILED, "tiny")
     return op == "forecast" and shape == "flux"
@@ -111,7 +111,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @functools.lru_cache(maxsize=1)
 def case_of(op: str, shape: str, k: int | None, dtype: torch.dtype, cache: int) -> tuple[Any, list[Expected]]:
-    """The case of neighbouring rows and what its first inputs must give."""
+    """The case of neighbouring rows, and the expected results on its first inputs."""
     torch.manual_seed(0)
     case: Any
     if k is None:
@@ -122,7 +122,7 @@ def case_of(op: str, shape: str, k: int | None, dtype: torch.dtype, cache: int) 
 
 
 def skip_unserved(provider: str, op: str) -> None:
-    """Skip a fused provider that is not there."""
+    """Skip a fused provider that this machine lacks."""
     like = torch.empty(0, dtype=torch.float32, device=DEVICE)
     if provider in FUSED and ops.backend_of(op, like) != provider:
         pytest.skip(f"{provider}: {ops.describe()[provider]}")
@@ -146,7 +146,7 @@ def test_op(spec: Spec, benchmark: Any, results: Results, request: pytest.Fixtur
         assert torch.equal(copy.run(inputs[0]), inputs[0][0])
     else:
         forms = case.forms(spec.provider)
-        # The rule is lesa's, for one operator: others need only be the same function, and the KAN is three in a row.
+        # lesa's rule is for one operator. Others need only compute the same function, and a KAN is three operators.
         slack = 1 if spec.provider in FUSED and spec.k is not None else case.slack
         for name, form in forms.items():
             assert_close(lambda form=form: case.judged(form(inputs[0])), wanted, name, slack)
@@ -172,7 +172,7 @@ def test_train_step(spec: Spec, benchmark: Any, results: Results, request: pytes
     torch.manual_seed(0)
     train = TrainStep(SHAPES[spec.shape], spec.dtype, DEVICE)
     wanted = expected([train.formula(3, torch.float64)], [train.formula(3, torch.float32)])
-    # Sums over millions of elements in another order than torch takes; a step moves the loss a thousand times as far.
+    # Millions of elements are summed in another order than torch's; one step moves the loss a thousand times as far.
     assert_close(lambda: [train.losses(spec.provider, 3)], wanted, spec.provider, slack=4)
     take = train.steps(spec.provider)
     quick = request.config.getoption("--quick")

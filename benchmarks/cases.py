@@ -1,4 +1,4 @@
-"""The operators on features, as one row of a benchmark runs them: inputs, plain formulas, and every provider's form.
+"""The operators on features in a benchmark: inputs, plain formulas, and the form of every provider.
 
 Sizes: B batch, N tokens, D channels, C projected channels, K window, L values of a feature.
 """
@@ -62,11 +62,11 @@ Form = Callable[[Any], Outputs]
 
 
 class Case:
-    """What rows on the same inputs share: the inputs of all rounds, and what the first of them must give."""
+    """What rows on the same inputs share: the inputs of all rounds, and the expected results on the first."""
 
     inputs: Sequence[Any]
     dtype: torch.dtype
-    slack = 2.0  # tolerances that others than lesa may be off
+    slack = 2.0  # tolerances that the others' error may reach
 
     def formula(self, i: Any, dtype: torch.dtype) -> Outputs:
         """The operator in plain torch, computed in `dtype`."""
@@ -77,13 +77,13 @@ class Case:
         return outputs
 
     def expected(self) -> list[Expected]:
-        """What the outputs on the first inputs must be, see `measuring.expected`."""
+        """The expected outputs on the first inputs, see `measuring.expected`."""
         exact, plain = (self.formula(self.inputs[0], dtype) for dtype in (torch.float64, self.dtype))
         return expected([part.detach() for part in self.judged(exact)], [part.detach() for part in self.judged(plain)])
 
 
 class FeatureCase(Case):
-    """Inputs of an operator on features beyond what the cache holds, and its forms by provider.
+    """Inputs of an operator on features, too large for the cache, and its forms by provider.
 
     The window lies in the ring in order, which the providers that read the ring as one matrix need. Rows, modulation
     and projection are the same in all rounds: at most 0.4 MB.
@@ -239,7 +239,7 @@ class Head(FeatureCase):
 
 
 def wide_sum(features: list[Tensor], w: Tensor, b: Tensor) -> Tensor:
-    """sum_k w_k F_k + b, feature by feature, in the wide dtype: what a compiler fuses best."""
+    """sum_k w_k F_k + b, feature by feature, in the wide dtype, as a compiler fuses it best."""
     total = b
     for k, feature in enumerate(features):
         total = total + w[k] * feature.to(w.dtype)

@@ -1,4 +1,4 @@
-"""How far a forecast is from the truth, as one row of a benchmark runs it; see cases.py."""
+"""The errors of a forecast in a benchmark; see cases.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Errors(FeatureCase):
     multiplies in that dtype.
     """
 
-    # On the CPU torch.compile adds millions of terms lane by lane: off by 14 tolerances, 6e-6 of the sum.
+    # On the CPU torch.compile adds millions of terms lane by lane: its error is 14 tolerances, 6e-6 of the sum.
     slack = 32.0
 
     @property

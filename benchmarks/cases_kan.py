@@ -25,7 +25,7 @@ EXPERTS, STEPS = 3, 50
 
 
 def kan_parameters(device: str, experts: int) -> list[list[Tensor]]:
-    """Parameters (base, spline, scale) of every layer of as many published KANs, drawn as the library starts them."""
+    """Parameters (base, spline, scale) of every layer of the published KANs, initialised as the library does."""
     nets = [KanNet(WIDTHS[:-1], grid_range=GRID, constant=8.0).parts for _ in range(experts)]
     return [
         [torch.stack(parts).detach().to(device) for parts in zip(*layers, strict=True)]

@@ -1,4 +1,4 @@
-"""The live predictor and its loss with gradients, as one row of a benchmark runs them; see cases.py."""
+"""The live predictor and its loss with gradients in a benchmark; see cases.py."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class Predict(FeatureCase):
         return history[-1] + alpha.to(dtype) * z, alpha
 
     def expected(self) -> list[Expected]:
-        """As ever, but one alpha says little about the error of plain KANs: that of all steps' alphas is taken."""
+        """As in `Case`, but with the error of the alphas of all steps: one alpha says little about the error of plain KANs."""
         forecast, alpha = super().expected()
         sigmas = torch.linspace(1, 0, WIDTHS[0], device=self.device)
         rows, layers = sigmas[:-1, None] - sigmas, self.inputs[0].layers
         exact = kan_chain(rows.double(), [[p.double() for p in layer] for layer in layers], self.knots.double())
         allowed = expected([exact], [kan_chain(rows, layers, self.knots)])[0].allowed
-        # What alpha may be off moves the forecast by as much times z.
+        # An error of alpha moves the forecast by that error times z.
         carried = allowed * (forecast.exact.abs().max() / alpha.exact.abs()).item()
         return [forecast._replace(allowed=forecast.allowed + carried), alpha._replace(allowed=allowed)]
 
@@ -104,7 +104,7 @@ class PredictLoss(FeatureCase):
         return (self.k + 2) * self.L * self.dtype.itemsize
 
     def judged(self, outputs: Outputs) -> Outputs:
-        """The gradients are judged together: each alone may be next to nothing by chance."""
+        """The gradients are judged together: one alone may be close to 0 by chance."""
         loss, forecast, *gradients = outputs
         return loss, forecast, torch.cat([part.reshape(-1) for part in gradients])
 
@@ -167,7 +167,7 @@ class PredictLoss(FeatureCase):
 
 
 class PredictLossBackward(PredictLoss):
-    """The same through autograd: the operator in the forward, the scaling of what it gave in the backward."""
+    """The same through autograd: the operator in the forward, the scaling of its gradients in the backward."""
 
     def fused(self, backend: str) -> Form:
         w, b, alpha = self.leaves

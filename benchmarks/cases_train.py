@@ -1,4 +1,4 @@
-"""One optimiser step of a stage expert: lesa's learner, and the plain torch one it has taken the place of."""
+"""One optimiser step of a stage expert: lesa's learner, and the plain torch learner that it replaced."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class TrainStep:
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
         self.device, self.dtype, self.size = device, dtype, shape.B * shape.N * shape.D
-        # Neighbouring features resemble each other, so that alpha's gradient is not noise alone.
+        # Neighbouring features are similar, so alpha's gradient is not only noise.
         common = torch.randn(shape[:3], device=device, dtype=dtype)
         noise = torch.randn(RING, *shape[:3], device=device, dtype=dtype)
         self.features = noise.mul_(0.3).add_(common)

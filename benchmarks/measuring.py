@@ -1,4 +1,4 @@
-"""What all benchmarks of operators share: timers, rotation of inputs, the tolerance rule, the rows of results."""
+"""Shared by all benchmarks of operators: timers, rotation of inputs, the tolerance rule, the rows of results."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from torch import Tensor
 
 _LABELS = "hardware commit date op shape k dtype provider"
 COLUMNS = [*_LABELS.split(), "p20_us", "p50_us", "p80_us", "bytes", "gbps"]
-# Taken where the device does not say; larger than the last level of usual CPUs.
+# Assumed for CPUs; larger than the last level of usual ones.
 _CPU_CACHE = 64 * 2**20
 _CYCLES_PER_SECOND = 2e9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Spec(NamedTuple):
-    """One row to be: what is run on which features by whom."""
+    """One row to measure: operator, features and provider."""
 
     op: str
     shape: str
@@ -74,7 +74,7 @@ class DeviceTimer:
             return self.elapsed
         stop = torch.cuda.Event(enable_timing=True)
         stop.record()
-        # The wait is over already: the device may have idled between launches.
+        # True if the wait is already over: then the device may have idled between launches.
         self.exposed += self._start.query()
         stop.synchronize()
         self.elapsed += self._start.elapsed_time(stop) * 1e-3
@@ -82,7 +82,7 @@ class DeviceTimer:
         return self.elapsed
 
     def adapt(self, call: Callable[[], Any]) -> None:
-        """Make the wait twice as long as the launches of `call` take, and forget the rounds that were exposed."""
+        """Make the wait twice as long as the launches of `call` take, and forget the exposed rounds."""
         torch.cuda.synchronize()
         begin = time.perf_counter()
         call()
@@ -245,14 +245,14 @@ def append_row(path: Path, columns: Sequence[str], cells: Sequence[Any]) -> None
 
 
 def hardware(device: str) -> str:
-    """What rows call the machine that `device` is of."""
+    """The name of the machine of `device` in the rows."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def head_commit() -> str:
-    """What git has checked out, nothing where there is no git."""
+    """The commit that git has checked out; empty without git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Draws the rows of benchmarks/results/ops.csv against the copy, and prints them as a Markdown table.
+"""Draw the rows of benchmarks/results/ops.csv against the copy, and print them as a Markdown table.
 
     python -m benchmarks.roofline [--results FILE.csv] [--out FILE.png] [--hardware NAME]
 
@@ -51,7 +51,7 @@ SHAPES = ("flux", "qwen", "hunyuan", "wan", "emoji")
 
 @dataclass(frozen=True)
 class Row:
-    """One row of ops.csv, as far as it is shown."""
+    """The columns of one row of ops.csv that are shown."""
 
     hardware: str
     commit: str
@@ -66,7 +66,7 @@ class Row:
 
     @property
     def subject(self) -> tuple[str, str, int, str]:
-        """What was run, whoever ran it."""
+        """What was run, by any provider."""
         return self.op, self.shape, self.k, self.dtype
 
 

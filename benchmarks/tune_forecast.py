@@ -1,4 +1,4 @@
-"""Times ways to cut the forecast and the forecast head on a CUDA GPU, each checked against float64 first.
+"""Time tilings of the forecast and the forecast head on a CUDA GPU, each checked against float64 first.
 
     python -m benchmarks.tune_forecast [--only forecast|head] [--write FILE.csv]
 
@@ -88,7 +88,7 @@ class Case:
 def _rows_kernel(
     p_out, p_history, p_slots, p_weights, p_bias, p_step, S, L, K: tl.constexpr, BLOCK: tl.constexpr, HINT: tl.constexpr
 ):
-    # All features as the rows of one tile, so that one instruction group issues every load.
+    # All features are rows of one tile, so one instruction group issues every load.
     o_start = tl.program_id(0).to(tl.int64) * BLOCK
     i_row = tl.load(p_step)
     o_k = tl.arange(0, K)

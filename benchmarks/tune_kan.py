@@ -1,4 +1,4 @@
-"""Times how the kernels of the KAN and of the live predictor may be cut, beside eager and compiled torch.
+"""Time tilings of the kernels of the KAN and of the live predictor, beside eager and compiled torch.
 
     python -m benchmarks.tune_kan [--only layer,network,predict,loss] [--quick]
 
@@ -110,7 +110,7 @@ def oracle(grad: Tensor, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[
 
 
 def forwards(steps: int, inputs: int, outputs: int) -> list[Any]:
-    """Cuts of the forward to compare with the default."""
+    """Tilings of the forward to compare with the default."""
     from lesa.kernels.kan import ForwardConfig as Cut
 
     if min(steps, outputs) == 1:
@@ -127,7 +127,7 @@ def forwards(steps: int, inputs: int, outputs: int) -> list[Any]:
 
 
 def backwards(steps: int, inputs: int, outputs: int) -> list[Any]:
-    """Cuts of the backward to compare with the default."""
+    """Tilings of the backward to compare with the default."""
     from lesa.kernels.kan import BackwardConfig as Cut
 
     if steps == 1:
@@ -310,7 +310,7 @@ def predict() -> None:
                 for dtype in (torch.float64, torch.float32)
             )
             forecast, alpha, *_ = run()
-            # alpha is one number, which may cancel: it is measured against 1.
+            # alpha is one number, which may cancel: its error is relative to 1.
             error = float((alpha - exact).abs() / (2 * ((plain - exact).abs() + 2**-23 * exact.abs().clamp(min=1))))
             given = [*row[:4], alpha, row[5]]
             formulas = [[forecast_formula(given, dtype)] for dtype in (torch.float64, torch.float32)]
