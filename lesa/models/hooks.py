@@ -237,7 +237,7 @@ class RootHook(ModelHook):
     def _begin(self, args: tuple, kwargs: dict) -> _Turn:
         """Place the call and ask the driver."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        sample = given.get("sample" if "sample" in self._names else "hidden_states")
+        sample: Any = given.get("sample" if "sample" in self._names else "hidden_states")
         call = self._clock.tick(self.context.name, given.get("timestep"), sample)
         if call.starts:
             self.driver.begin(call.request)

@@ -198,7 +198,7 @@ def test_what_does_not_fit_changes_nothing(pipe):
     with pytest.raises(ValueError, match="budget=0"):
         lesa.enable(pipe, plan, budget=0)
     with pytest.raises(ValueError, match="guard="):
-        lesa.enable(pipe, plan, guard="warn")
+        lesa.enable(pipe, plan, guard="on")
     assert attached(pipe) is before
 
 
