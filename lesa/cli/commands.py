@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__, assets
 from ..plans.files import check_folder, replace_file
 from ..plans.plan import Plan
+from ..plans.rows import ANY_CONTEXT
 
 if TYPE_CHECKING:
     from ..evaluation.compare import BudgetResult
@@ -188,8 +189,13 @@ def _draw_losses(folder: Path) -> Path:
     from ..evaluation.plots import loss_curves
 
     losses = json.loads((folder / "losses.json").read_text())
-    curves = {f"{stage} ({context})": values for stage, by in losses.items() for context, values in by.items()}
-    return loss_curves(folder / "losses.png", {title: values for title, values in curves.items() if values})
+    curves = {
+        stage if context == ANY_CONTEXT else f"{stage}, {context}": values
+        for stage, by_context in losses.items()
+        for context, values in by_context.items()
+        if values
+    }
+    return loss_curves(folder / "losses.png", curves, columns=2 if len(curves) == 4 else 3)
 
 
 def _check_budgets(budgets: Sequence[int]) -> None:

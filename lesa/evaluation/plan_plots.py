@@ -82,7 +82,8 @@ def _draw_schedule(axes: Axes, plan: Plan, width: float) -> None:
     facts = [f"site {plan.site}", *(f"{name} {value}" for name, value in told.figures())]
     # a letter is about 0.075 inches wide at this size; lines break between facts only
     words = textwrap.fill(f"{_FIXED}· ".join(fact.replace(" ", _FIXED) for fact in facts), int(width / 0.075))
-    axes.set_title(words.replace(_FIXED, " "), loc="left", fontsize=9, color=MUTED, linespacing=1.4)
+    words = words.replace(f"{_FIXED}·\n", "\n").replace(_FIXED, " ")
+    axes.set_title(words, loc="left", fontsize=9, color=MUTED, linespacing=1.4)
     _sigma_axis(axes, plan.sigmas)
     axes.plot(sigmas[~computed], np.zeros((~computed).sum()), "o", color="white", mec=MUTED, mew=size / 4, ms=size)
     axes.vlines(sigmas[computed], -0.5, 0.5, color=INK, linewidth=size / 2)
@@ -188,7 +189,7 @@ def _draw_errors(axes: Axes, plan: Plan, errors: Mapping[int, Expected], *, firs
     axes.set_axisbelow(True)
     axes.set_xlabel("computed step")
     if first:
-        axes.set_ylabel("expected relative\nerror and std")
+        axes.set_ylabel("expected relative\nerror, ± 1 std")
     axes.tick_params(labelleft=first)
     _step_axis(axes, plan)
 
