@@ -509,3 +509,45 @@ def test_files_from_before_there_were_checks(tmp_path: Path) -> None:
     path.write_bytes(serialize_numpy(old, {"lesa": json.dumps(description)}))
     loaded = Plan.load(path)
     assert (loaded.checks, loaded.expected, loaded.rows) == ({}, {}, plan.rows)
+
+
+# Words
+
+
+def test_drawing_is_in_tens_and_fifties() -> None:
+    assert small().drawing() == ["#.#."]
+    lines = taylor((*range(4), *range(7, 120, 7)), 120).drawing()
+    assert [len(line) for line in lines] == [54, 54, 21]
+    assert lines[0].startswith("####...#.. ....#.....")
+    assert "".join(lines).replace(" ", "").count("#") == len({*range(4), *range(0, 120, 7)})
+
+
+def test_summary_tells_known_figures_first_and_then_scalars_only() -> None:
+    training = {
+        "alphas": {"*": [0.1]},
+        "budget": 2,
+        "gains": [0.5],
+        "interval": 7,
+        "rate": 0.123456789,
+        "prompts": ["a", "b"],
+        "seconds": 41.23,
+        "held_out_psnr": 32.499,
+        "fitting_psnr": float("inf"),
+        "fitting_ssim": 0.99987,
+        "calibrated": None,
+        "a name that is long": "x" * 200,
+    }
+    plan = small(training=training)
+    assert plan.figures()[:-1] == [
+        ("fitting", "inf dB PSNR"),
+        ("fitting", "0.9999 SSIM"),
+        ("held out", "32.50 dB PSNR"),
+        ("prompts", "2"),
+        ("took", "41.2 s"),
+        ("interval", "7"),
+        ("rate", "0.1235"),
+    ]
+    name, value = plan.figures()[-1]
+    assert name == "a name that is long" and len(value) < 100
+    told = plan.summary()
+    assert all(value in told for _, value in plan.figures()) and small().figures() == []
