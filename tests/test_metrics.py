@@ -27,10 +27,10 @@ def test_psnr_equals_scikit_image(seed):
     assert psnr(images, references) == pytest.approx(expected, abs=1e-10)
 
 
-@pytest.mark.parametrize("difference, expected", [(1.0, 0.0), (0.1, 20.0), (0.01, 40.0)])
-def test_psnr_by_hand(difference, expected):
+def test_psnr_by_hand():
     black = np.zeros((8, 8, 3))
-    assert psnr(black + difference, black) == pytest.approx([expected], abs=1e-9)
+    for difference, expected in ((1.0, 0.0), (0.1, 20.0), (0.01, 40.0)):
+        assert psnr(black + difference, black) == pytest.approx([expected], abs=1e-9)
 
 
 def test_psnr_is_an_images_own_figure():
@@ -38,10 +38,10 @@ def test_psnr_is_an_images_own_figure():
     assert psnr(np.stack([black[0], black[1] + 0.1]), black) == pytest.approx([math.inf, 20.0])
 
 
-@pytest.mark.parametrize("metric, expected", [(psnr, math.inf), (psnr_wrapped, math.inf), (ssim, 1.0)])
-def test_identical_images(metric, expected, seed):
+def test_identical_images(seed):
     images = random_images(2, 16, 16, seed=seed)
-    assert metric(images, images).tolist() == [expected, expected]
+    for metric, expected in ((psnr, math.inf), (psnr_wrapped, math.inf), (ssim, 1.0)):
+        assert metric(images, images).tolist() == [expected, expected]
 
 
 def test_psnr_wrapped_equals_psnr_while_no_square_reaches_256():
