@@ -49,7 +49,7 @@ class Predict(FeatureCase):
         return history[-1] + alpha.to(dtype) * z, alpha
 
     def expected(self) -> list[Expected]:
-        """As in `Case`, but with the error of the alphas of all steps: one alpha says little about the error of plain KANs."""
+        """As in `Case`, but with the error of the alphas of all steps: one alone says little about plain KANs."""
         forecast, alpha = super().expected()
         sigmas = torch.linspace(1, 0, WIDTHS[0], device=self.device)
         rows, layers = sigmas[:-1, None] - sigmas, self.inputs[0].layers

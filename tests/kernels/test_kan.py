@@ -144,7 +144,7 @@ def test_parameters_alone(steps, seed):
 
 
 def test_two_runs_are_bit_equal(seed):
-    grad, tensors = random_layer(seed, 2, 18, 17, 17, 8)
+    grad, tensors = random_layer(seed, 1, 18, 9, 17, 8)
     for first, second in zip(run(grad, tensors), run(grad, tensors), strict=True):
         assert torch.equal(first, second)
 
