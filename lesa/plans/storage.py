@@ -8,6 +8,7 @@ import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -80,14 +81,18 @@ class SafetensorsFile(ABC):
         """Write the file; `path` is replaced at once or not at all.
 
         Raises:
-            ValueError: of the class's own kind, e.g. `PlanError`: `path` is a folder.
+            ValueError: of the class's own kind, e.g. `PlanError`: `path` is a folder, or cannot be written.
         """
-        path = Path(path)
+        path = _path(self.kind, "path", path)
         if path.is_dir():
             raise self.kind.error(
                 f"path={str(path)!r} is a folder: give the name of a file in it, or use save_pretrained(folder)"
             )
-        replace_file(path, self._serialize())
+        data = self._serialize()
+        try:
+            replace_file(path, data)
+        except OSError as error:
+            raise self.kind.error(f"path={str(path)!r} cannot be written ({error}): give another path") from error
         return path
 
     @classmethod
@@ -98,6 +103,7 @@ class SafetensorsFile(ABC):
             ValueError: of the class's own kind, e.g. `PlanError`: the file is missing, damaged, or of another kind.
         """
         kind = cls.kind
+        path = _path(kind, "path", path)
         description, arrays = read(path, kind)
         try:
             return cls.from_arrays(arrays, description)
@@ -121,7 +127,8 @@ class SafetensorsFile(ABC):
             ValueError: of the class's own kind: `filename` is not a .safetensors file inside the folder, or the folder
                 is a file.
         """
-        return self._write(Path(folder), filename, Path(folder).resolve().name)
+        path = _path(self.kind, "folder", folder)
+        return self._write(path, filename, path.resolve().name)
 
     def push_to_hub(
         self,
@@ -200,9 +207,9 @@ class SafetensorsFile(ABC):
         Raises:
             ValueError: of the class's own kind: there is no such file, or it cannot be read or fetched.
         """
-        kind, path = cls.kind, Path(name_or_path)
+        kind, path = cls.kind, _path(cls.kind, "name_or_path", name_or_path)
         if name_or_path != "" and path.is_dir():  # "" would be the folder one is in
-            return cls.load(_in_folder(kind, path, filename or kind.filename))
+            return cls.load(_in_folder(kind, path, _path(kind, "filename", filename or kind.filename)))
         if path.is_file():
             return cls.load(path)
         if not isinstance(name_or_path, str) or not is_repository(name_or_path):
@@ -211,22 +218,14 @@ class SafetensorsFile(ABC):
                 'that save_pretrained wrote, or a Hub repository "owner/name"'
             )
         _check_filename(kind, "filename", filename)
-        from huggingface_hub import hf_hub_download
-
+        filename = filename or kind.filename
         try:
-            found = hf_hub_download(
-                name_or_path,
-                filename or kind.filename,
-                revision=revision,
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                local_files_only=local_files_only,
-                token=token,
-            )
+            found = _download(name_or_path, filename, revision, cache_dir, local_files_only, token)
         except Exception as error:  # the Hub's, the HTTP library's, the disk's: each version raises others
             raise kind.error(
-                f"{kind.name} {name_or_path!r} is no file or folder here, and {filename or kind.filename!r} cannot be "
-                f"fetched from the Hub repository of that name ({_told(error)}); check the name, filename=, revision=, "
-                "token= and the network, or give a path"
+                f"{kind.name} {name_or_path!r} is no file or folder here, and {filename!r} cannot be fetched from the "
+                f"Hub repository of that name ({_told(error)}); check the name, filename=, revision=, token= and the "
+                "network, or give a path"
             ) from error
         return cls.load(found)
 
@@ -347,24 +346,67 @@ def check_folder(folder: Path, name: str) -> None:
                 path.rmdir()
 
 
+def _download(
+    name: str,
+    filename: str,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+    token: str | bool | None,
+) -> str:
+    """The path of a repository's file in the Hub's cache."""
+    from huggingface_hub import (
+        constants,
+        errors,
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
+
+    cache = None if cache_dir is None else Path(cache_dir)
+    found = try_to_load_from_cache(name, filename, cache_dir=cache, revision=revision)
+    if local_files_only or constants.HF_HUB_OFFLINE:  # hf_hub_download(local_files_only=True) may ask the network
+        if isinstance(found, str):
+            return found
+        raise FileNotFoundError("not in the cache, and local_files_only=True or HF_HUB_OFFLINE forbid to fetch it")
+    if not isinstance(found, str):
+        # Where nobody answers, hf_hub_download tries six times, for 25 s, and has no option for it.
+        url = hf_hub_url(name, filename, revision=revision)
+        with suppress(errors.HfHubHTTPError):  # the Hub answers: the download says what
+            get_hf_file_metadata(url, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    return hf_hub_download(name, filename, revision=revision, cache_dir=cache, token=token)
+
+
+def _path(kind: Kind, argument: str, value: Any) -> Path:
+    """`value` as a path that the file system can be asked for."""
+    try:
+        path = Path(value)
+        path.exists()
+    except (TypeError, OSError) as error:  # no path, or a name that is too long
+        why = getattr(error, "strerror", None) or error
+        raise kind.error(f"{argument}={value!r:.80}: expected a path ({why})") from error
+    return path
+
+
 def _description(file: Any) -> dict[str, Any]:
     description = json.loads((file.metadata() or {}).get(_KEY, "null"))
     return description if isinstance(description, dict) else {}
 
 
-def _in_folder(kind: Kind, folder: Path, filename: str) -> Path:
+def _in_folder(kind: Kind, folder: Path, filename: Path) -> Path:
     path = folder / filename
     if not path.is_file():
         found = sorted(str(p.relative_to(folder)) for p in folder.glob("*.safetensors"))[:5]
         raise kind.error(
-            f"folder {str(folder)!r} has no file {filename!r} (but {', '.join(found) or 'no .safetensors file'}): give "
-            "filename=, or the path of one of them"
+            f"folder {str(folder)!r} has no file {str(filename)!r} (but {', '.join(found) or 'no .safetensors file'}): "
+            "give filename=, or the path of one of them"
         )
     return path
 
 
-def _check_filename(kind: Kind, argument: str, filename: str | None) -> None:
-    if filename is not None and not _FILENAME.fullmatch(filename):
+def _check_filename(kind: Kind, argument: str, filename: Any) -> None:
+    if filename is not None and not (isinstance(filename, str) and _FILENAME.fullmatch(filename)):
         raise kind.error(
             f'{argument}={filename!r}: expected letters, digits, "-", "_" and ".", such as "{kind.filename}" or '
             f'"n5/{kind.filename}"'

@@ -1,4 +1,4 @@
-"""Plans: what is refused, files that survive or are refused in one clear error, and slots that lose nothing."""
+"""Plans: what is refused, files that give back every bit or one clear error, and slots that lose nothing."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ import torch
 from pipelines import CASES_BY_NAME
 from safetensors import safe_open
 from safetensors.numpy import save as serialize_numpy
-from safetensors.torch import save_file
 
 import lesa
 from lesa import assets
 from lesa.forecasters import plan_of
 from lesa.models import hooks
 from lesa.models.layouts import check_fit, config_hash
-from lesa.plans import plan as plan_module
-from lesa.plans.files import replace_file
 from lesa.plans.plan import Plan
 from lesa.plans.rows import ANY_CONTEXT, MAX_READS, Expected, PlanError, Row
 from lesa.plans.schedule import PAPER_STAGES
@@ -158,139 +155,9 @@ def test_saving_a_loaded_plan_gives_the_same_bytes(tmp_path: Path, seed: int) ->
     assert Plan.load(first).save(tmp_path / "b").read_bytes() == first.read_bytes()
 
 
-def test_save_makes_folders_and_takes_strings(tmp_path: Path) -> None:
-    path = small().save(str(tmp_path / "new" / "folder" / "plan.safetensors"))
-    assert bits(Plan.load(str(path))) == bits(small())
-
-
-def test_save_over_a_folder_names_it_and_the_remedy(tmp_path: Path) -> None:
-    folder = tmp_path / "plans"
-    folder.mkdir()
-    with pytest.raises(PlanError, match=f"path='{folder}' is a folder: .*save_pretrained"):
-        small().save(folder)
-    assert not list(folder.iterdir()) and list(tmp_path.iterdir()) == [folder]
-
-
-@pytest.mark.parametrize("broken", ["write", "replace"])
-def test_failed_save_keeps_the_old_file_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
-    path = small().save(tmp_path / "plan.safetensors")
-    before = path.read_bytes()
-
-    def half(self: Path, data: bytes) -> int:
-        with open(self, "wb") as file:
-            file.write(data[: len(data) // 2])
-        raise KeyboardInterrupt
-
-    def fail(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        if broken == "write":
-            patch.setattr(Path, "write_bytes", half)
-        else:
-            patch.setattr(plan_module.os, "replace", fail)
-        with pytest.raises(KeyboardInterrupt):
-            small(forecaster="other").save(path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-    small(forecaster="other").save(path)
-    assert Plan.load(path).forecaster == "other"
-
-
-def test_replace_file_never_shows_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    seen = []
-    write = Path.write_bytes
-
-    def watched(self: Path, data: bytes) -> int:
-        result = write(self, data)
-        seen.append(path.read_bytes() if path.exists() else None)
-        return result
-
-    monkeypatch.setattr(Path, "write_bytes", watched)
-    replace_file(path, b"one")
-    replace_file(path, b"two")
-    assert seen == [None, b"one"]
-    assert path.read_bytes() == b"two"
-
-
-def assert_refused(path: Path, message: str) -> None:
-    with pytest.raises(PlanError, match=message) as caught:
-        Plan.load(path)
-    assert path.name in str(caught.value)
-
-
-def test_missing_file(tmp_path: Path) -> None:
-    assert_refused(tmp_path / "nothing.safetensors", "does not exist")
-    assert_refused(tmp_path, "does not exist")
-
-
-def test_truncated_anywhere(tmp_path: Path) -> None:
-    data = small().save(tmp_path / "plan").read_bytes()
-    path = tmp_path / "short"
-    for length in (*range(0, len(data), 7), len(data) - 1):
-        path.write_bytes(data[:length])
-        assert_refused(path, "cannot be read.*make or copy it again")
-
-
-@pytest.mark.parametrize("data", [b"not a plan at all", b"{}", bytes(100), b"\xff" * 100, b"PK\x03\x04" + bytes(50)])
-def test_other_kinds_of_file(tmp_path: Path, data: bytes) -> None:
-    path = tmp_path / "other"
-    path.write_bytes(data)
-    assert_refused(path, "cannot be read")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"lesa": "no json"}, {"lesa": '{"format": "lesa-9"}'}])
-def test_foreign_safetensors(tmp_path: Path, dtype: torch.dtype, metadata: dict[str, str] | None) -> None:
-    path = tmp_path / "model.safetensors"
-    save_file({"weight": torch.zeros(4, dtype=dtype)}, path, metadata)
-    assert_refused(path, "without a plan|cannot be read")
-
-
-def test_changed_bytes_give_a_valid_plan_or_one_clear_error(tmp_path: Path, seed: int) -> None:
-    """Numbers may change unnoticed, but nothing other than a PlanError may come out of a damaged file."""
-    rng = random.Random(seed)
-    data = small(timesteps=(4, 3, 2, 1), stages=PAPER_STAGES, training={"a": 1}).save(tmp_path / "plan").read_bytes()
-    path = tmp_path / "damaged"
-    refused = 0
-    for position in range(len(data)):
-        changed = bytearray(data)
-        changed[position] ^= 1 << rng.randrange(8)
-        path.write_bytes(changed)
-        try:
-            Plan.load(path)
-        except PlanError as error:
-            assert "damaged" in str(error)  # the file's name
-            refused += 1
-    assert refused > len(data) // 3
-
-
-@pytest.mark.parametrize("name", ["computed", "sigmas", "steps", "weights", "bias"])
-def test_missing_array(tmp_path: Path, name: str) -> None:
-    assert_refused(rewritten(tmp_path, lambda arrays, _: arrays.pop(name)), "incomplete")
-
-
-@pytest.mark.parametrize("name", ["contexts", "num_steps", "stages", "site", "training"])
-def test_missing_description(tmp_path: Path, name: str) -> None:
-    assert_refused(rewritten(tmp_path, lambda _, description: description.pop(name)), "incomplete")
-
-
-def test_row_that_reads_the_future_is_refused_on_load(tmp_path: Path) -> None:
-    def change(arrays: dict[str, np.ndarray], _: Any) -> None:
-        arrays["steps"][0, 1, 0] = 3
-
-    with pytest.raises(PlanError, match="earlier"):
-        Plan.load(rewritten(tmp_path, change))
-
-
-def rewritten(folder: Path, change: Any) -> Path:
+def rewritten(plan: Plan, folder: Path, change: Any) -> Path:
     """A saved plan with something changed inside."""
-    from safetensors import safe_open
-
-    path = small().save(folder / "plan.safetensors")
+    path = plan.save(folder / "plan.safetensors")
     with safe_open(path, framework="np") as file:
         description = json.loads(file.metadata()["lesa"])
         arrays = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
@@ -299,12 +166,62 @@ def rewritten(folder: Path, change: Any) -> Path:
     return path
 
 
+def assert_refused(path: Path, message: str) -> None:
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.load(path)
+    assert path.name in str(caught.value)
+
+
+def test_truncated_anywhere(tmp_path: Path) -> None:
+    data = small().save(tmp_path / "plan").read_bytes()
+    path = tmp_path / "short"
+    for length in (*range(0, len(data), 97), len(data) - 1):
+        path.write_bytes(data[:length])
+        assert_refused(path, "cannot be read")
+
+
+def test_changed_bytes_give_a_valid_plan_or_one_clear_error(tmp_path: Path, seed: int) -> None:
+    """Numbers may change unnoticed, but nothing other than a PlanError may come out of a damaged file."""
+    rng = random.Random(seed)
+    data = small(timesteps=(4, 3, 2, 1), stages=PAPER_STAGES, training={"a": 1}).save(tmp_path / "plan").read_bytes()
+    path = tmp_path / "damaged"
+    refused = 0
+    for position in range(0, len(data), 3):
+        changed = bytearray(data)
+        changed[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        try:
+            Plan.load(path)
+        except PlanError as error:
+            assert "damaged" in str(error)  # the file's name
+            refused += 1
+    assert refused > len(data) // 9
+
+
+@pytest.mark.parametrize("name", ["computed", "sigmas", "steps", "weights", "bias"])
+def test_missing_array(tmp_path: Path, name: str) -> None:
+    assert_refused(rewritten(small(), tmp_path, lambda arrays, _: arrays.pop(name)), "incomplete")
+
+
+@pytest.mark.parametrize("name", ["contexts", "num_steps", "stages", "site", "training"])
+def test_missing_description(tmp_path: Path, name: str) -> None:
+    assert_refused(rewritten(small(), tmp_path, lambda _, description: description.pop(name)), "incomplete")
+
+
+def test_row_that_reads_the_future_is_refused_on_load(tmp_path: Path) -> None:
+    def change(arrays: dict[str, np.ndarray], _: Any) -> None:
+        arrays["steps"][0, 1, 0] = 3
+
+    with pytest.raises(PlanError, match="earlier"):
+        Plan.load(rewritten(small(), tmp_path, change))
+
+
 # Slots
 
 
 def test_slots_lose_nothing_and_waste_nothing(seed: int) -> None:
     rng = random.Random(seed)
-    for _ in range(300):
+    for _ in range(100):
         plan = random_plan(rng)
         readers = {step: [0] for step in range(plan.num_steps)}
         for rows in plan.rows.values():
@@ -323,7 +240,7 @@ def test_slots_lose_nothing_and_waste_nothing(seed: int) -> None:
 def test_runner_equals_brute_force_that_keeps_everything(seed: int) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    for _ in range(60):
+    for _ in range(25):
         plan = random_plan(rng)
         runner = PlanRunner(plan)
         for _request in range(2):
@@ -381,7 +298,7 @@ def test_join_takes_a_context_out_of_a_plan_that_names_it() -> None:
     ],
 )
 def test_join_refuses_plans_that_differ(name: str, other: Plan) -> None:
-    with pytest.raises(PlanError, match=f"differ in {name} at context 'uncond'"):
+    with pytest.raises(PlanError, match=f"differ in {name} at"):
         Plan.join({"cond": small(), "uncond": other})
 
 
@@ -484,30 +401,28 @@ def test_round_trip_and_joining(tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize("name", ["error", "spread", "timesteps"])
 def test_a_damaged_file_blinds_no_check(name: str, tmp_path: Path) -> None:
     plan = Plan.load(assets.fitted_path(10))
-    path = replace(plan, timesteps=plan.sigmas[:-1]).save(tmp_path / "plan.safetensors")
-    with safe_open(path, framework="np") as file:
-        metadata, arrays = file.metadata(), {key: file.get_tensor(key).copy() for key in file.keys()}  # noqa: SIM118
-    arrays[name][...] = math.nan
-    path.write_bytes(serialize_numpy(arrays, metadata))
+    plan = replace(plan, timesteps=plan.sigmas[:-1])
+    path = rewritten(plan, tmp_path, lambda arrays, _: arrays[name].fill(math.nan))
     with pytest.raises(PlanError):
         Plan.load(path)
 
 
 def test_files_from_before_there_were_checks(tmp_path: Path) -> None:
     plan = taylor((0, 2), 4, checks={"*": {2: Row((0,), (1.0,))}}, expected={"*": {2: Expected(0.5, 0.3)}})
-    path = plan.save(tmp_path / "plan")
-    with safe_open(path, framework="np") as file:
-        description = json.loads(file.metadata()["lesa"])
-        arrays = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
-    assert np.nanmax(arrays["error"]) == 0.5 and np.nanmax(arrays["spread"]) == 0.3
-    largest = {**{name: array for name, array in arrays.items() if name != "spread"}, "expected": arrays["error"]}
-    path.write_bytes(serialize_numpy(largest, {"lesa": json.dumps(description)}))
-    assert (Plan.load(path).expected, Plan.load(path).checks) == ({}, plan.checks)
-    old = {name: array for name, array in arrays.items() if name[:6] not in ("error", "spread", "check_")}
-    for name in ("check_contexts", "expected_contexts"):
-        del description[name]
-    path.write_bytes(serialize_numpy(old, {"lesa": json.dumps(description)}))
-    loaded = Plan.load(path)
+
+    def largest(arrays: dict[str, np.ndarray], _: Any) -> None:
+        assert np.nanmax(arrays["error"]) == 0.5 and np.nanmax(arrays["spread"]) == 0.3
+        del arrays["spread"]
+        arrays["expected"] = arrays.pop("error")
+
+    def none(arrays: dict[str, np.ndarray], description: dict[str, Any]) -> None:
+        for name in [name for name in arrays if name.startswith(("error", "spread", "check_"))]:
+            del arrays[name]
+        del description["check_contexts"], description["expected_contexts"]
+
+    loaded = Plan.load(rewritten(plan, tmp_path, largest))
+    assert (loaded.checks, loaded.expected) == (plan.checks, {})
+    loaded = Plan.load(rewritten(plan, tmp_path, none))
     assert (loaded.checks, loaded.expected, loaded.rows) == ({}, {}, plan.rows)
 
 
