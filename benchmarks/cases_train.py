@@ -12,7 +12,7 @@ from lesa.ops.reference import kan_layer
 from lesa.plans.schedule import ONE_STAGE
 from lesa.training.experts import Expert, Kan
 from lesa.training.predictor import Predictor
-from lesa.training.training import Learner, TrainingConfig
+from lesa.training.stages import Learner, TrainingConfig
 
 from .cases import Shape
 from .cases_kan import KAN_BYTES, knots

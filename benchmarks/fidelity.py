@@ -31,11 +31,10 @@ from lesa.forecasters import plan_of as closed_form_plan
 from lesa.plans import schedule
 from lesa.plans.plan import Plan
 from lesa.plans.schedule import ONE_STAGE, PAPER_STAGES
-from lesa.training.fitting import FinalError, calibrated_gains, plan_of
 from lesa.training.predictor import Predictor
-from lesa.training.recorded import Recording
-from lesa.training.recording import record, replay
-from lesa.training.training import TrainingConfig, closed_loop, guided
+from lesa.training.recording import Recording, record, replay
+from lesa.training.stages import TrainingConfig, closed_loop, guided
+from lesa.training.train import FinalError, calibrated_gains, trained_plan
 
 from .measuring import hardware
 
@@ -134,7 +133,7 @@ class Trainer:
     ) -> None:
         figures = {**asdict(variant), "after": after, "interval": interval}
         computed = schedule.paper(STEPS, interval)
-        plan = plan_of({"cond": predictor}, self.recording, computed, gains, training=figures)
+        plan = trained_plan({"cond": predictor}, self.recording, computed, gains, training=figures)
         plan.save(plan_path(self.work, variant, interval, after))
 
 

@@ -19,15 +19,15 @@ from lesa.models.pipeline import run
 from lesa.planner.search import search_all
 from lesa.planner.statistics import GUIDED, Statistics
 from lesa.plans import schedule
-from lesa.plans.files import replace_file
 from lesa.plans.plan import Plan
 from lesa.plans.rows import Row
 from lesa.plans.schedule import stage_of
+from lesa.plans.storage import replace_file
 from lesa.runtime.runner import PlanRunner
-from lesa.training.fitting import plan_of as trained_plan
 from lesa.training.predictor import Predictor
 from lesa.training.recording import record, replay
-from lesa.training.training import TrainingConfig, closed_loop, guided
+from lesa.training.stages import TrainingConfig, closed_loop, guided
+from lesa.training.train import trained_plan
 
 INTERVALS = (5, 7, 10, 17)  # N of the paper's schedules with 13, 10, 8 and, in its manner, 6 of 50 computed
 # The steps that L2P's released code computes of 50 (its N = 6, 8 and 16); it has none of 13.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .plans.plan import Plan
     from .plans.rows import LesaWarning, PlanError
     from .runtime.driver import Stats
-    from .training.fitting import train
+    from .training.train import train
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -26,7 +26,7 @@ _HOMES = {
     "enable": "api",
     "stats": "api",
     "fit": "fitting.fit",
-    "train": "training.fitting",
+    "train": "training.train",
     "Plan": "plans.plan",
     "Statistics": "planner.statistics",
     "Stats": "runtime.driver",

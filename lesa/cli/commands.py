@@ -6,16 +6,16 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, assets
-from ..plans.files import check_folder, replace_file
 from ..plans.plan import Plan
 from ..plans.rows import ANY_CONTEXT
+from ..plans.storage import check_folder, replace_file
 
 if TYPE_CHECKING:
     from ..evaluation.compare import BudgetResult
@@ -157,8 +157,8 @@ def train(options: argparse.Namespace) -> int:
     from ..models.pipeline import read_prompts
     from ..plans import schedule
     from ..plans.schedule import paper_stages
-    from ..training import fitting
-    from ..training.training import TrainingConfig
+    from ..training.stages import TrainingConfig
+    from ..training.train import train as run_training
 
     # all options are checked before a model is loaded
     check_folder(options.out, "--out")
@@ -167,7 +167,7 @@ def train(options: argparse.Namespace) -> int:
     request, stages = _request(options, options.steps), paper_stages(*options.cuts)
     for interval in options.intervals:
         schedule.paper(options.steps, interval)
-    plans = fitting.train(
+    plans, losses = run_training(
         _load(options),
         prompts,
         options.out,
@@ -180,15 +180,14 @@ def train(options: argparse.Namespace) -> int:
     )
     for interval, path in plans.items():
         print(f"N = {interval}: {path}")
-    print(f"loss curves: {_draw_losses(options.out)}")
+    print(f"loss curves: {_draw_losses(options.out, losses)}")
     return 0
 
 
-def _draw_losses(folder: Path) -> Path:
-    """Draw losses.json, {training stage: {context: losses}}, into losses.png beside it."""
+def _draw_losses(folder: Path, losses: Mapping[str, Mapping[str, Sequence[float]]]) -> Path:
+    """Draw {training stage: {context: losses}} into losses.png."""
     from ..evaluation.plots import loss_curves
 
-    losses = json.loads((folder / "losses.json").read_text())
     curves = {
         stage if context == ANY_CONTEXT else f"{stage}, {context}": values
         for stage, by_context in losses.items()

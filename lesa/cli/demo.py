@@ -14,8 +14,8 @@ from ..evaluation.compare import Method, MethodResult, compare
 from ..evaluation.plots import StepPanel, method_grid, step_errors
 from ..forecasters import plan_of
 from ..plans import schedule
-from ..plans.files import replace_file
 from ..plans.plan import Plan
+from ..plans.storage import replace_file
 
 FORECASTERS = ("reuse", "taylor-1", "taylor-2")
 FITTED = "lesa.fit"

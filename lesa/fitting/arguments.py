@@ -16,7 +16,7 @@ import torch
 from ..models.layouts import check_fit
 from ..planner.build import ENOUGH
 from ..planner.statistics import Statistics
-from ..plans import files
+from ..plans import storage
 from ..plans.plan import Plan
 from ..plans.rows import LesaWarning, PlanError
 
@@ -113,7 +113,7 @@ def check_folder(
     if not isinstance(folder, (str, os.PathLike)):
         raise ValueError(f"folder={folder!r}: expected a path")
     folder = Path(folder)
-    files.check_folder(folder, "folder")
+    storage.check_folder(folder, "folder")
     which = {str(one) if isinstance(one, int) else "*" for one in budgets}
     paths = {path for one in which for path in folder.glob(f"plan-{one}.safetensors")}
     now = json.loads(json.dumps({"prompts": list(labels), "seeds": list(seeds), "request": dict(request)}))

@@ -231,15 +231,15 @@ class SafetensorsFile(ABC):
 
     def _serialize(self) -> bytes:
         arrays, description = self.to_arrays()
-        metadata = {_KEY: json.dumps({"format": self.kind.format, **description})}
+        head = metadata({"format": self.kind.format, **description})
         if self.kind.framework == "pt":
             from safetensors.torch import save
 
-            return save(arrays, metadata)
+            return save(arrays, head)
         from safetensors.numpy import save as save_numpy
 
         # safetensors writes an array's memory as it lies.
-        return save_numpy({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
+        return save_numpy({name: np.ascontiguousarray(array) for name, array in arrays.items()}, head)
 
     def _write(self, folder: Path, filename: str | None, name: str) -> Path:
         _check_filename(self.kind, "filename", filename)
@@ -294,6 +294,11 @@ def read(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any], dict
         f"{str(path)!r} is a safetensors file without a {kind.name} (its metadata names no format {kind.format!r}): "
         f"give a file written by {kind.writer}"
     )
+
+
+def metadata(description: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a file with this description, as `read` finds it."""
+    return {_KEY: json.dumps(description)}
 
 
 def format_of(path: str | os.PathLike[str]) -> str | None:

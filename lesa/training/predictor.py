@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from .. import ops
-from ..plans import files
 from ..plans.plan import Plan
 from ..plans.rows import ANY_CONTEXT, Row
 from ..plans.schedule import PAPER_STAGES, Stage, check, check_stages, stage_of
+from ..plans.storage import Kind, SafetensorsFile
 from .experts import Expert, Kan, Mlp
 
 __all__ = ["Expert", "Kan", "Mlp", "Predictor"]
 
-_KIND = files.Kind("a predictor", "lesa-predictor-1", ValueError, "make or copy it again", "Predictor.save")
 
-
-class Predictor(nn.Module):
+class Predictor(nn.Module, SafetensorsFile):
     """The learned forecaster of a whole request: one `Expert` a stage, chosen by the noise level.
 
     Args:
@@ -45,6 +40,10 @@ class Predictor(nn.Module):
     Raises:
         ValueError: an argument is outside its range.
     """
+
+    kind: ClassVar[Kind] = Kind(
+        "predictor", "lesa-predictor-1", "predictor.safetensors", ValueError, "Predictor.save", framework="pt"
+    )
 
     experts: nn.ModuleList
 
@@ -230,26 +229,16 @@ class Predictor(nn.Module):
         fields = {"forecaster": "lesa", "stages": self.stages, **provenance}
         return Plan(steps, tuple(levels), {ANY_CONTEXT: rows}, training=training, **fields)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write parameters and config to a safetensors file; replaces `path` at once or not at all."""
+    def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The parameters, and the config as description."""
         state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        description = {"format": _KIND.format, "config": self.config}
-        files.replace_file(Path(path), serialize(state, files.metadata(description)))
-        return Path(path)
+        return state, {"config": self.config}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Predictor:
-        """Read a predictor that `save` wrote; parameters keep their dtype and lie on the CPU.
-
-        Raises:
-            ValueError: the file is missing, damaged, or no predictor; the message says which and what to do.
-        """
-        return files.load(path, _KIND, cls._from_parts, "pt")
-
-    @classmethod
-    def _from_parts(cls, description: dict[str, Any], state: dict[str, Tensor]) -> Predictor:
+    def from_arrays(cls, arrays: dict[str, Tensor], description: dict[str, Any]) -> Predictor:
+        """What `to_arrays` returned, read back; parameters keep their dtype and lie on the CPU."""
         predictor = cls.from_config(description.get("config") or {})
-        predictor.to(next(iter(state.values())).dtype).load_state_dict(state)
+        predictor.to(next(iter(arrays.values())).dtype).load_state_dict(arrays)
         return predictor
 
     def _levels(self, step: int, sigmas: Iterable[float]) -> list[float]:

@@ -26,7 +26,7 @@ from lesa.cli import main as cli
 from lesa.fitting import fit as fitting
 from lesa.forecasters import plan_of
 from lesa.plans.plan import Plan
-from lesa.training.recorded import Recording
+from lesa.training.recording import Recording
 
 STEPS = 8
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "apple", "snow", "blue", "bird")

@@ -16,9 +16,9 @@ import lesa
 from lesa import assets, ops
 from lesa.models.standins import Stands
 from lesa.plans.rows import Expected
-from lesa.training import learning
-from lesa.training.learning import Learner, TrainingConfig
+from lesa.training import stages
 from lesa.training.predictor import Predictor
+from lesa.training.stages import Learner, TrainingConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -261,7 +261,7 @@ def test_captured_training_is_the_launched_one(monkeypatch: pytest.MonkeyPatch) 
         return torch.stack(learner.losses).tolist(), list(learner.predictor.parameters()), forecast.clone()
 
     captured = train()
-    monkeypatch.setattr(learning, "_WARM_UP", 1000)
+    monkeypatch.setattr(stages, "_WARM_UP", 1000)
     launched = train()
     assert captured[0] == launched[0]
     assert all(torch.equal(*pair) for pair in zip(captured[1], launched[1], strict=True))

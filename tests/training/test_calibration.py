@@ -3,7 +3,7 @@
 import pytest
 
 from lesa.plans.schedule import ONE_STAGE, PAPER_STAGES
-from lesa.training.calibration import calibrate
+from lesa.training.train import calibrate
 
 
 def valley(*lowest):

@@ -25,8 +25,7 @@ from lesa.models.pipeline import read_prompts, run
 from lesa.plans.rows import LesaWarning
 from lesa.runtime.scheduler import sigmas_of
 from lesa.training import recording as recording_module
-from lesa.training.recorded import Recording, RecordingError
-from lesa.training.recording import ShardRecorder, record, replay
+from lesa.training.recording import Recording, RecordingError, ShardRecorder, record, replay
 
 FLUX = CASES_BY_NAME["flux_dev"]
 STEPS = 4

@@ -23,12 +23,11 @@ from lesa.plans.schedule import Stage, paper
 from lesa.runtime.clock import Call, Request
 from lesa.runtime.driver import Forecast, Stats
 from lesa.runtime.scheduler import sigmas_of
-from lesa.training import fitting
-from lesa.training.fitting import FinalError, plan_of, train
+from lesa.training import train as training
 from lesa.training.predictor import Predictor
-from lesa.training.recorded import Recording, RecordingError
-from lesa.training.recording import replay
-from lesa.training.training import TrainingConfig
+from lesa.training.recording import Recording, RecordingError, replay
+from lesa.training.stages import TrainingConfig
+from lesa.training.train import FinalError, train, trained_plan
 
 pytestmark = pytest.mark.filterwarnings("error::lesa.LesaWarning")
 
@@ -60,7 +59,7 @@ def trained(case: Case, folder: Path, site: str = "hidden", **more: Any) -> tupl
         "calibration": 0,
         **more,
     }
-    return pipe, train(pipe, PROMPTS[:2], folder, request=request_of(case), site=site, **options)
+    return pipe, train(pipe, PROMPTS[:2], folder, request=request_of(case), site=site, **options).plans
 
 
 def contexts_of(case: Case) -> tuple[str, ...]:
@@ -177,7 +176,7 @@ def test_what_is_kept_of_the_training(flux: tuple[Path, dict[int, Path]]) -> Non
 
 def test_closed_loop_starts_from_the_guided_predictor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Tensor]] = []
-    closed_loop, guided = fitting.closed_loop, fitting.guided
+    closed_loop, guided = training.closed_loop, training.guided
 
     def after_guided(predictors: Mapping[str, Predictor], *args: Any) -> Any:
         losses = guided(predictors, *args)
@@ -188,8 +187,8 @@ def test_closed_loop_starts_from_the_guided_predictor(tmp_path: Path, monkeypatc
         started.append({name: t.clone() for name, t in predictors["cond"].state_dict().items()})
         return closed_loop(predictors, *args)
 
-    monkeypatch.setattr(fitting, "guided", after_guided)
-    monkeypatch.setattr(fitting, "closed_loop", before_closed)
+    monkeypatch.setattr(training, "guided", after_guided)
+    monkeypatch.setattr(training, "closed_loop", before_closed)
     trained(FLUX, tmp_path)
     assert len(started) == 1 + len(INTERVALS)
     untrained = Predictor(STEPS, **PREDICTOR).state_dict()
@@ -214,7 +213,7 @@ def test_a_killed_run_gives_the_same_plans(tmp_path: Path, flux: tuple[Path, dic
     with pytest.raises(KeyboardInterrupt):
         train(pipe, PROMPTS[:2], tmp_path / "killed", request=request_of(FLUX), **options)
     handle.remove()
-    actual = train(pipe, PROMPTS[:2], tmp_path / "killed", request=request_of(FLUX), **options)
+    actual = train(pipe, PROMPTS[:2], tmp_path / "killed", request=request_of(FLUX), **options).plans
     for interval in INTERVALS:
         assert actual[interval].read_bytes() == expected[interval].read_bytes()
     assert (tmp_path / "killed/losses.json").read_bytes() == (whole / "losses.json").read_bytes()
@@ -236,7 +235,7 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path, calibration: int) -> Non
         config=CONFIG,
         predictor=PREDICTOR,
         calibration=calibration,
-    )
+    ).plans
     handle.remove()
     assert not calls
     assert {interval: path.read_bytes() for interval, path in again.items()} == before
@@ -297,7 +296,7 @@ def test_training_brings_the_plan_closer_to_the_full_request(tmp_path: Path) -> 
         lesa.disable(pipe)
         return float((result - full).norm() / full.norm())
 
-    untrained = plan_of({"cond": Predictor(STEPS, **PREDICTOR)}, recording, paper(STEPS, 3))
+    untrained = trained_plan({"cond": Predictor(STEPS, **PREDICTOR)}, recording, paper(STEPS, 3))
     assert error(Plan.load(paths[3])) < 0.8 * error(untrained)
 
 
@@ -306,9 +305,9 @@ def test_plan_of_one_context_serves_all_and_of_two_each_its_own() -> None:
         Path(), (), (), {}, "output", ("a", "b"), tuple(1 - t / 8 for t in range(9)), tuple(range(8, 0, -1)), "Net", "x"
     )
     one, two = (Predictor(STEPS, **PREDICTOR, seed=seed) for seed in (0, 1))
-    single = plan_of({"a": one}, recording, (0, 1, 4))
+    single = trained_plan({"a": one}, recording, (0, 1, 4))
     assert set(single.rows) == {"*"}
-    both = plan_of({"a": one, "b": two}, recording, (0, 1, 4))
+    both = trained_plan({"a": one, "b": two}, recording, (0, 1, 4))
     assert both.rows_of("a") == single.rows["*"] != both.rows_of("b")
     assert (both.site, both.denoiser, both.config_hash) == ("output", "Net", "x")
     assert both.timesteps == recording.timesteps

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from lesa.plans.schedule import Stage, paper
 from lesa.runtime.clock import Call, Request
-from lesa.training import training
 from lesa.training.predictor import Predictor
-from lesa.training.training import ClosedLoop, Learner, Losses, TrainingConfig, closed_loop, guided
+from lesa.training.stages import ClosedLoop, Learner, Losses, TrainingConfig, closed_loop, guided
 
 STEPS = 10
 SIGMAS = tuple(1 - t / STEPS for t in range(STEPS)) + (0.0,)
@@ -438,7 +437,7 @@ def test_corrupt_checkpoint(run: Stage_, data: bytes | None, tmp_path: Path) -> 
 def test_foreign_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(3)}, path)
-    refused(lambda: run_guided(predictors(Trajectories()), Trajectories(), FAST, path), "another training", path)
+    refused(lambda: run_guided(predictors(Trajectories()), Trajectories(), FAST, path), "without a checkpoint", path)
 
 
 @pytest.mark.parametrize(
@@ -504,7 +503,3 @@ def test_one_predictor_a_context(given: tuple[str, ...]) -> None:
 def test_settings_are_checked(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name}={value}: expected a positive number"):
         TrainingConfig(**{name: value})
-
-
-def test_training_never_imports_diffusers() -> None:
-    assert "diffusers" not in vars(training)

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from ..models.pipeline import run
 from ..plans import schedule
-from ..plans.files import replace_file
 from ..plans.plan import Plan
 from ..plans.rows import PlanError
+from ..plans.schedule import Stage
+from ..plans.storage import replace_file
 from ..runtime.runner import PlanRunner
-from .calibration import calibrate
 from .predictor import Predictor
-from .recorded import Recording
-from .recording import record, replay
-from .training import Losses, TrainingConfig, closed_loop, digest, guided
+from .recording import Recording, record, replay
+from .stages import Losses, TrainingConfig, closed_loop, digest, guided
+
+_RUNG = 0.15
+
+
+class Trained(NamedTuple):
+    """What training leaves.
+
+    Args:
+        plans: the path of the plan for each interval.
+        losses: for each stage, the loss of every optimiser step by context.
+    """
+
+    plans: dict[int, Path]
+    losses: dict[str, Losses]
 
 
 def train(
@@ -36,7 +50,7 @@ def train(
     config: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
     predictor: Mapping[str, Any] | None = None,
     calibration: int = 16,
-) -> dict[int, Path]:
+) -> Trained:
     """Record a pipeline and train the paper's predictor for each interval; a killed run goes on where it stopped.
 
     Args:
@@ -52,7 +66,7 @@ def train(
             the paper does.
 
     Returns:
-        The path of the plan for each interval.
+        The plans, and the losses of their training.
 
     Raises:
         ValueError: `prompts` is no list of prompts.
@@ -92,12 +106,12 @@ def train(
         if calibration:
             measure = FinalError(pipe, recording, calibration, config.batch)
             gains = calibrated_gains(predictors, recording, computed, measure)
-        plan_of(predictors, recording, computed, gains, training=figures).save(path)
+        trained_plan(predictors, recording, computed, gains, training=figures).save(path)
     replace_file(folder / "losses.json", json.dumps(losses).encode())
-    return plans
+    return Trained(plans, losses)
 
 
-def plan_of(
+def trained_plan(
     predictors: Mapping[str, Predictor],
     recording: Recording,
     computed: Sequence[int],
@@ -162,12 +176,43 @@ def calibrated_gains(
     with tqdm(desc="calibrate", unit="plan") as bar:
 
         def error(gains: tuple[float, ...]) -> float:
-            value = measure(plan_of(predictors, recording, computed, gains))
+            value = measure(trained_plan(predictors, recording, computed, gains))
             bar.update()
             bar.set_postfix_str(f"gains {gains}: error {value:.2f} dB")
             return value
 
         return calibrate(stages, error)
+
+
+def calibrate(stages: Sequence[Stage], error: Callable[[tuple[float, ...]], float]) -> tuple[float, ...]:
+    """Climb from gains of one, stage by stage from low noise to high, as long as the measured error falls.
+
+    Args:
+        stages: of the predictor.
+        error: runs requests with the given gain for each stage and returns the error of the results; lower is better.
+
+    Returns:
+        A gain for each stage; never worse by `error` than gains of one.
+
+    Raises:
+        ValueError: the error of gains of one is not finite.
+    """
+    gains = [1.0] * len(stages)
+    best = error(tuple(gains))
+    if not math.isfinite(best):
+        raise ValueError(f"the trained plan's requests end in an error of {best}: its weights or the model overflow")
+    for i in reversed(range(len(stages))):
+        for direction in (-1, 1):
+            climbed = False
+            while True:
+                trial = list(gains)
+                trial[i] = round(trial[i] + direction * _RUNG, 6)
+                if not 0 < trial[i] <= 2 or not (now := error(tuple(trial))) < best:  # NaN is no improvement
+                    break
+                gains, best, climbed = trial, now, True
+            if climbed:
+                break
+    return tuple(gains)
 
 
 def final_losses(guided_losses: Losses, closed_losses: Losses) -> dict[str, dict[str, float]]:
