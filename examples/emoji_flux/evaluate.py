@@ -39,10 +39,10 @@ class Ranker:
 
 def fingerprint(args: argparse.Namespace, settings: dict) -> str:
     """Names a set of generated pictures by the weights and settings that made them."""
-    digest = hashlib.sha256(json.dumps([settings, args.seed, args.steps, args.dtype, args.captions]).encode())
+    hashed = hashlib.sha256(json.dumps([settings, args.seed, args.steps, args.dtype, args.captions]).encode())
     for file in sorted(args.pipeline.rglob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+        hashed.update(file.read_bytes())
+    return hashed.hexdigest()[:16]
 
 
 def generate(args: argparse.Namespace, pipe: FluxPipeline, prompts: list[str], settings: dict) -> np.ndarray:
