@@ -16,10 +16,10 @@ from ..plans.rows import MAX_READS
 
 # Half width of the hidden spline coefficients at the start. The offsets of neighbouring steps differ by a
 # few hundredths; with small coefficients their hidden values nearly coincide, and training at the paper's
-# learning rate moves the alphas of all steps together. At 4 hidden values fill the default grid.
-_SPREAD = 4.0
-# The optimiser moves a coefficient by about the learning rate a step, whatever its gradient; this scale
-# sets how far alpha goes with it.
+# learning rate moves the alphas of all steps together. With 4, hidden values fill the default grid.
+_HIDDEN_NOISE = 4.0
+# The optimiser moves a coefficient by about the learning rate at each step, whatever its gradient; this scale
+# sets how much alpha changes with it.
 _LAST_SCALE = 4.0
 PROJECTIONS = ("difference", "span", "uniform")
 
@@ -108,7 +108,7 @@ class Kan(nn.Module):
         layers = [KanLayer(i, o, grid, order, grid_range) for i, o in pairwise([*widths, 1])]
         for layer, size in zip(layers[:-1], widths[:-1], strict=True):
             root = math.sqrt(size)
-            layer.reset(1 / root, 1 / root, _SPREAD, 0.0, generator)
+            layer.reset(1 / root, 1 / root, _HIDDEN_NOISE, 0.0, generator)
         root = math.sqrt(widths[-1])
         layers[-1].reset(1 / widths[-1], _LAST_SCALE / root, 0.1 / root, constant, generator)
         self.layers = nn.ModuleList(layers)
@@ -162,8 +162,9 @@ class Expert(nn.Module):
     """The forecaster of one stage: F^_t = F_{t-1} + alpha(dt) (W [F_{t-K}, ..., F_{t-1}] + b)  (Eq. 4 to 7).
 
     `projection` holds W in other coordinates: it reads the differences F_{t-1} - F_{t-K}, ..., F_{t-1} - F_{t-2} and
-    F_{t-1} itself. The functions are the same K weights and bias; but AdamW, which moves every coordinate at one pace,
-    would spend the recipe's short way on the features' common level, in which the differences that matter drown.
+    F_{t-1} itself. K weights and a bias describe the same functions either way. But AdamW moves every coordinate at the
+    same pace: on the features themselves, the recipe's few steps would fit their common level, which is much larger
+    than the differences that matter.
 
     Args:
         window: K, number of earlier features read.

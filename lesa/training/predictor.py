@@ -1,4 +1,4 @@
-"""How, learned: stage experts that forecast a feature from a window of earlier ones (Eq. 4 to 7)."""
+"""The learned forecaster: one expert for each stage forecasts a feature from a window of earlier ones (Eq. 4 to 7)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Expert", "Kan", "Mlp", "Predictor"]
 
 
 class Predictor(nn.Module, SafetensorsFile):
-    """The learned forecaster of a whole request: one `Expert` a stage, chosen by the noise level.
+    """The learned forecaster of a whole request: one `Expert` for each stage, chosen by the noise level.
 
     Args:
         num_steps: T; the alpha networks read all T + 1 noise levels, so a predictor serves one step count.
@@ -33,8 +33,9 @@ class Predictor(nn.Module, SafetensorsFile):
         grid, order, grid_range: spline grid of the KAN, see `Kan`.
         projection_init: how W starts, see `Expert`.
         alpha_init: the value alpha starts near at every step. W starts at a slope divided by it, so an untrained
-            predictor extrapolates linearly; 0 leaves the slope as it is and reuses the last feature. The recipe moves
-            each parameter by 0.1 at most: the larger alpha is, the farther that carries W.
+            predictor extrapolates linearly; with 0 the slope is not divided, and the predictor reuses the last
+            feature. The default recipe moves each parameter by 0.1 at most; the larger alpha is, the more that changes
+            the forecast.
         seed: of the initial parameters; torch's global generators are left alone.
 
     Raises:
@@ -139,7 +140,7 @@ class Predictor(nn.Module, SafetensorsFile):
         return self.expert(levels[step]).net(self.offsets(step, levels))
 
     def alphas(self, sigmas: Iterable[float]) -> Tensor:
-        """The scalars of Eq. 6 of a whole schedule; KANs of all stages together, one launch a layer.
+        """The scalars of Eq. 6 of a whole schedule; the KANs of all stages run together, one launch for each layer.
 
         Args:
             sigmas: T + 1 noise levels, the final 0 included.
@@ -202,7 +203,7 @@ class Predictor(nn.Module, SafetensorsFile):
         Args:
             computed: computed steps, ascending, 0 among them.
             sigmas: T + 1 noise levels, the final 0 included.
-            gains: factor on alpha for each stage, see `lesa.calibration`; None leaves alpha as it was learned.
+            gains: factor on alpha for each stage, see `lesa.training.train.calibrate`; None leaves alpha as it was learned.
             provenance: further fields of `Plan`, e.g. `site`, `denoiser`; figures in `training` are kept
                 beside the alphas.
 

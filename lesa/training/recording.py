@@ -1,6 +1,7 @@
-"""Record full requests: the initial noise and the feature of every step, on disk.
+"""Recordings of full requests on disk: the initial noise and the feature of every step, and their replay.
 
-A run that was killed goes on where it stopped; a damaged shard is recorded again.
+A recording is a folder with `recording.json` and one safetensors shard for each prompt. A run that was killed continues
+where it stopped; a damaged shard is found by its checksum and recorded again.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Recording:
     """Recorded requests of one pipeline.
 
     Args:
-        folder: where it lies.
-        prompts: one a request.
+        folder: of the manifest and the shards.
+        prompts: one for each request.
         seeds: of the CPU generator that drew each request's noise.
         request: keyword arguments of the pipeline call besides prompt and generator.
         site: "hidden" or "output".
@@ -165,7 +166,7 @@ def record(
     seeds: Sequence[int] | None = None,
     batch: int = 1,
 ) -> Recording:
-    """Run full requests and keep their noise and features; goes on with a recording that was interrupted.
+    """Run full requests and keep their noise and features; a recording that was interrupted is continued.
 
     Args:
         pipe: a diffusers pipeline that takes prompts; its whole request is computed.
@@ -236,7 +237,7 @@ class ShardRecorder(FeatureRecorder):
         self._kept: dict[str, list[torch.Tensor]] = {}
 
     def found(self) -> dict[str, Any]:
-        """What the request taught: contexts, sigmas and timesteps."""
+        """What the recorded request says of itself: contexts, sigmas and timesteps."""
         assert self.request is not None and self.request.sigmas is not None
         return {
             "contexts": tuple(self.contexts),
@@ -245,7 +246,7 @@ class ShardRecorder(FeatureRecorder):
         }
 
     def tensors(self, position: int) -> dict[str, torch.Tensor]:
-        """The noise and features of one prompt of the batch, as a request for it alone would give them."""
+        """The noise [m, ...] and features [T, m, ...] of one prompt of the batch, as a request for it alone gives them."""
 
         def part(batch: torch.Tensor) -> torch.Tensor:
             return by_request(batch, len(self.labels))[position]

@@ -1,4 +1,9 @@
-"""Training of a `Predictor` in the paper's two stages: guided by true features, then closed-loop in the sampler."""
+"""Training of a `Predictor` in the paper's two stages: guided by true features, then closed-loop in the sampler.
+
+An optimiser step is a forecast, its loss and gradients in one pass, then AdamW. On a CUDA device the whole step, from
+the KAN to the optimiser, is captured in a CUDA graph for each expert: launching its many small kernels one by one takes
+longer than running them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +32,7 @@ _KIND = storage.Kind(
     "checkpoint", "lesa-training-3", "checkpoint.safetensors", ValueError, "an earlier run", framework="pt"
 )
 Losses = dict[str, list[float]]
-# Steps run one by one before one is captured: kernels are compiled and the optimiser makes its state meanwhile.
+# Steps that run before one is captured: they compile the kernels and make the optimiser's state.
 _WARM_UP = 2
 
 
@@ -43,7 +48,7 @@ class TrainingConfig:
         clip: maximum norm of the gradient.
         guided_epochs: passes over the prompts with true features.
         closed_loop_epochs: passes over the prompts in the accelerated sampler.
-        batch: prompts a request; one optimiser step serves them all.
+        batch: prompts in one request; one optimiser step learns from all of them.
         seed: of the order of the prompts.
         checkpoint_every: batches between two checkpoints.
     """
@@ -91,14 +96,14 @@ def guided(
     config: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Losses:
-    """First stage: forecast each step from the true features before it, L1 loss, one optimiser step a step.
+    """First stage: forecast each step from the true features before it (Eq. 4 to 7), one optimiser step each, L1 loss.
 
     Args:
         predictors: one for every context of the recording; trained in place, on the device they are on.
         recording: full requests.
-        first_step: first step that is trained; earlier ones are always computed.
+        first_step: first step that is forecast; earlier ones are always computed.
         config: the recipe.
-        checkpoint: file from which a killed run goes on with the same result.
+        checkpoint: file from which a killed run continues, with the same result.
 
     Returns:
         The loss of every optimiser step, by context.
@@ -134,7 +139,7 @@ def closed_loop(
         computed: the schedule.
         replay: runs the prompts of the given indices again from their noise under the given driver.
         config: the recipe.
-        checkpoint: file from which a killed run goes on with the same result.
+        checkpoint: file from which a killed run continues, with the same result.
 
     Returns:
         The loss of every optimiser step, by context.
@@ -149,7 +154,7 @@ def closed_loop(
 
 
 class ClosedLoop:
-    """A driver that forecasts with live predictors and trains them on the way.
+    """A driver that forecasts with predictors and trains them while the request runs.
 
     Args:
         learners: one for every context.
@@ -164,7 +169,7 @@ class ClosedLoop:
         self._targets = targets
 
     def begin(self, request: Request) -> None:
-        """What a learner remembers is overwritten before it is read: nothing to forget."""
+        """Nothing to reset: what a learner remembers is overwritten before it is read."""
 
     def forecast(self, call: Call) -> Forecast | None:
         """Forecast and learn from a step outside the schedule."""
@@ -181,23 +186,23 @@ class ClosedLoop:
         self._learners[call.context].remember(call.step, feature.detach())
 
     def refuse(self, call: Call, reason: str) -> None:
-        """A forecast was not used.
+        """Stop: a forecast was not used, so the closed loop is no longer the one that is trained for.
 
         Raises:
-            RuntimeError: always; a closed loop with holes would train on something else.
+            RuntimeError: always.
         """
         raise RuntimeError(f"training stopped at step {call.step}: {reason}")
 
     def lose(self, reason: str) -> None:
-        """Features are lost.
+        """Stop: features are lost.
 
         Raises:
-            RuntimeError: always, as `refuse`.
+            RuntimeError: always.
         """
         raise RuntimeError(f"training stopped: {reason}")
 
     def observe(self, call: Call, output: Tensor) -> None:
-        """Training reads features, not outputs."""
+        """Nothing to do: training reads features, not outputs."""
 
 
 class _Phase:
@@ -250,7 +255,7 @@ class _Phase:
         return [order[i : i + size] for i in range(0, len(order), size)]
 
     def _collect(self) -> None:
-        """Read the losses back once a request, not once a step: each read waits for the device."""
+        """Read the losses once a request, not once a step: each read waits for the device."""
         for context, learner in self.learners.items():
             if learner.losses:
                 losses = torch.stack(learner.losses).tolist()
@@ -320,7 +325,7 @@ def _load(learner: Learner, context: str, tensors: Mapping[str, Tensor], steps: 
 
 
 def digest(recording: Features) -> str:
-    """Tells recordings apart: their prompts, noise levels, contexts and, where it says them, model and site."""
+    """A hash of what a recording holds: prompts, contexts, noise levels and, where it names them, model and site."""
     parts = [recording.prompts, recording.contexts, recording.sigmas, getattr(recording, "provenance", None)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -349,7 +354,7 @@ class Learner:
         self._config = config
         self._window = max(stage.window for stage in predictor.stages)
         self._experts = [predictor.expert(sigma) for sigma in sigmas[:-1]]
-        # On the device once, not once a step: each copy waits for it.
+        # Copied once, not once a step: each copy waits for the device.
         self._offsets = torch.stack([predictor.offsets(step, sigmas) for step in range(len(sigmas) - 1)])
         self._slots = {stage.window: self._windows(stage.window) for stage in predictor.stages}
         self._step = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -357,7 +362,7 @@ class Learner:
         self._target: Tensor | None = None
         self._captured = self.device.type == "cuda"
         self._graphs: dict[int, _Graph] = {}
-        # A captured step reads its learning rate where it lies.
+        # A captured step reads its learning rate from this tensor.
         rate = torch.tensor(config.lr, device=self.device) if self._captured else config.lr
         self.optimizer = torch.optim.AdamW(
             predictor.parameters(),
@@ -368,7 +373,7 @@ class Learner:
         )
 
     def remember(self, step: int, feature: Tensor) -> None:
-        """Keep the feature [...] of a step for the windows of later ones."""
+        """Keep the feature [...] of a step for the windows of later steps."""
         ring = self._ring
         if ring is None or (ring.shape[1:], ring.dtype) != (feature.shape, feature.dtype):
             self._graphs.clear()
@@ -401,13 +406,13 @@ class Learner:
         return forecast
 
     def resume(self, steps: int) -> None:
-        """Go on after `steps` optimiser steps, the optimiser's state having been loaded."""
+        """Continue after `steps` optimiser steps, once the optimiser's state is loaded."""
         self.steps = steps
         self._graphs.clear()
         self._set_rate()
 
     def _set_rate(self) -> None:
-        """StepLR; a captured rate is changed in place."""
+        """Multiply the learning rate by `lr_decay` every `lr_step` steps; a captured rate is changed in place."""
         rate = self._config.lr * self._config.lr_decay ** (self.steps // self._config.lr_step)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -448,7 +453,7 @@ class Learner:
         return loss.detach(), forecast
 
     def _windows(self, window: int) -> Tensor:
-        """[T, K]: the slots each step reads, its oldest feature repeated where K are not there."""
+        """Slots [T, K] int32 that each step reads; where there are fewer than K features, the oldest is repeated."""
         steps = torch.arange(len(self._offsets), device=self.device).unsqueeze(1)
         reads = (steps - window + torch.arange(window, device=self.device)).clamp(min=0)
         return (reads % self._window).to(torch.int32)

@@ -24,15 +24,16 @@ from .predictor import Predictor
 from .recording import Recording, record, replay
 from .stages import Losses, TrainingConfig, closed_loop, digest, guided
 
-_RUNG = 0.15
+_GAIN_STEP = 0.15
+_MAX_GAIN = 2.0
 
 
 class Trained(NamedTuple):
-    """What training leaves.
+    """What `train` returns.
 
     Args:
         plans: the path of the plan for each interval.
-        losses: for each stage, the loss of every optimiser step by context.
+        losses: for each stage of training, the loss of every optimiser step by context.
     """
 
     plans: dict[int, Path]
@@ -51,25 +52,26 @@ def train(
     predictor: Mapping[str, Any] | None = None,
     calibration: int = 16,
 ) -> Trained:
-    """Record a pipeline and train the paper's predictor for each interval; a killed run goes on where it stopped.
+    """Record a pipeline and train the paper's predictor for each interval; a run that was killed continues.
 
     Args:
         pipe: a diffusers pipeline that takes prompts.
         prompts: at least one, 5 to 100 are recommended; the paper takes 100 and finds 5 to 10 enough (Tab. 9).
-        folder: for the recording, checkpoints, loss curves, predictors and plans.
+        folder: for the recording, checkpoints, losses.json, predictors and plans.
         request: keyword arguments of the pipeline call.
         intervals: N of the paper's schedules.
         site: "hidden" or "output".
-        config: the recipe.
+        config: learning rate, epochs and the like.
         predictor: further arguments of `Predictor`, e.g. {"stages": ..., "alpha": "mlp"}.
-        calibration: on how many of the prompts, at most, the gains are chosen, see `lesa.calibration`; 0 stops where
-            the paper does.
+        calibration: on how many of the prompts, at most, the gains are chosen, see `calibrate`; 0 chooses none, as in
+            the paper.
 
     Returns:
         The plans, and the losses of their training.
 
     Raises:
-        ValueError: `prompts` is no list of prompts.
+        RecordingError: see `record`.
+        ValueError: `prompts` is no list of prompts, or `folder` holds another training.
     """
     folder = Path(folder)
     recording = record(pipe, prompts, folder / "recording", request=request, site=site, batch=config.batch)
@@ -92,7 +94,7 @@ def train(
         )
         for context, trained in predictors.items():
             trained.save(folder / f"predictor-n{interval}-{context}.safetensors")
-        path = plans[interval] = folder / f"lesa-n{interval}.safetensors"
+        plans[interval] = folder / f"lesa-n{interval}.safetensors"
         figures = {
             "prompts": len(prompts),
             "recording": digest(recording),
@@ -100,13 +102,13 @@ def train(
             "config": asdict(config),
             "final_loss": final_losses(losses["guided"], losses[name]),
         }
-        if _is_made(path, figures):
+        if _is_made(plans[interval], figures):
             continue
         gains = None
         if calibration:
             measure = FinalError(pipe, recording, calibration, config.batch)
             gains = calibrated_gains(predictors, recording, computed, measure)
-        trained_plan(predictors, recording, computed, gains, training=figures).save(path)
+        trained_plan(predictors, recording, computed, gains, training=figures).save(plans[interval])
     replace_file(folder / "losses.json", json.dumps(losses).encode())
     return Trained(plans, losses)
 
@@ -118,7 +120,15 @@ def trained_plan(
     gains: Sequence[float] | None = None,
     **provenance: Any,
 ) -> Plan:
-    """The plan of trained predictors, one a context, on one schedule of a recording's requests."""
+    """The plan of trained predictors on one schedule.
+
+    Args:
+        predictors: one for each context of the recording.
+        recording: whose noise levels, timesteps and model the plan is for.
+        computed: the schedule.
+        gains: factor on alpha for each stage, see `calibrate`.
+        provenance: further fields of `Plan`.
+    """
     plans = {
         context: predictor.to_plan(computed, recording.sigmas, gains, **recording.provenance, **provenance)
         for context, predictor in predictors.items()
@@ -127,7 +137,7 @@ def trained_plan(
 
 
 def _is_made(path: Path, figures: Mapping[str, Any]) -> bool:
-    """Whether a plan of just these figures lies at `path`; a damaged one is made again."""
+    """Whether a plan with these figures lies at `path`; a damaged one is made again."""
     try:
         return path.is_file() and figures.items() <= Plan.load(path).training.items()
     except PlanError:
@@ -151,7 +161,7 @@ class FinalError:
         self._full = [self._latents(part, None) for part in self._batches]
 
     def __call__(self, plan: Plan) -> float:
-        """Mean over requests of the squared error of the final latents, in dB; lower is better."""
+        """Mean over requests of the mean squared error of the final latents, in dB; lower is better."""
         decibels: list[float] = []
         for part, full in zip(self._batches, self._full, strict=True):
             squared = (self._latents(part, PlanRunner(plan)) - full).square().flatten(1).mean(1)
@@ -169,9 +179,9 @@ def calibrated_gains(
     predictors: Mapping[str, Predictor],
     recording: Recording,
     computed: Sequence[int],
-    measure: FinalError,
+    measure: Callable[[Plan], float],
 ) -> tuple[float, ...]:
-    """The gains of `lesa.calibration` for trained predictors on one schedule."""
+    """The gains that `calibrate` finds for trained predictors on one schedule; `measure` is a `FinalError`."""
     stages = next(iter(predictors.values())).stages
     with tqdm(desc="calibrate", unit="plan") as bar:
 
@@ -185,17 +195,23 @@ def calibrated_gains(
 
 
 def calibrate(stages: Sequence[Stage], error: Callable[[tuple[float, ...]], float]) -> tuple[float, ...]:
-    """Climb from gains of one, stage by stage from low noise to high, as long as the measured error falls.
+    """Choose a gain on alpha for each stage by coordinate descent on a measured error. Not part of the paper.
+
+    Both stages of training minimise the error of each feature. The picture depends on the sum of all errors after the
+    model's head, and there alphas that are best for features overshoot at low noise. Gains correct that, and a plan
+    carries them in its rows at no cost.
+
+    The descent starts from gains of 1 and goes from the stage of lowest noise to the highest.
 
     Args:
         stages: of the predictor.
         error: runs requests with the given gain for each stage and returns the error of the results; lower is better.
 
     Returns:
-        A gain for each stage; never worse by `error` than gains of one.
+        A gain in (0, 2] for each stage; never worse by `error` than gains of 1.
 
     Raises:
-        ValueError: the error of gains of one is not finite.
+        ValueError: the error of gains of 1 is not finite.
     """
     gains = [1.0] * len(stages)
     best = error(tuple(gains))
@@ -203,20 +219,20 @@ def calibrate(stages: Sequence[Stage], error: Callable[[tuple[float, ...]], floa
         raise ValueError(f"the trained plan's requests end in an error of {best}: its weights or the model overflow")
     for i in reversed(range(len(stages))):
         for direction in (-1, 1):
-            climbed = False
+            improved = False
             while True:
                 trial = list(gains)
-                trial[i] = round(trial[i] + direction * _RUNG, 6)
-                if not 0 < trial[i] <= 2 or not (now := error(tuple(trial))) < best:  # NaN is no improvement
+                trial[i] = round(trial[i] + direction * _GAIN_STEP, 6)
+                if not 0 < trial[i] <= _MAX_GAIN or not (now := error(tuple(trial))) < best:  # NaN is no improvement
                     break
-                gains, best, climbed = trial, now, True
-            if climbed:
+                gains, best, improved = trial, now, True
+            if improved:
                 break
     return tuple(gains)
 
 
 def final_losses(guided_losses: Losses, closed_losses: Losses) -> dict[str, dict[str, float]]:
-    """Mean loss over the last tenth of each stage, by context."""
+    """Mean loss over the last tenth of each stage of training, by context."""
 
     def tail(values: Sequence[float]) -> float:
         last = values[-max(1, len(values) // 10) :]
