@@ -203,7 +203,8 @@ class Predictor(nn.Module, SafetensorsFile):
         Args:
             computed: computed steps, ascending, 0 among them.
             sigmas: T + 1 noise levels, the final 0 included.
-            gains: factor on alpha for each stage, see `lesa.training.train.calibrate`; None leaves alpha as it was learned.
+            gains: factor on alpha for each stage, see `lesa.training.train.calibrate`; None leaves
+                alpha as it was learned.
             provenance: further fields of `Plan`, e.g. `site`, `denoiser`; figures in `training` are kept
                 beside the alphas.
 
@@ -229,6 +230,10 @@ class Predictor(nn.Module, SafetensorsFile):
         training = {"alphas": {ANY_CONTEXT: alphas}, "gains": list(factors), **provenance.pop("training", {})}
         fields = {"forecaster": "lesa", "stages": self.stages, **provenance}
         return Plan(steps, tuple(levels), {ANY_CONTEXT: rows}, training=training, **fields)
+
+    def title(self) -> str:
+        """One line: of how many steps and stages, and what alpha comes from."""
+        return f"Predictor: {self.num_steps} steps, {len(self.stages)} stages, alpha by {self.config['alpha']}"
 
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The parameters, and the config as description."""

@@ -246,7 +246,7 @@ class ShardRecorder(FeatureRecorder):
         }
 
     def tensors(self, position: int) -> dict[str, torch.Tensor]:
-        """The noise [m, ...] and features [T, m, ...] of one prompt of the batch, as a request for it alone gives them."""
+        """The noise [m, ...] and features [T, m, ...] of one prompt of the batch, as if it were run alone."""
 
         def part(batch: torch.Tensor) -> torch.Tensor:
             return by_request(batch, len(self.labels))[position]

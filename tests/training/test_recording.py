@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lesa.models import hooks
 from lesa.models.layouts import config_hash
-from lesa.models.pipeline import read_prompts, run
+from lesa.models.pipeline import run
 from lesa.plans.rows import LesaWarning
 from lesa.runtime.scheduler import sigmas_of
 from lesa.training import recording as recording_module
@@ -29,14 +29,11 @@ from lesa.training.recording import Recording, RecordingError, ShardRecorder, re
 
 FLUX = CASES_BY_NAME["flux_dev"]
 STEPS = 4
-CASE_SITES = [
-    pytest.param(CASES_BY_NAME[name], site, id=f"{name}-{site}")
-    for name, site in (
-        ("flux_dev", "hidden"), ("flux_dev", "output"), ("qwen_image", "hidden"), ("wan", "hidden"),
-        ("sdxl", "output"),
-    )
-]  # fmt: skip
-ON_CASE_SITES = pytest.mark.parametrize(("case", "site"), CASE_SITES)
+ON_CASE_SITES = pytest.mark.parametrize(
+    ("case", "site"),
+    [(FLUX, "hidden"), (CASES_BY_NAME["qwen_image"], "hidden"), (CASES_BY_NAME["sdxl"], "output")],
+    ids=["flux-hidden", "qwen-hidden", "sdxl-output"],
+)
 
 
 def request_of(case: Case, steps: int = STEPS) -> dict[str, Any]:
@@ -180,10 +177,7 @@ def test_open_gives_what_record_gave(tmp_path: Path) -> None:
 # Going on
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_killed_recording_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
-) -> None:
+def test_a_killed_recording_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = FLUX.make()
     whole = recorded(pipe, tmp_path / "whole")
     calls = [0]
@@ -191,10 +185,10 @@ def test_a_killed_recording_goes_on(
     def kill(*_: Any) -> None:
         calls[0] += 1
         if calls[0] == STEPS + 3:  # third step of the second prompt
-            raise error
+            raise KeyboardInterrupt
 
     handle = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(kill)
-    with pytest.raises(error):
+    with pytest.raises(KeyboardInterrupt):
         recorded(pipe, tmp_path / "killed")
     handle.remove()
     assert_clean(pipe)
@@ -249,18 +243,10 @@ def truncate(shard: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
 
 
-def empty(shard: Path) -> None:
-    shard.write_bytes(b"")
-
-
 def flip_tensor_bit(shard: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[-5] ^= 4
     shard.write_bytes(data)
-
-
-def replace_by_noise(shard: Path) -> None:
-    shard.write_bytes(random.Random(0).randbytes(1000))
 
 
 def replace_by_model(shard: Path) -> None:
@@ -281,9 +267,7 @@ def shorten(shard: Path) -> None:
     ("damage", "reason"),
     [
         (truncate, "unreadable"),
-        (empty, "unreadable"),
         (flip_tensor_bit, "checksum"),
-        (replace_by_noise, "unreadable"),
         (replace_by_model, "another prompt"),
         (replace_by_other_prompt, "another prompt"),
         (shorten, "another recording"),
@@ -330,24 +314,20 @@ def test_unreadable_shard_is_named_when_it_is_used(tmp_path: Path) -> None:
         found.features(0, "uncond")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": "lesa-recording-0"}'])
-def test_damaged_manifest(tmp_path: Path, text: str) -> None:
-    recorded(FLUX.make(), tmp_path, PROMPTS[:1])
-    (tmp_path / "recording.json").write_text(text)
+def test_damaged_manifest(tmp_path: Path) -> None:
+    pipe, manifest = FLUX.make(), tmp_path / "recording.json"
+    recorded(pipe, tmp_path, PROMPTS[:1])
+    data = json.loads(manifest.read_text())
+    for text in ("", "{", "[]", "null", "{}", '{"format": "lesa-recording-0"}'):
+        manifest.write_text(text)
+        with pytest.raises(RecordingError, match=r"recording\.json.*damaged.*record again"):
+            Recording.open(tmp_path)
     with pytest.raises(RecordingError, match=r"recording\.json.*damaged.*record again"):
-        Recording.open(tmp_path)
-    with pytest.raises(RecordingError, match=r"recording\.json.*damaged.*record again"):
-        recorded(FLUX.make(), tmp_path, PROMPTS[:1])
-
-
-@pytest.mark.parametrize("name", ["sigmas", "prompts", "contexts", "config_hash"])
-def test_incomplete_manifest(tmp_path: Path, name: str) -> None:
-    recorded(FLUX.make(), tmp_path, PROMPTS[:1])
-    data = json.loads((tmp_path / "recording.json").read_text())
-    del data[name]
-    (tmp_path / "recording.json").write_text(json.dumps(data))
-    with pytest.raises(RecordingError, match=f"damaged.*{name}"):
-        Recording.open(tmp_path)
+        recorded(pipe, tmp_path, PROMPTS[:1])
+    for name in data.keys() - {"format"}:
+        manifest.write_text(json.dumps({key: value for key, value in data.items() if key != name}))
+        with pytest.raises(RecordingError, match=f"damaged.*{name}"):
+            Recording.open(tmp_path)
 
 
 def test_no_recording(tmp_path: Path) -> None:
@@ -428,8 +408,11 @@ def test_space_that_is_just_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         recorded(pipe, tmp_path / "third")
 
 
-@pytest.mark.parametrize("failing", [0, 1, 3], ids=["manifest", "first shard", "third shard"])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize(
+    ("failing", "code"),
+    [(0, errno.ENOSPC), (1, errno.EDQUOT), (3, errno.ENOSPC)],
+    ids=["manifest", "first shard", "third shard"],
+)
 def test_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, code: int) -> None:
     pipe = FLUX.make()
     write, count = Path.write_bytes, [0]
@@ -467,8 +450,7 @@ def test_other_disk_errors_keep_their_name(tmp_path: Path, monkeypatch: pytest.M
 # NaN
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("value", "batch"), [(float("nan"), 1), (float("inf"), 2)])
 def test_features_that_are_not_finite(tmp_path: Path, value: float, batch: int) -> None:
     """Step 2 of the fourth prompt: its prompt and step are named, the prompts of earlier requests are kept."""
     pipe = FLUX.make()
@@ -510,15 +492,15 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
     pipe = FLUX.make()
     with pytest.raises(ValueError, match="prompts is empty"):
         recorded(pipe, tmp_path / "new", ())
-    with pytest.raises(ValueError, match="prompts='a red apple' is one string: give a list"):
+    with pytest.raises(ValueError, match="prompts='a red apple'"):
         recorded(pipe, tmp_path / "new", "a red apple")
-    with pytest.raises(ValueError, match=r"prompts\[1\]=7: expected a string"):
+    with pytest.raises(ValueError, match=r"prompts\[1\]=7"):
         recorded(pipe, tmp_path / "new", ["a red apple", 7])
-    with pytest.raises(ValueError, match="batch=0: expected a whole number of prompts in one call, at least 1"):
+    with pytest.raises(ValueError, match="batch=0"):
         recorded(pipe, tmp_path / "new", batch=0)
     with pytest.raises(ValueError, match="2 seeds for 3 prompts"):
         recorded(pipe, tmp_path / "new", seeds=(1, 2))
-    with pytest.raises(ValueError, match="request holds prompt='a': give prompts="):
+    with pytest.raises(ValueError, match="prompt='a'"):
         recorded(pipe, tmp_path / "new", request={**request_of(FLUX), "prompt": "a"})
     with pytest.raises(ValueError, match="DiTPipeline takes no `prompt`"):
         record(CASES_BY_NAME["dit"].make(), ["a"], tmp_path / "new", request={"num_inference_steps": 2})
@@ -528,21 +510,6 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         recorded(pipe, tmp_path / "new", request={**request_of(FLUX), "true_cfg": 2.0})
     assert_clean(pipe)
     assert not (tmp_path / "new").exists()
-
-
-def test_prompt_files(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    with pytest.raises(ValueError, match=r"prompts\.txt.*does not exist"):
-        read_prompts(path)
-    for nothing in ("", "\n \n\t\n"):
-        path.write_text(nothing)
-        with pytest.raises(ValueError, match=r"prompts\.txt.*is empty"):
-            read_prompts(str(path))
-    path.write_bytes("  a red apple \r\n\n\nünï 🍎\n".encode())
-    assert read_prompts(path) == ["a red apple", "ünï 🍎"]
-    path.write_bytes(b"caf\xe9\n")
-    with pytest.raises(ValueError, match=r"prompts\.txt.*UTF-8"):
-        read_prompts(path)
 
 
 # Replay
