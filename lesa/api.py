@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 class Enabled:
     """lesa on one denoiser, as `enable` put it there; also a context manager that takes it off at its end.
 
-    At the end of the `with` block the denoiser is as before `enable`: bit-equal to the original, or under the plan that
-    was enabled then. A block that is left by an exception or an interruption ends the same way.
+    At the end of the `with` block the denoiser is as before `enable`, whatever was enabled or disabled in the block:
+    bit-equal to the original, or under the plan of the block around it. An exception or interruption changes nothing
+    of that.
     """
 
     def __init__(
         self, denoiser: torch.nn.Module, hook: RootHook, driver: PlanRunner | Adaptive, before: RootHook | None
     ) -> None:
         self._denoiser, self._hook, self._driver, self._before = denoiser, hook, driver, before
+        self._left = False
 
     @property
     def stats(self) -> Stats:
@@ -54,6 +56,11 @@ class Enabled:
             hooks.detach(self._denoiser)
 
     def __enter__(self) -> Enabled:
+        from .models import hooks
+
+        if hooks.attached(self._denoiser) is not self._hook:
+            raise RuntimeError("the plan of this handle is not enabled any more: call lesa.enable again")
+        self._hook.before = self._before
         return self
 
     def __exit__(
@@ -61,10 +68,16 @@ class Enabled:
     ) -> None:
         from .models import hooks
 
-        ours = hooks.attached(self._denoiser) is self._hook
-        self.disable()
-        if ours and self._before is not None and not self._before.retired:
-            hooks.attach_hook(self._denoiser, self._before)
+        if self._left:
+            return
+        self._left = self._hook.retired = True
+        before, self._before = self._before, None
+        while before is not None and before.retired:
+            before = before.before
+        if before is None:
+            hooks.detach(self._denoiser)
+        elif hooks.attached(self._denoiser) is not before:
+            hooks.attach_hook(self._denoiser, before)
 
 
 def enable(

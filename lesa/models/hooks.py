@@ -156,6 +156,7 @@ class RootHook(ModelHook):
         super().__init__()
         self.driver = driver
         self.retired = False  # by the handle that put it here: nobody puts it back
+        self.before: RootHook | None = None  # what comes back at the end of its `with` block
         self.context = _ContextName()  # diffusers finds it as an attribute and tells it the cache context
         self._clock = clock
         self._stands = stands
