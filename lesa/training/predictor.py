@@ -18,8 +18,6 @@ from ..plans.schedule import PAPER_STAGES, Stage, check, check_stages, stage_of
 from ..plans.storage import Kind, SafetensorsFile
 from .experts import Expert, Kan, Mlp
 
-__all__ = ["Expert", "Kan", "Mlp", "Predictor"]
-
 
 class Predictor(nn.Module, SafetensorsFile):
     """The learned forecaster of a whole request: one `Expert` for each stage, chosen by the noise level.

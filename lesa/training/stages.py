@@ -112,7 +112,7 @@ def guided(
         raise ValueError(f"first_step={first_step}: expected at least 1, a forecast needs an earlier feature")
     phase = _Phase("guided", predictors, recording, config, checkpoint, first_step=first_step)
 
-    def work(indices: Sequence[int]) -> None:
+    def train_batch(indices: Sequence[int]) -> None:
         for context, learner in phase.learners.items():
             features = _batch(recording, indices, context, learner.device)
             for step in range(len(features)):
@@ -120,7 +120,7 @@ def guided(
                     learner.learn(step, features[step])
                 learner.remember(step, features[step])
 
-    return phase.run(config.guided_epochs, work)
+    return phase.run(config.guided_epochs, train_batch)
 
 
 def closed_loop(
@@ -146,11 +146,11 @@ def closed_loop(
     """
     phase = _Phase("closed-loop", predictors, recording, config, checkpoint, computed=list(computed))
 
-    def work(indices: Sequence[int]) -> None:
+    def train_batch(indices: Sequence[int]) -> None:
         targets = {c: _batch(recording, indices, c, learner.device) for c, learner in phase.learners.items()}
         replay(indices, ClosedLoop(phase.learners, computed, targets))
 
-    return phase.run(config.closed_loop_epochs, work)
+    return phase.run(config.closed_loop_epochs, train_batch)
 
 
 class ClosedLoop:
@@ -235,12 +235,12 @@ class _Phase:
         }
         self._done: Losses = {context: [] for context in predictors}
 
-    def run(self, epochs: int, work: Callable[[Sequence[int]], None]) -> Losses:
+    def run(self, epochs: int, train_batch: Callable[[Sequence[int]], None]) -> Losses:
         batches = [batch for epoch in range(epochs) for batch in self._batches(epoch)]
         position = self._restore()
         with tqdm(total=len(batches), initial=position, desc=self._name, unit="request") as bar:
             for i in range(position, len(batches)):
-                work(batches[i])
+                train_batch(batches[i])
                 self._collect()
                 bar.update()
                 bar.set_postfix({c: f"{losses[-1]:.4f}" for c, losses in self._done.items() if losses})

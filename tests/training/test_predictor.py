@@ -9,17 +9,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lesa.ops.reference import bspline_grid, forecast, kan_layer
-from lesa.plans.plan import Plan
 from lesa.plans.rows import MAX_READS
 from lesa.plans.schedule import ONE_STAGE, PAPER_STAGES, Stage, paper, paper_stages, stage_of
-from lesa.training.predictor import Expert, Kan, Mlp, Predictor
+from lesa.training.experts import Expert, Kan, Mlp
+from lesa.training.predictor import Predictor
 
 STAGES = {"one": ONE_STAGE, "three": PAPER_STAGES, "qwen": paper_stages(0.9, 0.4)}
 
 
 def levels(num_steps: int, shift: float = 3.0) -> tuple[float, ...]:
-    straight = [1 - i / num_steps for i in range(num_steps + 1)]
-    return tuple(shift * s / (1 + (shift - 1) * s) for s in straight)
+    unshifted = [1 - i / num_steps for i in range(num_steps + 1)]
+    return tuple(shift * s / (1 + (shift - 1) * s) for s in unshifted)
 
 
 def trained(num_steps: int, seed: int = 0, **config) -> Predictor:
@@ -71,7 +71,7 @@ def test_alpha_gradients(net):
     assert torch.autograd.gradcheck(run, (x, *net.parameters()))
 
 
-@pytest.mark.parametrize(("alpha", "constant", "num_steps"), [("kan", -0.5, 50), ("kan", 0.0, 4), ("mlp", 1.0, 28)])
+@pytest.mark.parametrize(("alpha", "constant", "num_steps"), [("kan", -0.5, 50), ("mlp", 1.0, 4)])
 def test_alpha_starts_near_its_constant(alpha, constant, num_steps):
     predictor = Predictor(num_steps, ONE_STAGE, alpha=alpha, alpha_init=constant)
     sigmas = levels(num_steps)
@@ -91,14 +91,11 @@ def test_hidden_values_of_the_kan_fill_the_grid_and_move_with_the_step():
     assert values.std(0).mean() > 0.3
 
 
-@pytest.mark.parametrize(
-    ("init", "expected"),
-    [("difference", [0, 0, 0, -1, 1]), ("span", [-0.25, 0, 0, 0, 0.25])],
-)
-def test_projection_starts_as_a_difference(init, expected):
-    expert = Expert(5, Mlp([3, 4]), init)
-    assert expert.weights.tolist() == expected
-    assert expert.projection.bias.tolist() == [0.0]
+def test_projection_starts_as_a_difference():
+    for init, expected in (("difference", [0, 0, 0, -1, 1]), ("span", [-0.25, 0, 0, 0, 0.25])):
+        expert = Expert(5, Mlp([3, 4]), init)
+        assert expert.weights.tolist() == expected
+        assert expert.projection.bias.tolist() == [0.0]
 
 
 def test_uniform_projection_is_torchs_default():
@@ -108,14 +105,14 @@ def test_uniform_projection_is_torchs_default():
     Expert(1, Mlp([3, 4]), "uniform")
 
 
-@pytest.mark.parametrize("init", ["difference", "span"])
-def test_untrained_predictor_extrapolates_linearly(init):
-    predictor = Predictor(50, alpha="mlp", projection_init=init)
-    for expert in predictor.experts:
-        expert.net.layers[-1].weight.data.zero_()
+def test_untrained_predictor_extrapolates_linearly():
     line = torch.arange(50.0)[:, None] * torch.tensor([1.0, -2.0, 0.5])
-    for step in (8, 20, 49):
-        torch.testing.assert_close(predictor(line[:step], step, levels(50)), line[step])
+    for init in ("difference", "span"):
+        predictor = Predictor(50, alpha="mlp", projection_init=init)
+        for expert in predictor.experts:
+            expert.net.layers[-1].weight.data.zero_()
+        for step in (8, 20, 49):
+            torch.testing.assert_close(predictor(line[:step], step, levels(50)), line[step])
 
 
 def test_expert_is_equations_four_to_seven():
@@ -157,10 +154,10 @@ def test_only_the_window_is_read():
     )
 
 
-@pytest.mark.parametrize(("features", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
-def test_forecast_takes_the_wider_dtype(features, expected):
+def test_forecast_takes_the_wider_dtype():
     predictor = Predictor(8, width=8)
-    assert predictor(torch.ones(3, 2, dtype=features), 3, levels(8)).dtype == expected
+    for features, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        assert predictor(torch.ones(3, 2, dtype=features), 3, levels(8)).dtype == expected
 
 
 @pytest.mark.parametrize(
@@ -220,13 +217,6 @@ def test_plan_carries_alphas_and_provenance():
     assert alphas[5] == pytest.approx(predictor.alpha(5, levels(8)).item(), rel=1e-12)
 
 
-def test_plan_survives_its_file(tmp_path):
-    plan = trained(8).to_plan((0, 4), levels(8))
-    loaded = Plan.load(plan.save(tmp_path / "plan.safetensors"))
-    assert loaded.rows_of("cond") == plan.rows_of("cond")
-    assert (loaded.stages, loaded.sigmas) == (plan.stages, plan.sigmas)
-
-
 def test_same_seed_same_parameters_and_global_generator_untouched():
     torch.manual_seed(123)
     before = torch.get_rng_state()
@@ -238,7 +228,7 @@ def test_same_seed_same_parameters_and_global_generator_untouched():
     assert not all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("alpha", "order"), [("kan", 3), ("kan", 2), ("mlp", 3)])
+@pytest.mark.parametrize(("alpha", "order"), [("kan", 2), ("mlp", 3)])
 def test_the_table_of_alphas_is_every_step_by_itself(alpha, order):
     predictor, sigmas = trained(12, alpha=alpha, width=16, order=order).double(), levels(12)
     expected = torch.stack([predictor.alpha(step, sigmas) for step in range(12)])

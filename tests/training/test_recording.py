@@ -16,7 +16,6 @@ import pytest
 import torch
 from pipelines import CASES_BY_NAME, NEGATIVE, PROMPTS, Case
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lesa.models import hooks
@@ -31,8 +30,8 @@ FLUX = CASES_BY_NAME["flux_dev"]
 STEPS = 4
 ON_CASE_SITES = pytest.mark.parametrize(
     ("case", "site"),
-    [(FLUX, "hidden"), (CASES_BY_NAME["qwen_image"], "hidden"), (CASES_BY_NAME["sdxl"], "output")],
-    ids=["flux-hidden", "qwen-hidden", "sdxl-output"],
+    [(CASES_BY_NAME["qwen_image"], "hidden"), (CASES_BY_NAME["sdxl"], "output")],
+    ids=["qwen-hidden", "sdxl-output"],
 )
 
 
@@ -102,7 +101,11 @@ def assert_same_content(actual: Recording, expected: Recording) -> None:
 # What is recorded
 
 
-@ON_CASE_SITES
+@pytest.mark.parametrize(
+    ("case", "site"),
+    [(FLUX, "hidden"), (FLUX, "output"), (CASES_BY_NAME["qwen_image"], "hidden"), (CASES_BY_NAME["sdxl"], "output")],
+    ids=["flux-hidden", "flux-output", "qwen-hidden", "sdxl-output"],
+)
 def test_features_are_those_of_a_hand_hooked_run(case: Case, site: str, tmp_path: Path) -> None:
     pipe, request = case.make(), request_of(case)
     found = record(pipe, PROMPTS[:2], tmp_path, request=request, site=site, seeds=(5, 9))
@@ -222,16 +225,16 @@ def test_more_prompts_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert_same_content(found, recorded(pipe, tmp_path / "at-once", PROMPTS))
 
 
-@pytest.mark.parametrize("complete", [True, False])
-def test_fewer_prompts_use_the_first_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complete: bool) -> None:
+def test_fewer_prompts_use_the_first_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = FLUX.make()
     whole = recorded(pipe, tmp_path, PROMPTS)
-    if not complete:
-        whole.shard(1).unlink()
-        whole.shard(3).unlink()
     seen = calls_of(pipe, monkeypatch)
+    recorded(pipe, tmp_path, PROMPTS[:2])
+    assert seen == []
+    whole.shard(1).unlink()
+    whole.shard(3).unlink()
     found = recorded(pipe, tmp_path, PROMPTS[:2])
-    assert seen == ([] if complete else [PROMPTS[1]])
+    assert seen == [PROMPTS[1]]
     assert (found.prompts, found.seeds) == (PROMPTS[:2], (0, 1))
     assert Recording.open(tmp_path).prompts == PROMPTS  # the others' shards are not given up
 
@@ -249,10 +252,6 @@ def flip_tensor_bit(shard: Path) -> None:
     shard.write_bytes(data)
 
 
-def replace_by_model(shard: Path) -> None:
-    save_file({"weight": torch.zeros(3)}, shard)
-
-
 def replace_by_other_prompt(shard: Path) -> None:
     shutil.copy(shard.with_name("00000.safetensors"), shard)
 
@@ -268,7 +267,6 @@ def shorten(shard: Path) -> None:
     [
         (truncate, "unreadable"),
         (flip_tensor_bit, "checksum"),
-        (replace_by_model, "another prompt"),
         (replace_by_other_prompt, "another prompt"),
         (shorten, "another recording"),
     ],
@@ -318,6 +316,8 @@ def test_damaged_manifest(tmp_path: Path) -> None:
     pipe, manifest = FLUX.make(), tmp_path / "recording.json"
     recorded(pipe, tmp_path, PROMPTS[:1])
     data = json.loads(manifest.read_text())
+    with pytest.raises(RecordingError, match="holds no recording"):
+        Recording.open(tmp_path / "other")
     for text in ("", "{", "[]", "null", "{}", '{"format": "lesa-recording-0"}'):
         manifest.write_text(text)
         with pytest.raises(RecordingError, match=r"recording\.json.*damaged.*record again"):
@@ -330,34 +330,25 @@ def test_damaged_manifest(tmp_path: Path) -> None:
             Recording.open(tmp_path)
 
 
-def test_no_recording(tmp_path: Path) -> None:
-    with pytest.raises(RecordingError, match="holds no recording"):
-        Recording.open(tmp_path)
-
-
 # Folders of another recording
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
+def test_folder_of_another_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = FLUX.make()
+    found = recorded(pipe, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    seen = calls_of(pipe, monkeypatch)
+    others: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ({"request": request_of(FLUX, 6)}, ("4 steps", "num_inference_steps=6")),
         ({"site": "output"}, ("another site", "'hidden'", "'output'")),
         ({"prompts": (PROMPTS[0], "a lion", PROMPTS[2])}, ("another prompts", PROMPTS[1], "a lion")),
         ({"seeds": (0, 7, 2)}, ("another seeds", "(0, 1, 2)", "(0, 7, 2)")),
         ({"request": {**request_of(FLUX), "height": 48}}, ("another request", "'height': 32", "'height': 48")),
-    ],
-)
-def test_folder_of_another_recording(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], named: tuple[str, ...]
-) -> None:
-    pipe = FLUX.make()
-    found = recorded(pipe, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    seen = calls_of(pipe, monkeypatch)
-    with pytest.raises(RecordingError, match="give another folder") as caught:
-        recorded(pipe, tmp_path, **changes)
-    assert all(text in str(caught.value) for text in (*named, str(tmp_path)))
+    ]
+    for changes, named in others:
+        with pytest.raises(RecordingError, match="give another folder") as caught:
+            recorded(pipe, tmp_path, **changes)
+        assert all(text in str(caught.value) for text in (*named, str(tmp_path)))
     assert seen == []
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert Recording.open(tmp_path) == found
@@ -383,19 +374,6 @@ def test_request_with_tuples_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # A full disk
 
 
-def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = FLUX.make()
-    folder = tmp_path / "recording"
-    usage = shutil.disk_usage(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        with pytest.raises(RecordingError, match=r"3 prompts takes 0 MB but the disk.*0 MB free"):
-            recorded(pipe, folder)
-    assert_clean(pipe)
-    assert not folder.exists() or not list(folder.iterdir())
-    assert len(recorded(pipe, folder).prompts) == 3
-
-
 def test_space_that_is_just_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = FLUX.make()
     found = recorded(pipe, tmp_path / "first")
@@ -404,14 +382,16 @@ def test_space_that_is_just_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
     recorded(pipe, tmp_path / "second")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
-    with pytest.raises(RecordingError, match="disk"):
+    with pytest.raises(RecordingError, match="3 prompts.*disk"):
         recorded(pipe, tmp_path / "third")
+    assert_clean(pipe)
+    assert not list((tmp_path / "third").iterdir())
 
 
 @pytest.mark.parametrize(
     ("failing", "code"),
-    [(0, errno.ENOSPC), (1, errno.EDQUOT), (3, errno.ENOSPC)],
-    ids=["manifest", "first shard", "third shard"],
+    [(0, errno.EDQUOT), (3, errno.ENOSPC)],
+    ids=["manifest", "third shard"],
 )
 def test_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, code: int) -> None:
     pipe = FLUX.make()

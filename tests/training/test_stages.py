@@ -96,12 +96,11 @@ class PlainLoop:
 @pytest.mark.parametrize(
     "config",
     [
-        FAST,
         TrainingConfig(lr=1e-2, lr_step=7, lr_decay=0.25, guided_epochs=3, seed=4),
         TrainingConfig(lr=1e-2, clip=1e-3, weight_decay=0.5),
         TrainingConfig(lr=1e-2, batch=3, guided_epochs=2),
     ],
-    ids=["defaults", "decay", "clip", "batch"],
+    ids=["decay", "clip", "batch"],
 )
 def test_guided_is_the_recipe(config: TrainingConfig) -> None:
     recording = Trajectories(contexts=("cond", "uncond"))
@@ -377,13 +376,12 @@ class Killed(Trajectories):
 
 
 @ON_STAGES
-@pytest.mark.parametrize("reads", [3, 9])
-def test_killed_run_goes_on_bit_equal(run: Stage_, reads: int, tmp_path: Path) -> None:
+def test_killed_run_goes_on_bit_equal(run: Stage_, tmp_path: Path) -> None:
     config = replace(FAST, checkpoint_every=2, guided_epochs=2, closed_loop_epochs=2, lr_step=11)
     both = ("cond", "uncond")
     whole = predictors(Trajectories(contexts=both))
     expected = run(whole, Trajectories(contexts=both), config, None)
-    reads = reads if run is run_guided else reads * STEPS
+    reads = 9 if run is run_guided else 9 * STEPS
     with pytest.raises(KeyboardInterrupt):
         run(predictors(Trajectories(contexts=both)), Killed(reads, contexts=both), config, tmp_path / "checkpoint")
     again = predictors(Trajectories(contexts=both))
@@ -425,20 +423,21 @@ def refused(run: Callable[[], Any], message: str, path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@ON_STAGES
-def test_corrupt_checkpoint(run: Stage_, tmp_path: Path) -> None:
+def test_corrupt_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
-    run(predictors(Trajectories()), Trajectories(), FAST, path)
+    run_guided(predictors(Trajectories()), Trajectories(), FAST, path)
     for data in (path.read_bytes()[:-10], b"no checkpoint", b""):
         path.write_bytes(data)
-        refused(lambda: run(predictors(Trajectories()), Trajectories(), FAST, path), "cannot be read", path)
+        refused(lambda: run_guided(predictors(Trajectories()), Trajectories(), FAST, path), "cannot be read", path)
 
 
-@pytest.mark.parametrize("metadata", [None, {"lesa": '{"identity": {"format": "lesa-training-2"}}'}])
-def test_foreign_checkpoint(tmp_path: Path, metadata: dict[str, str] | None) -> None:
-    path = tmp_path / "model.safetensors"
-    save_file({"weight": torch.zeros(3)}, path, metadata)
-    refused(lambda: run_guided(predictors(Trajectories()), Trajectories(), FAST, path), "without a checkpoint", path)
+def test_foreign_checkpoint(tmp_path: Path) -> None:
+    path, old = tmp_path / "model.safetensors", {"lesa": '{"identity": {"format": "lesa-training-2"}}'}
+    for metadata in (None, old):
+        save_file({"weight": torch.zeros(3)}, path, metadata)
+        refused(
+            lambda: run_guided(predictors(Trajectories()), Trajectories(), FAST, path), "without a checkpoint", path
+        )
 
 
 def test_checkpoint_of_another_training(tmp_path: Path) -> None:

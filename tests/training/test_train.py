@@ -197,7 +197,7 @@ def test_closed_loop_starts_from_the_guided_predictor(tmp_path: Path, monkeypatc
         assert all(torch.equal(other[name], tensor) for name, tensor in started[0].items())
 
 
-@pytest.mark.parametrize("killed_at", [9, 22, 40], ids=["recording", "first closed loop", "second closed loop"])
+@pytest.mark.parametrize("killed_at", [9, 40], ids=["recording", "second closed loop"])
 def test_a_killed_run_gives_the_same_plans(tmp_path: Path, flux: tuple[Path, dict[int, Path]], killed_at: int) -> None:
     """Two recorded requests are 16 denoiser calls, each closed loop is four requests of 8."""
     whole, expected = flux
@@ -220,9 +220,8 @@ def test_a_killed_run_gives_the_same_plans(tmp_path: Path, flux: tuple[Path, dic
     assert not [name for _, _, names in os.walk(tmp_path) for name in names if name.endswith(".partial")]
 
 
-@pytest.mark.parametrize("calibration", [0, 2])
-def test_a_finished_run_is_not_repeated(tmp_path: Path, calibration: int) -> None:
-    pipe, paths = trained(FLUX, tmp_path, calibration=calibration)
+def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
+    pipe, paths = trained(FLUX, tmp_path, calibration=2)
     before = {interval: path.read_bytes() for interval, path in paths.items()}
     calls: list[int] = []
     handle = pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -234,7 +233,7 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path, calibration: int) -> Non
         intervals=INTERVALS,
         config=CONFIG,
         predictor=PREDICTOR,
-        calibration=calibration,
+        calibration=2,
     ).plans
     handle.remove()
     assert not calls
@@ -344,10 +343,9 @@ def valley(*lowest: float) -> tuple[Callable[[tuple[float, ...]], float], list[t
     return error, asked
 
 
-@pytest.mark.parametrize("lowest", [(1.0, 1.0, 1.0), (1.0, 1.15, 0.7), (0.4, 1.6, 1.0)])
-def test_calibrate_finds_the_lowest_point(lowest: tuple[float, ...]) -> None:
-    error, _ = valley(*lowest)
-    assert calibrate(PAPER_STAGES, error) == pytest.approx(lowest)
+def test_calibrate_finds_the_lowest_point() -> None:
+    for lowest in ((1.0, 1.0, 1.0), (1.0, 1.15, 0.7), (0.4, 1.6, 1.0)):
+        assert calibrate(PAPER_STAGES, valley(*lowest)[0]) == pytest.approx(lowest)
 
 
 def test_calibrate_is_never_worse_than_no_gains_and_asks_for_none_twice() -> None:
