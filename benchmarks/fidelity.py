@@ -25,8 +25,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from lesa import assets
-from lesa.cli.demo import FORECASTERS
-from lesa.evaluation.compare import Method, MethodResult, compare
+from lesa.evaluation.compare import FORECASTERS, Method, MethodResult, compare
 from lesa.forecasters import plan_of as closed_form_plan
 from lesa.plans import schedule
 from lesa.plans.plan import Plan

@@ -39,7 +39,7 @@ FOREIGN = {
     "planner": {"numpy"},
     "metrics": {"numpy", "skimage"},
     "kernels": {"torch", "triton", "numpy"},
-    "ops": {"torch", "numpy"},
+    "ops": {"torch", "numpy", "triton"},  # only to ask whether it is there
     "runtime": {"numpy", "torch"},
 }
 # Three conveniences look upward, inside their functions, and say so.

@@ -71,12 +71,25 @@ def _request(options: argparse.Namespace, steps: int) -> dict[str, Any]:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Compare methods on the bundled pipeline."""
-    from . import demo as comparison
+    """Compare methods on the bundled pipeline: results.json, grid.png and steps.png."""
+    from ..evaluation import compare, plots
 
+    captions, seeds = assets.held_out_prompts(), assets.held_out_seeds()
+    if not 2 <= options.prompts <= len(captions):
+        raise ValueError(f"--prompts {options.prompts}: expected 2 to {len(captions)}; the first one only warms up")
     check_folder(options.out, "--out")
-    rows = comparison.demo(options.out, options.prompts, _device(options.device))
-    print(f"\n{comparison.table(rows)}\n\n{comparison.headline(rows)}\n")
+    captions, seeds = captions[: options.prompts], seeds[: options.prompts]
+    plans = [(interval, Plan.load(assets.plan_path(interval))) for interval in assets.INTERVALS]
+    fitted = [Plan.load(assets.fitted_path(plan.budget)) for _, plan in plans]
+    pipe = assets.load(_device(options.device))
+    results = compare.compare(pipe, compare.demo_methods(plans, fitted), captions, seeds, assets.REQUEST)
+    rows = [result.row(results[0]) for result in results]
+    replace_file(options.out / "results.json", json.dumps(rows, indent=1).encode())
+    grid, shown = compare.demo_grid_rows(results), captions[: compare.DEMO_COLUMNS]
+    plots.method_grid(options.out / "grid.png", grid, shown, amplify=compare.DEMO_AMPLIFY)
+    panels = compare.demo_panels(results, plans, fitted)
+    plots.step_errors(options.out / "steps.png", panels, ylabel="relative error of the latents")
+    print(f"\n{compare.demo_table(rows)}\n\n{compare.demo_headline(rows)}\n")
     print(f"results.json, grid.png and steps.png are in {options.out}/")
     return 0
 

@@ -1,7 +1,5 @@
-"""Operators lesa::*: schemas, fakes, autograd, plain torch, choice of backend.
+"""Operators lesa::*: schemas, fakes, autograd, plain torch, choice of backend ("triton", "cpp" or "torch").
 
-A call goes to Triton kernels on a GPU, to the C++ library on the CPU, and to plain torch where neither serves it
-(float64 on a GPU, no C++ library). `backend=` asks for one of "triton", "cpp", "torch" and never falls back.
 May import lesa.plans.rows (constants) and, inside functions, lesa.kernels.
 """
 
@@ -10,22 +8,6 @@ from .forecast import feature_sums, forecast, forecast_at, forecast_into_, prepa
 from .fused import forecast_errors, forecast_head, prepared_errors
 from .training import LAYERS, kan, predict, predict_loss
 
-__all__ = [
-    "BACKENDS",
-    "LAYERS",
-    "backend_of",
-    "describe",
-    "feature_sums",
-    "forecast",
-    "forecast_at",
-    "forecast_errors",
-    "forecast_head",
-    "forecast_into_",
-    "kan",
-    "predict",
-    "predict_loss",
-    "prepared_errors",
-    "prepared_forecast",
-    "spread",
-    "wide_dtype",
-]
+__all__ = ["BACKENDS", "LAYERS", "backend_of", "describe", "feature_sums", "forecast", "forecast_at", "forecast_errors"]
+__all__ += ["forecast_head", "forecast_into_", "kan", "predict", "predict_loss", "prepared_errors", "prepared_forecast"]
+__all__ += ["spread", "wide_dtype"]

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from lesa import assets
-from lesa.cli import demo
 from lesa.cli.main import main
+from lesa.evaluation import plots
 from lesa.evaluation.plots import method_grid
 
 KEYS = {"method", "interval", "computed", "flops_speedup", "speedup", "psnr", "ssim"}
@@ -14,7 +14,7 @@ KEYS = {"method", "interval", "computed", "flops_speedup", "speedup", "psnr", "s
 
 def test_demo_writes_rows_and_pictures(tmp_path, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr(demo, "method_grid", lambda *given, **more: drawn.append(given) or method_grid(*given, **more))
+    monkeypatch.setattr(plots, "method_grid", lambda *given, **more: drawn.append(given) or method_grid(*given, **more))
     monkeypatch.setattr(assets, "INTERVALS", (10,))
     assert main(["demo", "--out", str(tmp_path), "--prompts", "2"]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())
@@ -38,7 +38,7 @@ def test_demo_writes_rows_and_pictures(tmp_path, monkeypatch, capsys):
     assert rows[-1]["psnr"] > rows[-2]["psnr"] + 5  # the two captions are easy ones for both
 
 
-def test_demo_refuses_too_few_prompts(tmp_path):
-    with pytest.raises(ValueError, match="prompts=1"):
-        demo.demo(tmp_path, prompts=1)
+def test_demo_refuses_too_few_prompts(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path), "--prompts", "1"]) == 2
+    assert "--prompts 1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
