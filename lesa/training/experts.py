@@ -1,4 +1,4 @@
-"""The expert of one stage, and the networks its alpha comes from: the paper's KAN and the MLP ablation."""
+"""The expert of one stage, and the networks that compute its alpha: the paper's KAN and its MLP ablation."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from torch.nn.utils import skip_init
 from .. import ops
 from ..plans.rows import MAX_READS
 
-# Half width of the hidden spline coefficients at the start. The offsets of neighbouring steps differ by a
-# few hundredths; with small coefficients their hidden values nearly coincide, and training at the paper's
-# learning rate moves the alphas of all steps together. With 4, hidden values fill the default grid.
+# Half width of the hidden spline coefficients at the start. The offsets of neighbouring steps differ by a few
+# hundredths. With small coefficients their hidden values nearly coincide, and training at the paper's learning rate
+# moves the alphas of all steps together. At 4, hidden values fill the default grid.
 _HIDDEN_NOISE = 4.0
-# The optimiser moves a coefficient by about the learning rate at each step, whatever its gradient; this scale
-# sets how much alpha changes with it.
+# AdamW moves a coefficient by about the learning rate in each step, whatever its gradient. This scale sets how far
+# alpha moves with it.
 _LAST_SCALE = 4.0
 PROJECTIONS = ("difference", "span", "uniform")
 
 
 class KanLayer(nn.Module):
-    """One learnable function an edge (Eq. 9): SiLU times a weight plus a B-spline times a scale.
+    """A KAN layer (Eq. 9): the function of each edge is a SiLU times a weight plus a B-spline times a scale.
 
-    An edge holds a base weight, a scale and `grid + order` spline coefficients; there is no bias.
+    An edge has a base weight, a scale and `grid + order` spline coefficients; there is no bias.
 
     Args:
-        inputs, outputs: number of values in and out.
+        inputs, outputs: number of values in and out, I and Q.
         grid: intervals of the spline grid.
         order: degree of the spline pieces.
-        grid_range: (low, high) of the grid; outside it the spline fades to 0 within `order` intervals.
+        grid_range: (low, high) of the grid. Outside it the spline falls to 0 within `order` intervals.
     """
 
     def __init__(self, inputs: int, outputs: int, grid: int, order: int, grid_range: tuple[float, float]) -> None:
@@ -49,8 +49,8 @@ class KanLayer(nn.Module):
     ) -> None:
         """Draw new parameters.
 
-        Inside the grid the bases sum to one, so equal coefficients make a constant function: each output
-        starts at `constant` plus a random function.
+        Inside the grid the basis functions sum to one, so equal coefficients make a constant function. Each output
+        starts as `constant` plus a random function.
 
         Args:
             base: half width of the base weights' uniform distribution.
@@ -77,9 +77,9 @@ class KanLayer(nn.Module):
 
 
 class Kan(nn.Module):
-    """Kolmogorov-Arnold network with one output (Eq. 6).
+    """The Kolmogorov-Arnold network of Eq. 6, with one output.
 
-    The published size is widths [51, 256, 256] at the defaults: 78,848 edges of 10 parameters.
+    The paper's has widths [51, 256, 256] at T = 50: 78,848 edges of 10 parameters each.
 
     Args:
         widths: number of inputs, then of every hidden layer.
@@ -116,7 +116,7 @@ class Kan(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether `ops.predict` can evaluate it together with a forecast: the paper's shape."""
+        """Whether it has the paper's shape, which `ops.predict` evaluates together with a forecast."""
         return self.order == 3 and len(self.layers) == ops.LAYERS
 
     @property
@@ -132,7 +132,7 @@ class Kan(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The ablation's multilayer perceptron (Eq. 12): SiLU after every hidden layer, one output.
+    """The multilayer perceptron of the paper's ablation (Eq. 12): SiLU after every hidden layer, one output.
 
     Args:
         widths: number of inputs, then of every hidden layer.
@@ -159,20 +159,21 @@ class Mlp(nn.Module):
 
 
 class Expert(nn.Module):
-    """The forecaster of one stage: F^_t = F_{t-1} + alpha(dt) (W [F_{t-K}, ..., F_{t-1}] + b)  (Eq. 4 to 7).
+    """The forecaster of one stage.
+
+    z = W [F_{t-K}, ..., F_{t-1}] + b  (Eq. 4),  alpha = net(dt)  (Eq. 5 and 6),  F^_t = F_{t-1} + alpha z  (Eq. 7)
 
     `projection` holds W in other coordinates: it reads the differences F_{t-1} - F_{t-K}, ..., F_{t-1} - F_{t-2} and
-    F_{t-1} itself. K weights and a bias describe the same functions either way. But AdamW moves every coordinate at the
-    same pace: on the features themselves, the recipe's few steps would fit their common level, which is much larger
-    than the differences that matter.
+    F_{t-1} itself. That is the same linear map. But AdamW moves all coordinates equally fast, and the paper's learning
+    rate moves them little: with weights of features it would mostly fit the level that all features share.
 
     Args:
         window: K, number of earlier features read.
         net: maps the offsets [T + 1] to the scalar alpha.
         projection_init: how W starts; b starts at 0. "difference": newest minus previous feature;
-            "span": newest minus oldest of the window over K - 1, the mean slope; both need K >= 2.
+            "span": newest minus oldest of the window, divided by K - 1, the mean slope; both need K >= 2.
             "uniform": torch's default for Linear, b too.
-        scale: "difference" and "span" are divided by it, so that alpha = scale extrapolates linearly.
+        scale: divides "difference" and "span", so that alpha = scale extrapolates linearly.
         generator: CPU generator for "uniform"; None draws from torch's global one.
     """
 
@@ -211,15 +212,15 @@ class Expert(nn.Module):
 
     @property
     def weights(self) -> Tensor:
-        """W of Eq. 4: [K], one weight a feature of the window, oldest first."""
+        """W of Eq. 4: [K], one weight for each feature of the window, oldest first."""
         stored = self.projection.weight[0]
         return torch.cat([-stored[:-1], stored.sum().unsqueeze(0)])
 
     def forward(self, history: Tensor, dt: Tensor) -> Tensor:
-        """Forecast the next feature.
+        """Forecast the next feature (Eq. 4 to 7).
 
         Args:
-            history: [K, ...], features of the K steps before, oldest first.
+            history: [K, ...], any float dtype; features of the K steps before, oldest first.
             dt: [T + 1], sigma_t - sigma_i (Eq. 5).
 
         Returns:

@@ -1,4 +1,4 @@
-"""The learned forecaster: one expert for each stage forecasts a feature from a window of earlier ones (Eq. 4 to 7)."""
+"""The paper's forecaster: one expert for each stage, which becomes a plan on any schedule (Eq. 4 to 7)."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ from .experts import Expert, Kan, Mlp
 
 
 class Predictor(nn.Module, SafetensorsFile):
-    """The learned forecaster of a whole request: one `Expert` for each stage, chosen by the noise level.
+    """The forecaster of a whole request: one `Expert` for each stage, chosen by the noise level.
 
     Args:
-        num_steps: T; the alpha networks read all T + 1 noise levels, so a predictor serves one step count.
+        num_steps: T. The alpha networks read all T + 1 noise levels, so a predictor serves one step count.
         stages: from high noise to low, see `lesa.schedule`.
-        alpha: "kan" (the paper's) or "mlp" (its ablation).
-        width: hidden width of the alpha network.
+        alpha: the network of Eq. 6, "kan", or its ablation, "mlp".
+        width: hidden width of the alpha network, M in the paper.
         depth: number of its hidden layers.
         grid, order, grid_range: spline grid of the KAN, see `Kan`.
         projection_init: how W starts, see `Expert`.
         alpha_init: the value alpha starts near at every step. W starts at a slope divided by it, so an untrained
-            predictor extrapolates linearly; with 0 the slope is not divided, and the predictor reuses the last
-            feature. The default recipe moves each parameter by 0.1 at most; the larger alpha is, the more that changes
-            the forecast.
-        seed: of the initial parameters; torch's global generators are left alone.
+            predictor extrapolates linearly; 0 leaves the slope as it is and reuses the last feature. Training moves
+            each parameter by 0.1 at most, and a change of W counts alpha times: a small alpha learns little.
+        seed: of the initial parameters; torch's global generators stay as they are.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -43,7 +42,6 @@ class Predictor(nn.Module, SafetensorsFile):
     kind: ClassVar[Kind] = Kind(
         "predictor", "lesa-predictor-1", "predictor.safetensors", ValueError, "Predictor.save", framework="pt"
     )
-
     experts: nn.ModuleList
 
     def __init__(
@@ -132,19 +130,16 @@ class Predictor(nn.Module, SafetensorsFile):
         like = next(self.parameters())
         return torch.tensor([levels[step] - level for level in levels], dtype=like.dtype, device=like.device)
 
-    def alpha(self, step: int, sigmas: Iterable[float]) -> Tensor:
-        """The scalar of Eq. 6 at `step`; arguments as in `offsets`."""
-        levels = self._levels(step, sigmas)
-        return self.expert(levels[step]).net(self.offsets(step, levels))
-
     def alphas(self, sigmas: Iterable[float]) -> Tensor:
-        """The scalars of Eq. 6 of a whole schedule; the KANs of all stages run together, one launch for each layer.
+        """Eq. 6: alpha at every step of a request.
+
+        The KANs of all stages run together, with one launch for each layer.
 
         Args:
             sigmas: T + 1 noise levels, the final 0 included.
 
         Returns:
-            [T], each step's alpha by the expert of its stage.
+            [T], dtype and device of the parameters; each step's alpha comes from the expert of its stage.
 
         Raises:
             ValueError: the number of sigmas does not fit this predictor.
@@ -158,12 +153,12 @@ class Predictor(nn.Module, SafetensorsFile):
         return table.gather(0, stages.unsqueeze(0)).squeeze(0)
 
     def forward(self, history: Sequence[Tensor] | Tensor, step: int, sigmas: Iterable[float]) -> Tensor:
-        """Forecast the feature of `step`.
+        """Forecast the feature of `step` (Eq. 4 to 7).
 
         Args:
-            history: features of the steps before, oldest first, newest (step - 1) last: a list of [...]
-                or a tensor [k, ...]. The expert reads the last K; where the request has fewer than K earlier
-                steps, the oldest is repeated.
+            history: features of the steps before, oldest first: a list of [...] or a tensor [k, ...] that ends with
+                step - 1. The expert reads the last K. If the request has fewer than K earlier steps, the oldest
+                feature is repeated.
             step: t, 1 to T - 1.
             sigmas: T + 1 noise levels, the final 0 included.
 
@@ -171,7 +166,7 @@ class Predictor(nn.Module, SafetensorsFile):
             [...], in the wider of the dtypes of the features and the parameters.
 
         Raises:
-            ValueError: the history lacks features the window reads, or see `offsets`.
+            ValueError: `history` lacks features that the window reads; or as `offsets`.
         """
         levels = self._levels(step, sigmas)
         expert = self.expert(levels[step])
@@ -193,21 +188,20 @@ class Predictor(nn.Module, SafetensorsFile):
         gains: Sequence[float] | None = None,
         **provenance: Any,
     ) -> Plan:
-        """The exact table of this predictor on one schedule, evaluated in float64.
+        """The plan of this predictor on one schedule, evaluated in float64.
 
-        alpha reads the schedule alone, so at every forecast step Eq. 4 to 7 are a row of at most K
-        weights and a bias.
+        alpha reads the schedule alone. So at every forecast step Eq. 4 to 7 are a row of at most K weights and a bias,
+        and the plan is exact.
 
         Args:
             computed: computed steps, ascending, 0 among them.
             sigmas: T + 1 noise levels, the final 0 included.
-            gains: factor on alpha for each stage, see `lesa.training.train.calibrate`; None leaves
-                alpha as it was learned.
-            provenance: further fields of `Plan`, e.g. `site`, `denoiser`; figures in `training` are kept
-                beside the alphas.
+            gains: a factor on alpha for each stage, see `lesa.train`; None leaves alpha as it was learned.
+            provenance: further fields of `Plan`, e.g. `site`, `denoiser`; entries of `training` are kept beside the
+                alphas.
 
         Returns:
-            A plan whose rows serve every context; `Plan.join` puts contexts together.
+            A plan whose rows serve every context; `Plan.join` joins the plans of several.
 
         Raises:
             ValueError: schedule or sigmas do not fit this predictor.
@@ -229,29 +223,29 @@ class Predictor(nn.Module, SafetensorsFile):
         fields = {"forecaster": "lesa", "stages": self.stages, **provenance}
         return Plan(steps, tuple(levels), {ANY_CONTEXT: rows}, training=training, **fields)
 
-    def title(self) -> str:
-        """One line: of how many steps and stages, and what alpha comes from."""
-        return f"Predictor: {self.num_steps} steps, {len(self.stages)} stages, alpha by {self.config['alpha']}"
-
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The parameters, and the config as description."""
+        """The parameters and the config, see `SafetensorsFile`."""
         state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         return state, {"config": self.config}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Tensor], description: dict[str, Any]) -> Predictor:
-        """What `to_arrays` returned, read back; parameters keep their dtype and lie on the CPU."""
+        """The predictor of `to_arrays`, on the CPU, in the dtype it was saved in."""
         predictor = cls.from_config(description.get("config") or {})
         predictor.to(next(iter(arrays.values())).dtype).load_state_dict(arrays)
         return predictor
+
+    def title(self) -> str:
+        """One line: the alpha network, the number of stages and of steps."""
+        return f"LESA predictor: {self.config['alpha']}, {len(self.stages)} stages, {self.num_steps} steps"
 
     def _levels(self, step: int, sigmas: Iterable[float]) -> list[float]:
         """The noise levels as floats, checked together with `step`."""
         levels = [float(sigma) for sigma in sigmas]
         if len(levels) != self.num_steps + 1:
             raise ValueError(
-                f"sigmas has {len(levels)} entries: this predictor serves requests of {self.num_steps} "
-                f"steps, whose {self.num_steps + 1} noise levels include the final 0"
+                f"sigmas has {len(levels)} entries: this predictor serves requests of {self.num_steps} steps; give "
+                f"their {self.num_steps + 1} noise levels, the final 0 included"
             )
         if not 0 <= step < self.num_steps:
             raise ValueError(f"step={step}: expected 0 to {self.num_steps - 1}")
@@ -259,7 +253,7 @@ class Predictor(nn.Module, SafetensorsFile):
 
 
 def _kans(nets: Sequence[Kan], x: Tensor) -> Tensor:
-    """[E, T]: networks of one shape on the same rows [T, I]."""
+    """E networks of one shape on the same rows [T, I]: [E, T]."""
     x = x.expand(len(nets), -1, -1)
     for layers in zip(*(net.parts for net in nets), strict=True):
         base, spline, scale = (torch.stack(parts) for parts in zip(*layers, strict=True))
@@ -268,7 +262,7 @@ def _kans(nets: Sequence[Kan], x: Tensor) -> Tensor:
 
 
 def _row(expert: Expert, alpha: float, step: int) -> Row:
-    """Eq. 4 to 7 as one row; reads before step 0 fall on step 0, as the repeated oldest feature does."""
+    """Eq. 4 to 7 as one row. Reads before step 0 become reads of step 0, the oldest feature repeated."""
     weights: dict[int, float] = {}
     for k, weight in enumerate(expert.weights.tolist()):
         read = max(0, step - expert.window + k)

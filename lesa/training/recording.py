@@ -1,12 +1,13 @@
-"""Recordings of full requests on disk: the initial noise and the feature of every step, and their replay.
+"""Record full requests on disk, and run them again: the initial noise and the feature of every step.
 
-A recording is a folder with `recording.json` and one safetensors shard for each prompt. A run that was killed continues
-where it stopped; a damaged shard is found by its checksum and recorded again.
+A recording is a folder with `recording.json` and one safetensors shard for each prompt. An interrupted recording
+continues where it stopped. A damaged shard is found by its checksum and recorded again.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 import warnings
@@ -14,11 +15,12 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..models.layouts import config_hash, denoiser_of
@@ -38,12 +40,31 @@ from ..plans.storage import replace_file
 from ..runtime.clock import Call
 from ..runtime.driver import Driver, Forecast, Relay
 
-_FORMAT = "lesa-recording-1"
 MANIFEST = "recording.json"
+_FORMAT = "lesa-recording-1"
 
 
 class RecordingError(RuntimeError):
     """A recording cannot be made, read or replayed."""
+
+
+class Features(Protocol):
+    """What training reads of a recording."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One for each request."""
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """Cache contexts of the features."""
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The T + 1 noise levels."""
+
+    def features(self, index: int, context: str) -> Tensor:
+        """The features [T, m, ...] of prompt `index`."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +72,9 @@ class Recording:
     """Recorded requests of one pipeline.
 
     Args:
-        folder: of the manifest and the shards.
+        folder: where it lies.
         prompts: one for each request.
-        seeds: of the CPU generator that drew each request's noise.
+        seeds: of the CPU generators that drew the noise, one for each request.
         request: keyword arguments of the pipeline call besides prompt and generator.
         site: "hidden" or "output".
         contexts: cache contexts of the features.
@@ -81,15 +102,15 @@ class Recording:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a plan made from this recording says of the model and the request."""
+        """The fields of a plan that say which model and requests it is for."""
         names = ("site", "timesteps", "denoiser", "config_hash")
         return {name: getattr(self, name) for name in names}
 
-    def noise(self, index: int) -> torch.Tensor:
-        """The noise [m, ...] of prompt `index`: the first sample its denoiser saw; m = 2 where guidance is batched."""
+    def noise(self, index: int) -> Tensor:
+        """The noise [m, ...] of prompt `index`: the first sample its denoiser saw. m = 2 where guidance is batched."""
         return self._tensor(index, "noise")
 
-    def features(self, index: int, context: str) -> torch.Tensor:
+    def features(self, index: int, context: str) -> Tensor:
         """The features [T, m, ...] of prompt `index`, in the denoiser's dtype, on the CPU."""
         return self._tensor(index, f"feature.{context}")
 
@@ -122,7 +143,7 @@ class Recording:
         """Open a recording made by `record`.
 
         Raises:
-            RecordingError: there is none, or it cannot be read.
+            RecordingError: there is none, or its manifest cannot be read.
         """
         path = Path(folder) / MANIFEST
         if not path.is_file():
@@ -141,19 +162,25 @@ class Recording:
         data = {"format": _FORMAT, **{k: v for k, v in asdict(self).items() if k != "folder"}}
         _write(self.folder / MANIFEST, json.dumps(data, indent=1).encode())
 
-    def write(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write the shard of prompt `index`: its "noise", and a "feature.<context>" of each context."""
+    def write(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the shard of prompt `index`: its "noise", and a "feature.<context>" for each context."""
         checksum = _checksum(tensors)
         metadata = {"prompt": self.prompts[index], "seed": str(self.seeds[index]), "checksum": checksum}
         _write(self.shard(index), serialize(dict(tensors), metadata))
 
-    def _tensor(self, index: int, name: str) -> torch.Tensor:
+    def _tensor(self, index: int, name: str) -> Tensor:
         path = self.shard(index)
         try:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise RecordingError(f"shard {str(path)!r} cannot be read ({error}): run the recording again") from error
+
+
+def digest(recording: Features) -> str:
+    """Tells recordings apart: by prompts, noise levels, contexts and, where a recording has them, model and site."""
+    parts = [recording.prompts, recording.contexts, recording.sigmas, getattr(recording, "provenance", None)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def record(
@@ -166,12 +193,12 @@ def record(
     seeds: Sequence[int] | None = None,
     batch: int = 1,
 ) -> Recording:
-    """Run full requests and keep their noise and features; a recording that was interrupted is continued.
+    """Run full requests and keep their noise and features; continues a recording that was interrupted.
 
     Args:
-        pipe: a diffusers pipeline that takes prompts; its whole request is computed.
+        pipe: a diffusers pipeline that takes prompts; every step is computed.
         prompts: at least one.
-        folder: of the recording. Takes T features a prompt and context (FLUX at 1024x1024, 50 steps: 1.26 GB).
+        folder: of the recording. Takes T features for each prompt and context (FLUX at 1024x1024, 50 steps: 1.26 GB).
         request: keyword arguments of the pipeline call, e.g. {"num_inference_steps": 50, "height": 64}.
         site: "hidden" or "output".
         seeds: of each prompt's noise; the prompt's index by default.
@@ -200,21 +227,24 @@ def record(
     with tqdm(total=len(prompts), initial=len(prompts) - len(missing), desc="record", unit="prompt") as bar:
         for begin in range(0, len(missing), batch):
             indices = missing[begin : begin + batch]
-            recorder = ShardRecorder([f"{i} ({prompts[i]!r})" for i in indices])
-            run(pipe, [prompts[i] for i in indices], [seeds[i] for i in indices], request, recorder, site)
+            shards = Shards([f"{i} ({prompts[i]!r})" for i in indices])
+            run(pipe, [prompts[i] for i in indices], [seeds[i] for i in indices], request, shards.recorder, site)
             if recording is None:
-                recording = Recording(folder=folder, **recorder.found(), **wanted)
-                _check_space(recording, recorder, len(missing))
+                recording = Recording(folder=folder, **shards.found(), **wanted)
+                _check_space(recording, shards, len(missing))
                 recording.save()
             for position, index in enumerate(indices):
-                recording.write(index, recorder.tensors(position))
+                recording.write(index, shards.tensors(position))
                 bar.update()
     assert recording is not None
     return recording
 
 
 def replay(pipe: Any, recording: Recording, indices: Sequence[int], driver: Driver) -> Any:
-    """Run recorded prompts again from the same noise under another driver.
+    """Run recorded prompts again, from the same noise, under another driver.
+
+    Returns:
+        What the pipeline returns.
 
     Raises:
         RecordingError: the pipeline does not draw the recorded noise.
@@ -224,53 +254,54 @@ def replay(pipe: Any, recording: Recording, indices: Sequence[int], driver: Driv
     return run(pipe, prompts, seeds, recording.request, _SameNoise(driver, noise), recording.site)
 
 
-class ShardRecorder(FeatureRecorder):
-    """Records the noise and features of a batch on the CPU, as shards hold them.
+class Shards:
+    """The noise and features of one pipeline call, taken by its `recorder`, as the shards of its prompts.
 
     Args:
-        labels: names of the batch's prompts, for errors.
+        labels: names of the call's prompts, for errors.
     """
 
     def __init__(self, labels: Sequence[str]) -> None:
-        super().__init__(labels, sink=self._take, error=RecordingError)
-        self._noise: torch.Tensor | None = None
-        self._kept: dict[str, list[torch.Tensor]] = {}
+        self.recorder = FeatureRecorder(labels, sink=self._take, error=RecordingError)
+        self._noise: Tensor | None = None
+        self._features: dict[str, list[Tensor]] = {}
 
     def found(self) -> dict[str, Any]:
-        """What the recorded request says of itself: contexts, sigmas and timesteps."""
-        assert self.request is not None and self.request.sigmas is not None
+        """The contexts, sigmas and timesteps of the call."""
+        recorder = self.recorder
+        assert recorder.request is not None and recorder.request.sigmas is not None
         return {
-            "contexts": tuple(self.contexts),
-            "sigmas": self.request.sigmas,
-            "timesteps": tuple(self.timesteps),
+            "contexts": tuple(recorder.contexts),
+            "sigmas": recorder.request.sigmas,
+            "timesteps": tuple(recorder.timesteps),
         }
 
-    def tensors(self, position: int) -> dict[str, torch.Tensor]:
-        """The noise [m, ...] and features [T, m, ...] of one prompt of the batch, as if it were run alone."""
+    def tensors(self, position: int) -> dict[str, Tensor]:
+        """The noise and features of one prompt of the call, as a request for it alone would give them."""
 
-        def part(batch: torch.Tensor) -> torch.Tensor:
-            return by_request(batch, len(self.labels))[position]
+        def part(batch: Tensor) -> Tensor:
+            return by_request(batch, len(self.recorder.labels))[position]
 
         assert self._noise is not None
-        features = {f"feature.{c}": torch.stack([part(f) for f in fs]) for c, fs in self._kept.items()}
+        features = {f"feature.{c}": torch.stack([part(f) for f in fs]) for c, fs in self._features.items()}
         return {"noise": part(self._noise).contiguous(), **features}
 
-    def _take(self, call: Call, feature: torch.Tensor) -> None:
+    def _take(self, call: Call, feature: Tensor) -> None:
         if self._noise is None:
             self._noise = call.sample.detach().cpu().clone()
-        label = not_finite(feature, self.labels)
+        label = not_finite(feature, self.recorder.labels)
         if label is not None:
             raise RecordingError(
                 not_finite_message(f"step {call.step}, context {call.context!r}, prompt {label}")
                 + "; nothing of this prompt was recorded"
             )
-        self._kept.setdefault(call.context, []).append(feature.detach().cpu())
+        self._features.setdefault(call.context, []).append(feature.detach().cpu())
 
 
 class _SameNoise(Relay):
-    """Has another driver run the request, after checking that it starts from recorded noise."""
+    """Checks that a request starts from the recorded noise, then leaves it to another driver."""
 
-    def __init__(self, driver: Driver, noise: torch.Tensor) -> None:
+    def __init__(self, driver: Driver, noise: Tensor) -> None:
         super().__init__(driver)
         self._noise = noise
 
@@ -288,12 +319,6 @@ def _resume(folder: Path, wanted: Mapping[str, Any]) -> Recording | None:
     if not (folder / MANIFEST).is_file():
         return None
     found = Recording.open(folder)
-    steps = wanted["request"].get("num_inference_steps")
-    if steps is not None and found.request.get("num_inference_steps") not in (None, steps):
-        raise RecordingError(
-            f"folder {str(folder)!r} holds a recording of {found.request['num_inference_steps']} steps but "
-            f"num_inference_steps={steps} was asked for: give another folder or that step count"
-        )
     shared = min(len(found.prompts), len(wanted["prompts"]))
     for name, value in wanted.items():
         have = getattr(found, name)
@@ -303,13 +328,22 @@ def _resume(folder: Path, wanted: Mapping[str, Any]) -> Recording | None:
             value = json.loads(json.dumps(value))  # as the manifest has it, where tuples are lists
         if have != value:
             raise RecordingError(
-                f"folder {str(folder)!r} holds a recording with another {name} ({have!r:.200}, asked for "
-                f"{value!r:.200}): give another folder"
+                f"folder {str(folder)!r} holds a recording with another {name} ({_difference(have, value)}): give "
+                "another folder"
             )
     chosen = replace(found, prompts=wanted["prompts"], seeds=wanted["seeds"])
     if len(chosen.prompts) > shared:
         chosen.save()
     return chosen
+
+
+def _difference(have: Any, wanted: Any) -> str:
+    """What differs, of requests only the arguments that do."""
+    if not isinstance(have, dict):
+        return f"{have!r:.200}, asked for {wanted!r:.200}"
+    names = [name for name in sorted({*have, *wanted}) if have.get(name) != wanted.get(name)]
+    sides = [", ".join(f"{name}={side.get(name)!r}" for name in names) for side in (have, wanted)]
+    return f"{sides[0]:.200}, asked for {sides[1]:.200}"
 
 
 def _missing(recording: Recording) -> list[int]:
@@ -323,9 +357,9 @@ def _missing(recording: Recording) -> list[int]:
     return missing
 
 
-def _check_space(recording: Recording, recorder: ShardRecorder, count: int) -> None:
+def _check_space(recording: Recording, shards: Shards, count: int) -> None:
     recording.folder.mkdir(parents=True, exist_ok=True)
-    size = sum(tensor.nbytes for tensor in recorder.tensors(0).values()) * count
+    size = sum(tensor.nbytes for tensor in shards.tensors(0).values()) * count
     free = shutil.disk_usage(recording.folder).free
     if size > free:
         raise RecordingError(
@@ -346,12 +380,9 @@ def _write(path: Path, data: bytes) -> None:
         ) from error
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
     total = 0
     for name in sorted(tensors):
-        total = zlib.crc32(_bytes(tensors[name]), zlib.crc32(name.encode(), total))
+        data = tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        total = zlib.crc32(data, zlib.crc32(name.encode(), total))
     return f"{total:08x}"
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()

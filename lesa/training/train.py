@@ -1,4 +1,9 @@
-"""From prompts to plans: record, train both stages, calibrate, write one plan for each interval."""
+"""lesa.train: record, train both stages, choose gains, and write one plan for each interval.
+
+Gains are not part of the paper. Both training stages minimise the error of each feature. The picture depends on the sum
+of all errors after the model's head, and the alphas that are best for features are too large at low noise. So each
+stage's alpha is multiplied by a gain, chosen by running accelerated requests. The plan's rows contain it.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from ..models.pipeline import run
+from ..models.pipeline import check_request, run
 from ..plans import schedule
 from ..plans.plan import Plan
 from ..plans.rows import PlanError
 from ..plans.schedule import Stage
-from ..plans.storage import replace_file
+from ..plans.storage import check_folder, replace_file
 from ..runtime.runner import PlanRunner
 from .predictor import Predictor
-from .recording import Recording, record, replay
-from .stages import Losses, TrainingConfig, closed_loop, digest, guided
+from .recording import Recording, digest, record, replay
+from .stages import Losses, TrainingConfig, closed_loop, guided
 
 _GAIN_STEP = 0.15
 _MAX_GAIN = 2.0
@@ -57,10 +62,10 @@ def train(
     Args:
         pipe: a diffusers pipeline that takes prompts.
         prompts: at least one, 5 to 100 are recommended; the paper takes 100 and finds 5 to 10 enough (Tab. 9).
-        folder: for the recording, checkpoints, losses.json, predictors and plans.
+        folder: of the recording, checkpoints, predictors, plans ("lesa-n5.safetensors" for interval 5) and losses.json.
         request: keyword arguments of the pipeline call.
-        intervals: N of the paper's schedules.
-        site: "hidden" or "output".
+        intervals: N of the paper's schedules, 1 to T each. Small ones are accurate, large ones fast.
+        site: of the features that are forecast: "hidden" or "output".
         config: learning rate, epochs and the like.
         predictor: further arguments of `Predictor`, e.g. {"stages": ..., "alpha": "mlp"}.
         calibration: on how many of the prompts, at most, the gains are chosen, see `calibrate`; 0 chooses none, as in
@@ -71,9 +76,10 @@ def train(
 
     Raises:
         RecordingError: see `record`.
-        ValueError: `prompts` is no list of prompts, or `folder` holds another training.
+        ValueError: an argument is out of place, or `folder` holds another training.
     """
     folder = Path(folder)
+    _check(folder, request, intervals, calibration)
     recording = record(pipe, prompts, folder / "recording", request=request, site=site, batch=config.batch)
     schedules = {interval: schedule.paper(recording.num_steps, interval) for interval in intervals}
     first = min(min(set(range(recording.num_steps)) - set(c), default=1) for c in schedules.values())
@@ -111,6 +117,16 @@ def train(
         trained_plan(predictors, recording, computed, gains, training=figures).save(plans[interval])
     replace_file(folder / "losses.json", json.dumps(losses).encode())
     return Trained(plans, losses)
+
+
+def _check(folder: Path, request: Mapping[str, Any], intervals: Sequence[int], calibration: int) -> None:
+    """Refuse bad arguments before anything is recorded."""
+    check_folder(folder, "folder")
+    check_request(request)
+    if not intervals or min(intervals) < 1:
+        raise ValueError(f"intervals={tuple(intervals)}: expected whole numbers from 1 to T, e.g. intervals=(5,)")
+    if calibration < 0:
+        raise ValueError(f"calibration={calibration}: expected a number of prompts, or 0 for no gains")
 
 
 def trained_plan(

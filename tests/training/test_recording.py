@@ -6,7 +6,6 @@ import errno
 import json
 import random
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from lesa.models.pipeline import run
 from lesa.plans.rows import LesaWarning
 from lesa.runtime.scheduler import sigmas_of
 from lesa.training import recording as recording_module
-from lesa.training.recording import Recording, RecordingError, ShardRecorder, record, replay
+from lesa.training.recording import Recording, RecordingError, Shards, record, replay
 
 FLUX = CASES_BY_NAME["flux_dev"]
 STEPS = 4
@@ -339,11 +338,11 @@ def test_folder_of_another_recording(tmp_path: Path, monkeypatch: pytest.MonkeyP
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     seen = calls_of(pipe, monkeypatch)
     others: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-        ({"request": request_of(FLUX, 6)}, ("4 steps", "num_inference_steps=6")),
+        ({"request": request_of(FLUX, 6)}, ("another request", "num_inference_steps=4", "num_inference_steps=6")),
         ({"site": "output"}, ("another site", "'hidden'", "'output'")),
         ({"prompts": (PROMPTS[0], "a lion", PROMPTS[2])}, ("another prompts", PROMPTS[1], "a lion")),
         ({"seeds": (0, 7, 2)}, ("another seeds", "(0, 1, 2)", "(0, 7, 2)")),
-        ({"request": {**request_of(FLUX), "height": 48}}, ("another request", "'height': 32", "'height': 48")),
+        ({"request": {**request_of(FLUX), "height": 48}}, ("another request", "height=32", "height=48")),
     ]
     for changes, named in others:
         with pytest.raises(RecordingError, match="give another folder") as caught:
@@ -499,9 +498,9 @@ def test_replay_runs_the_same_request(tmp_path: Path) -> None:
     pipe = FLUX.make()
     found = recorded(pipe, tmp_path)
     for index in range(3):
-        recorder = ShardRecorder(["again"])
-        output = replay(pipe, found, [index], recorder)
-        tensors = recorder.tensors(0)
+        shards = Shards(["again"])
+        output = replay(pipe, found, [index], shards.recorder)
+        tensors = shards.tensors(0)
         assert torch.equal(tensors["noise"], found.noise(index))
         assert torch.equal(tensors["feature.cond"], found.features(index, "cond"))
         plain = run(pipe, [PROMPTS[index]], [index], request_of(FLUX))
@@ -514,11 +513,11 @@ def test_replay_of_a_batch(case: Case, site: str, tmp_path: Path) -> None:
     pipe = case.make()
     prompts = ("red apple", "blue bird", "green door")
     found = record(pipe, prompts, tmp_path, request=request_of(case), site=site)
-    recorder = ShardRecorder(["a", "b"])
-    replay(pipe, found, [2, 0], recorder)
+    shards = Shards(["a", "b"])
+    replay(pipe, found, [2, 0], shards.recorder)
     for position, index in enumerate((2, 0)):
         for context in found.contexts:
-            actual = recorder.tensors(position)[f"feature.{context}"]
+            actual = shards.tensors(position)[f"feature.{context}"]
             torch.testing.assert_close(actual, found.features(index, context), rtol=1e-4, atol=1e-4)
 
 
@@ -534,22 +533,12 @@ def test_replay_refuses_other_noise(tmp_path: Path, change: str) -> None:
     else:
         pipe = pipe.to(torch.bfloat16)
 
-    class Spy(ShardRecorder):
-        asked = 0
-
-        def forecast(self, call: Any) -> None:
-            self.asked += 1
-            super().forecast(call)
-
-    spy = Spy(["again"])
-    counts: dict[str, int] = defaultdict(int)
-    handle = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
-        lambda *_: counts.update(block=counts["block"] + 1)
-    )
+    recorder, calls = Shards(["again"]).recorder, []
+    handle = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(RecordingError, match="does not start from the recorded noise"):
-        replay(pipe, found, [1], spy)
+        replay(pipe, found, [1], recorder)
     handle.remove()
-    assert (spy.asked, counts["block"]) == (0, 0)
+    assert not calls and not recorder.timesteps
     assert_clean(pipe)
 
 

@@ -411,6 +411,20 @@ def test_finished_run_is_not_repeated(run: Stage_, tmp_path: Path) -> None:
     assert_same(parameters(again), parameters(first))
 
 
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    config = replace(FAST, checkpoint_every=1)
+    bad = order(config, 0, 4)[1][0]
+
+    class Spoiled(Trajectories):
+        def features(self, index: int, context: str) -> Tensor:
+            return super().features(index, context) * (float("nan") if index == bad else 1.0)
+
+    with pytest.raises(ValueError, match="not finite"):
+        run_guided(predictors(Spoiled()), Spoiled(), config, tmp_path / "checkpoint")
+    with safe_open(tmp_path / "checkpoint", framework="pt") as file:
+        assert json.loads(file.metadata()["lesa"])["position"] == 1
+
+
 # Checkpoints that do not fit
 
 
@@ -501,3 +515,5 @@ def test_settings_are_checked() -> None:
         for value in (0, -1, float("nan")):
             with pytest.raises(ValueError, match=f"{name}={value}"):
                 TrainingConfig(**{name: value})
+    with pytest.raises(ValueError, match="first_step=0"):
+        guided(predictors(Trajectories()), Trajectories(), 0)

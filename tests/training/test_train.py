@@ -240,10 +240,21 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     assert {interval: path.read_bytes() for interval, path in again.items()} == before
 
 
-def test_one_string_is_no_list_of_prompts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="prompts='red apple'"):
-        train(FLUX.make(), "red apple", tmp_path / "new", request=request_of(FLUX))
-    assert not (tmp_path / "new").exists()
+def test_bad_arguments_are_refused_before_anything_happens(tmp_path: Path) -> None:
+    pipe, folder = FLUX.make(), tmp_path / "new"
+    for prompts, more, named in (
+        ("red apple", {}, "prompts="),
+        (["snow"], {"request": 7}, "request="),
+        (["snow"], {"intervals": ()}, "intervals="),
+        (["snow"], {"intervals": (3, 0)}, "intervals="),
+        (["snow"], {"calibration": -1}, "calibration="),
+    ):
+        with pytest.raises(ValueError, match=named):
+            train(pipe, prompts, folder, **{"request": request_of(FLUX), **more})
+    assert not folder.exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="folder"):
+        train(pipe, ["snow"], tmp_path / "file", request=request_of(FLUX))
 
 
 def test_calibration_brings_its_requests_closer_to_the_full_ones(tmp_path: Path) -> None:
