@@ -114,7 +114,7 @@ def forwards(steps: int, inputs: int, outputs: int) -> list[Any]:
     from lesa.kernels.kan import ForwardConfig as Cut
 
     if min(steps, outputs) == 1:
-        return [Cut(form, 1, 1, 256) for form in ("rows", "gather")]
+        return [Cut("rows", 1, 1, 256)]
     tiles = [(16, 32, 16, 4, 4), (16, 32, 32, 8, 8)]
     narrow, wide = (Cut("dot", *tile, "tf32x3", warps) for *tile, warps in tiles)
     if inputs < 64:

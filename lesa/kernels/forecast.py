@@ -222,29 +222,11 @@ def launch_forecast_fwd(
         out = torch.empty(history.shape[1:], dtype=history.dtype, device=history.device)
     else:
         check_feature("out", out, history)
-    _prepare(out, history, slots, weights, bias, keep, step, config)()
+    prepare_forecast(out, history, slots, weights, bias, keep, step, config)()
     return history if out is None else out
 
 
-def prepare_forecast_into(
-    history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, keep: Tensor, step: Tensor
-) -> Callable[[], None]:
-    """Prepare `launch_forecast_fwd` into the ring, for many launches.
-
-
-    Args:
-        history, slots, weights, bias, keep, step: as there; their values may change in place between launches.
-
-    Returns:
-        Called without arguments, it launches.
-
-    Raises:
-        ValueError: the dtype, shape or strides of an argument differ from the above.
-    """
-    return _prepare(None, history, slots, weights, bias, keep, step)
-
-
-def _prepare(
+def prepare_forecast(
     out: Tensor | None,
     history: Tensor,
     slots: Tensor,
@@ -254,7 +236,14 @@ def _prepare(
     step: Tensor | None,
     config: ForecastConfig | None = None,
 ) -> Callable[[], None]:
-    """A function that launches the forecast, to `out` or into the ring."""
+    """Prepare `launch_forecast_fwd` for many launches; its arguments' values may change in place between them.
+
+    Returns:
+        Called without arguments, it launches.
+
+    Raises:
+        ValueError: the dtype, shape or strides of an argument differ from what is said there.
+    """
     check_history(history)
     window = check_row(slots, step, weights=weights, bias=bias, keep=keep)
     if history.numel() == 0:

@@ -26,7 +26,6 @@ from .spline import (
     SIXTH,
     apply_edges,
     basis6,
-    gather_edges,
     grid_numbers,
     load_edges,
     load_rows,
@@ -46,8 +45,7 @@ class ForwardConfig(NamedTuple):
     """Tiling of a forward.
 
     Args:
-        form: "rows" sums one row over a tile of edges, "gather" does so reading the active coefficients only,
-            "dot" multiplies tiles of at least 16 rows and inputs.
+        form: "rows" sums one row over a tile of edges, "dot" multiplies tiles of at least 16 rows and inputs.
         rows, outputs, inputs: sizes of the tile, powers of two.
         split: parts of the tile's inputs, each summed by other warps ("dot").
         precision: of products, "ieee" or "tf32x3".
@@ -185,12 +183,9 @@ def _kan_fwd_kernel(
             o_x = i_x + tl.arange(0, BX)
             b_x = tl.load(p_x + o_x, mask=o_x < X, other=0.0).to(tl.float32)
             b_cell, b_rest = position(b_x, middle, inverse, width, width_rest)
-            if FORM == "gather":
-                b_sum += gather_edges(p_base, p_spline, p_scale, o_q, o_x, Q_left, X, silu(b_x), b_cell, b_rest, M)
-            else:
-                b_basis = basis6(b_cell[:, None], b_rest[:, None], o_m[None, :], M)
-                b_base, b_spline, b_scale = load_edges(p_base, p_spline, p_scale, o_q, i_x, Q_left, X, M, MP, BX)
-                b_sum += apply_edges(b_base, b_spline, b_scale, silu(b_x), b_basis)
+            b_basis = basis6(b_cell[:, None], b_rest[:, None], o_m[None, :], M)
+            b_base, b_spline, b_scale = load_edges(p_base, p_spline, p_scale, o_q, i_x, Q_left, X, M, MP, BX)
+            b_sum += apply_edges(b_base, b_spline, b_scale, silu(b_x), b_basis)
         tl.store(p_y + o_q, tl.sum(b_sum, 1), mask=o_q < Q_left)
 
 
@@ -222,15 +217,8 @@ def launch_kan_fwd(
         _kan_fwd_kernel[(triton.cdiv(steps, cut.rows), triton.cdiv(outputs, cut.outputs), experts * len(sums))](
             sums,
             x,
-            base.contiguous(),
-            spline.contiguous(),
-            scale.contiguous(),
-            steps,
-            inputs,
-            outputs,
-            x.stride(0),
-            x.stride(1),
-            span,
+            *(part.contiguous() for part in (base, spline, scale)),
+            *(steps, inputs, outputs, x.stride(0), x.stride(1), span),
             *grid_numbers(bases, low, high),
             M=bases,
             MP=padded(bases),
@@ -289,14 +277,8 @@ def launch_kan_bwd(
             dscale,
             grad.contiguous(),
             x,
-            base.contiguous(),
-            spline.contiguous(),
-            scale.contiguous(),
-            steps,
-            inputs,
-            outputs,
-            x.stride(0),
-            x.stride(1),
+            *(part.contiguous() for part in (base, spline, scale)),
+            *(steps, inputs, outputs, x.stride(0), x.stride(1)),
             *grid_numbers(bases, low, high),
             M=bases,
             MP=padded(bases),

@@ -120,14 +120,10 @@ def check_row(slots: Tensor, step: Tensor | None, **rows: Tensor | None) -> int:
 
 
 def check_grad(grad: Tensor, shape: torch.Size) -> None:
-    """Check that a gradient is a dense feature.
-
-    Args:
-        grad: expected to have `shape` and one of the feature dtypes.
-        shape: shape of a feature.
+    """Check that a gradient is a dense feature of a shape.
 
     Raises:
-        ValueError: it has not, or it is not contiguous.
+        ValueError: it has another shape, none of the feature dtypes, or is not contiguous.
     """
     if grad.dtype not in FEATURE_DTYPES or grad.shape != shape or not grad.is_contiguous():
         raise ValueError(
@@ -137,15 +133,10 @@ def check_grad(grad: Tensor, shape: torch.Size) -> None:
 
 
 def check_feature(name: str, feature: Tensor, history: Tensor) -> None:
-    """Check that a tensor is a dense feature like those of a ring.
-
-    Args:
-        name: name of the argument.
-        feature: expected to have the dtype of `history` and the shape of its features.
-        history: [H, *feature].
+    """Check that a tensor is a dense feature like those of a ring [H, *feature].
 
     Raises:
-        ValueError: it has not, or it is not contiguous.
+        ValueError: it has another dtype or shape, or is not contiguous; `name` says which argument it is.
     """
     if feature.dtype != history.dtype or feature.shape != history.shape[1:] or not feature.is_contiguous():
         raise ValueError(

@@ -104,25 +104,6 @@ def apply_edges(b_base, b_spline, b_scale, b_silu, b_basis6):
 
 
 @triton.jit
-def gather_edges(p_base, p_spline, p_scale, o_q, o_x, Q, X, b_silu, b_cell, b_rest, M: tl.constexpr):
-    """`apply_edges`, but it reads only the four coefficients of the active bases."""
-    o_edge = o_q[:, None] * X + o_x[None, :]
-    m_edge = (o_q < Q)[:, None] & (o_x < X)[None, :]
-    # Far outside the grid no basis is active; the clamp keeps the cast to an integer defined.
-    b_first = tl.floor(b_cell + (0.5 * (M - 1) - 1.0) + b_rest)
-    o_first = tl.minimum(tl.maximum(b_first, -4.0), M).to(tl.int32)
-    b_sum = tl.zeros(o_edge.shape, tl.float32)
-    for j in tl.static_range(4):
-        o_m = o_first + j
-        m_spline = m_edge & ((o_m >= 0) & (o_m < M))[None, :]
-        b_spline = tl.load(p_spline + o_edge * M + o_m[None, :], mask=m_spline, other=0.0).to(tl.float32)
-        b_sum += b_spline * basis6(b_cell, b_rest, o_m, M)[None, :]
-    b_base = load_rows(p_base, o_q, o_x, Q, X, X)
-    b_scale = load_rows(p_scale, o_q, o_x, Q, X, X)
-    return b_base * b_silu[None, :] + b_scale * (b_sum * SIXTH)
-
-
-@triton.jit
 def _split(b_x):
     # The nearest number of 11 significant bits, and the rest, which fits 12 bits and a sign.
     b_high = ((b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)

@@ -139,18 +139,15 @@ def describe() -> dict[str, str]:
     """For every backend: its version, or why it is missing and what to do."""
     triton = _triton_version()
     gpu = _gpu_name()
+    no_triton = f"{triton}, but no GPU is here" if triton else "not installed: pip install triton"
     return {
-        "triton": f"{triton} on {gpu}" if triton and gpu else _no_triton(triton),
+        "triton": f"{triton} on {gpu}" if triton and gpu else no_triton,
         "cpp": f"{cpp_path().name}" if load_cpp() else _NO_LIBRARY,  # type: ignore[union-attr]
         "torch": torch.__version__,
     }
 
 
 _NO_LIBRARY = "not built: install lesa where a C++ compiler is, with --no-build-isolation; plain torch serves the CPU"
-
-
-def _no_triton(version: str | None) -> str:
-    return f"{version}, but no GPU is here" if version else "not installed: pip install triton"
 
 
 @functools.cache
@@ -218,7 +215,7 @@ def _triton_missing(tensor: Tensor) -> str | None:
         return f"the kernels take {', '.join(map(str, _KERNEL_DTYPES))}, not {tensor.dtype}"
     if _triton_version() is None:
         return "triton is not installed: pip install triton"
-    if tensor.device.type == "cpu" and not _interpreted():
+    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return (
             "these are CPU tensors: move the pipeline or tensors to a GPU, or leave backend out (kernels run on the "
             "CPU only under TRITON_INTERPRET=1, slowly)"
@@ -235,10 +232,6 @@ def _triton_version() -> str | None:
     import triton
 
     return triton.__version__
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _gpu_name() -> str | None:

@@ -119,9 +119,9 @@ def prepared_forecast(
         ValueError: the dtype or shape of an argument differs from the above.
     """
     if launches(history, backend):
-        from ..kernels.forecast import prepare_forecast_into
+        from ..kernels.forecast import prepare_forecast
 
-        return prepare_forecast_into(history, slots, weights, bias, keep, step)
+        return prepare_forecast(None, history, slots, weights, bias, keep, step)
     return functools.partial(forecast_into_, history, slots, weights, bias, keep, step, backend)
 
 
@@ -230,13 +230,9 @@ def _plain_spread(grad: Tensor, coefficients: Tensor, slots: Tensor, size: int) 
     return (share.reshape(-1, *[1] * grad.dim()) * grad.to(wide)).to(grad.dtype)
 
 
-def _triton_forecast(history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
-    from ..kernels.forecast import launch_forecast_fwd
-
-    return launch_forecast_fwd(None, history, slots, weights, bias, None, None)
-
-
-def _triton_forecast_at(history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, step: Tensor) -> Tensor:
+def _triton_forecast(
+    history: Tensor, slots: Tensor, weights: Tensor, bias: Tensor, step: Tensor | None = None
+) -> Tensor:
     from ..kernels.forecast import launch_forecast_fwd
 
     return launch_forecast_fwd(None, history, slots, weights, bias, None, step)
@@ -295,7 +291,7 @@ define(
 define(
     "forecast_at(Tensor history, Tensor slots, Tensor weights, Tensor bias, Tensor step) -> Tensor",
     _plain_forecast_at,
-    _triton_forecast_at,
+    _triton_forecast,
     _fake_forecast,
 )
 define(

@@ -182,19 +182,16 @@ def _plain_kan_backward(
     return dx, d_base, d_spline, d_scale
 
 
-def _triton_kan(x: Tensor, base: Tensor, spline: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+def _triton_kan(*args: Any) -> Tensor:
     from ..kernels.kan import launch_kan_fwd
 
-    return launch_kan_fwd(x, base, spline, scale, low, high)
+    return launch_kan_fwd(*args)
 
 
-def _triton_kan_backward(
-    grad: Tensor, x: Tensor, base: Tensor, spline: Tensor, scale: Tensor, low: float, high: float, needs_x: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _triton_kan_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels.kan import launch_kan_bwd
 
-    dx, *rest = launch_kan_bwd(grad.contiguous(), x, base, spline, scale, low, high, needs_x)
-    d_base, d_spline, d_scale = rest
+    dx, d_base, d_spline, d_scale = launch_kan_bwd(grad, x, *rest)
     return x.new_empty(0) if dx is None else dx, d_base, d_spline, d_scale
 
 
@@ -271,19 +268,10 @@ def _row_gradients(sums: Tensor, weights: Tensor, bias: Tensor, alpha: Tensor) -
     return alpha.to(sums.dtype) * sums, d_alpha
 
 
-def _triton_predict(
-    history: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    bias: Tensor,
-    dt: Tensor,
-    params: list[Tensor],
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _triton_predict(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels.predict import launch_predict_fwd
 
-    return launch_predict_fwd(history, slots, weights, bias, dt, params, low, high)
+    return launch_predict_fwd(*args)
 
 
 def _triton_predict_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -348,17 +336,8 @@ def _fake_predict(
     return history.new_empty(history.shape[1:]), params[0].new_empty((), dtype=wide), *hidden
 
 
-def _fake_predict_loss(
-    history: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    bias: Tensor,
-    alpha: Tensor,
-    target: Tensor,
-    l2: bool,
-    want_forecast: bool,
-) -> tuple[Tensor, ...]:
-    wide = wide_dtype(history)
+def _fake_predict_loss(history: Tensor, slots: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    wide, want_forecast = wide_dtype(history), rest[-1]
     shape = history.shape[1:] if want_forecast else (0,)
     loss, grads = history.new_empty((), dtype=wide), history.new_empty(slots.shape[0] + 2, dtype=wide)
     return loss, history.new_empty(shape), grads

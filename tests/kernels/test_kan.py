@@ -80,7 +80,6 @@ def test_forward_and_gradients(size, dtype, seed):
 
 FORMS = [
     (ForwardConfig("rows", 1, 8, 8), ROWS),
-    (ForwardConfig("gather", 1, 8, 8), ROWS),
     (ForwardConfig("dot", 16, 16, 8, split=2, span=16), DOT),
     (ForwardConfig("dot", 32, 16, 16, split=4, precision="ieee"), DOT._replace(precision="ieee", rows=32)),
 ]
@@ -89,17 +88,15 @@ FORMS = [
 @pytest.mark.parametrize(
     ("size", "forms"),
     [((2, 1, 19, 18, 8), forms) for forms in FORMS]
-    + [((1, 5, 12, 9, 6), forms) for forms in FORMS[:2]]
-    + [((1, 18, 12, 9, 6), forms) for forms in FORMS[2:]],
+    + [((1, 5, 12, 9, 6), forms) for forms in FORMS[:1]]
+    + [((1, 18, 12, 9, 6), forms) for forms in FORMS[1:]],
 )
 def test_every_form(size, forms, seed):
     grad, tensors = random_layer(seed, *size)
     check(run(grad, tensors, *forms), grad, tensors)
 
 
-@pytest.mark.parametrize(
-    ("form", "bases"), [("rows", 8), ("rows", 4), ("gather", 11), ("gather", 4), ("dot", 8), ("dot", 11)]
-)
+@pytest.mark.parametrize(("form", "bases"), [("rows", 8), ("rows", 4), ("rows", 11), ("dot", 8), ("dot", 11)])
 def test_knots_and_beyond_the_grid(form, bases, seed):
     grid = bspline_grid(bases - 3, 3, (LOW, HIGH), torch.float32)
     far = torch.tensor([1.0, 1.5, 4.0, 1e4, 1e8])
