@@ -16,7 +16,7 @@ from lesa import assets, metrics
 from lesa.forecasters import LEARNED
 from lesa.forecasters import plan_of as forecaster_plan
 from lesa.models.pipeline import run
-from lesa.planner.search import search_all
+from lesa.planner.search import search
 from lesa.planner.statistics import GUIDED, Statistics
 from lesa.plans import schedule
 from lesa.plans.plan import Plan
@@ -158,7 +158,7 @@ class Bench:
             found = (schedule.paper(steps, interval) for interval in _intervals(steps))
             return next(computed for computed in found if len(computed) == budget)
         known = self.statistics(guidance)
-        return search_all(known.gram("output", GUIDED), known.impulse_response[-1], (budget,))[budget]
+        return search(known.gram("output", GUIDED), known.impulse_response[-1], budget)
 
     def forecaster(self, name: str, schedule_name: str, site: str, guidance: int, budget: int) -> Plan:
         """The plan of one of `RULES`."""

@@ -22,7 +22,7 @@ from ..plans.plan import Plan
 from ..plans.rows import ANY_CONTEXT, MAX_READS, Expected, PlanError, Row
 from .search import search
 from .statistics import GUIDED, Statistics, flow_impulse_response
-from .surrogate import Surrogate
+from .surrogate import Segments, Surrogate
 
 FITTED = "fitted"
 ENOUGH = 4  # requests, to estimate a standard deviation
@@ -47,11 +47,8 @@ def plan_for(
     budget: int | float,
     sigmas: Sequence[float] | None = None,
     impulse_response: np.ndarray | None = None,
-    *,
-    site: str = "output",
-    forecaster: str | None = None,
 ) -> Plan:
-    """The plan of a request: statistics at its noise levels, the best schedule on them, and its rows.
+    """The plan of a request, of the output site: the best schedule and rows on statistics at its noise levels.
 
     Args:
         statistics: of full requests at the noise levels they were gathered at.
@@ -60,43 +57,24 @@ def plan_for(
         sigmas: the T + 1 noise levels of the request, the final 0 included; those of the statistics by default.
         impulse_response: [T + 1, T], see `Statistics`; by default the flow-matching one, or without `sigmas` the
             statistics' own.
-        site: where features are taken, "output" or "hidden"; the schedule is searched on the output in any case.
-        forecaster: one of `lesa.forecasters.FORECASTERS`, or "fitted", the rows of the output site that the surrogate
-            finds best; by default that, and "regression" at the hidden site.
 
     Returns:
         A plan with rows for each context of the statistics; those of the first serve contexts not named there.
 
     Raises:
-        ValueError: a value is out of range, or the statistics lack the site.
+        ValueError: a value is out of range, or the statistics lack the output site.
     """
     native = sigmas is None
     if not native or impulse_response is not None:
         statistics = statistics.at(statistics.sigmas if sigmas is None else sigmas, impulse_response)
     total = statistics.num_steps
-    gram = statistics.gram("output", GUIDED)
-    computed = search(gram, statistics.impulse_response[-1], computed_steps(budget, total))
+    computed = search(statistics.gram("output", GUIDED), statistics.impulse_response[-1], computed_steps(budget, total))
     training = {"requests": statistics.requests, "schedule": "searched"}
     timesteps = statistics.timesteps if native else None
-    forecaster = forecaster or (FITTED if site == "output" else "regression")
-    if forecaster == FITTED:
-        if site != "output":
-            raise ValueError(f"site={site!r} with forecaster='fitted': these rows are of the output site")
-        gains, grams = prior_error_gains(statistics, 1), statistics.grams["output"][None]
-        surrogate = Surrogate(grams, statistics.impulse_response, np.asarray(statistics.guidance), gains)
-        weights, _ = surrogate.optimise(computed, linear_extrapolation(computed, len(gains), total))
-        return plan_from_weights(statistics, computed, weights, timesteps=timesteps, training=training)
-    return forecasters.plan_of(
-        forecaster,
-        computed,
-        statistics.sigmas,
-        site,
-        gram={name: statistics.gram(site, context) for name, context in served_by(statistics).items()},
-        timesteps=timesteps,
-        denoiser=statistics.denoiser,
-        config_hash=statistics.config_hash,
-        training=training,
-    )
+    gains, grams = prior_error_gains(statistics, 1), statistics.grams["output"][None]
+    surrogate = Surrogate(grams, statistics.impulse_response, np.asarray(statistics.guidance), gains)
+    weights, _ = surrogate.optimise(computed, linear_extrapolation(computed, len(gains), total))
+    return plan_from_weights(statistics, computed, weights, timesteps=timesteps, training=training)
 
 
 def adapt(
@@ -231,7 +209,7 @@ def _moved(model: Surrogate, schedules: Collection[tuple[int, ...]]) -> tuple[in
     def cost(computed: tuple[int, ...]) -> float:
         if computed not in costs:
             rows = linear_extrapolation(computed, contexts, model.num_steps)
-            costs[computed] = model.on(computed, _NEWEST).optimise(rows, hasty)[1]
+            costs[computed] = Segments(model, computed, _NEWEST).optimise(rows, hasty)[1]
         return costs[computed]
 
     ends = []
@@ -352,10 +330,9 @@ def served_by(statistics: Statistics) -> dict[str, str]:
 def expected_by(surrogate: Surrogate, plan: Plan) -> dict[str, dict[int, Expected]]:
     """The expected errors of the checks of a plan that was not run: their errors in the full requests."""
     T = surrogate.num_steps
-    own = {name: slice(c * T, (c + 1) * T) for c, name in enumerate(surrogate.contexts)}
-    return expectations(
-        plan.checks, {name: surrogate.grams[:, part, part] for name, part in own.items()}, measured=False
-    )
+    own = [slice(c * T, (c + 1) * T) for c in range(len(surrogate.contexts))]
+    grams = [surrogate.grams[:, part, part] for part in own]
+    return expectations(plan.checks, dict(zip(surrogate.contexts, grams, strict=True)), measured=False)
 
 
 def expectations(

@@ -8,33 +8,24 @@ move it by H F_q + c (F_q - F_p) with H = sum_t h_t and one free scalar c = sum_
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
-
 import numpy as np
 from numpy.typing import ArrayLike
+
+from ..plans.schedule import whole
 
 # A cost or a norm below this share of the largest is what rounding left of zero.
 _ROUNDING = 16 * np.finfo(np.float64).eps
 
 
-def search(
-    gram: ArrayLike,
-    impulse_response: ArrayLike,
-    budget: int,
-    *,
-    ridge: float = 0.01,
-    first: int = 1,
-) -> tuple[int, ...]:
+def search(gram: ArrayLike, impulse_response: ArrayLike, budget: int, *, ridge: float = 0.01) -> tuple[int, ...]:
     """The schedule of exactly `budget` computed steps with the lowest cost.
 
     Args:
         gram: [T, T], inner products of the features of the output site, e.g. `Statistics.gram("output", GUIDED)`.
         impulse_response: [T], what one unit of each step's output does to the final sample, e.g. the last row of
             `Statistics.impulse_response`.
-        budget: computed steps, `first` to T.
+        budget: computed steps, 1 to T.
         ridge: pull of c towards 0 (reuse), relative to || F_q - F_p ||^2, at least 0.
-        first: how many steps at the start are all computed, 1 to `budget`.
 
     Returns:
         The computed steps, ascending, step 0 among them; of several best schedules the one with the earliest steps.
@@ -42,34 +33,17 @@ def search(
     Raises:
         ValueError: a shape or value is out of place.
     """
-    return search_all(gram, impulse_response, (budget,), ridge=ridge, first=first)[int(budget)]
-
-
-def search_all(
-    gram: ArrayLike,
-    impulse_response: ArrayLike,
-    budgets: Iterable[int],
-    *,
-    ridge: float = 0.01,
-    first: int = 1,
-) -> dict[int, tuple[int, ...]]:
-    """The schedules of several budgets out of one table; see `search`.
-
-    Args:
-        budgets: numbers of computed steps, each `first` to T, at least one.
-
-    Returns:
-        For each budget, in the order given, what `search` returns.
-    """
     gram, impulse_response = _checked(gram, impulse_response, ridge)
-    total = len(impulse_response)
-    wanted = [_whole("budget", budget, 1, total) for budget in budgets]
-    if not wanted:
-        raise ValueError("budgets is empty: give at least one number of computed steps")
-    first = _whole("first", first, 1, min(wanted))
+    budget = whole("budget", budget, 1, len(impulse_response))
     costs = _costs(gram, impulse_response, ridge)
-    table = _table(costs, max(wanted) - first + 1, first - 1)
-    return {budget: _read(costs, table, budget, first) for budget in wanted}
+    table = _table(costs, budget)
+    # From the start: at each step the earliest of the best next ones.
+    steps, p, q = [0], 0, 0
+    for left in range(budget - 1, 0, -1):
+        after = costs[q][:, p] + table[q + 1 :, left, q]
+        p, q = q, q + 1 + int(after.argmin())
+        steps.append(q)
+    return tuple(steps)
 
 
 def _costs(gram: np.ndarray, impulse_response: np.ndarray, ridge: float) -> list[np.ndarray]:
@@ -101,29 +75,18 @@ def _costs(gram: np.ndarray, impulse_response: np.ndarray, ridge: float) -> list
     return costs
 
 
-def _table(costs: list[np.ndarray], most: int, lowest: int) -> np.ndarray:
+def _table(costs: list[np.ndarray], budget: int) -> np.ndarray:
     """Least cost from here on, [q, r, p]: q is computed, p was the one before, r computed steps are left, q included.
 
-    Step T stands for the end of the request, where none is left. Filled for r <= `most` and q >= `lowest`.
+    Step T stands for the end of the request, where none is left.
     """
     total = len(costs)
-    table = np.full((total + 1, most + 1, total), np.inf)
+    table = np.full((total + 1, budget + 1, total), np.inf)
     table[total, 0] = 0.0
-    for q in reversed(range(lowest, total)):
+    for q in reversed(range(total)):
         own = costs[q][:, None]  # [n - q - 1, 1, p]; where too few steps follow n, the table is infinite
         table[q, 1:, : own.shape[2]] = (own + table[q + 1 :, :-1, q, None]).min(axis=0)
     return table
-
-
-def _read(costs: list[np.ndarray], table: np.ndarray, budget: int, first: int) -> tuple[int, ...]:
-    """Walk the table from the start: at each step the earliest of the best next ones."""
-    steps = list(range(first))
-    p, q = max(first - 2, 0), first - 1
-    for left in range(budget - first, 0, -1):
-        after = costs[q][:, p] + table[q + 1 :, left, q]
-        p, q = q, q + 1 + int(after.argmin())
-        steps.append(q)
-    return tuple(steps)
 
 
 def _prefix(values: np.ndarray, axis: int) -> np.ndarray:
@@ -154,15 +117,3 @@ def _checked(gram: ArrayLike, impulse_response: ArrayLike, ridge: float) -> tupl
         raise ValueError(f"ridge={ridge}: expected a finite number of at least 0")
     g = (g + g.T) / 2.0
     return g - g[0] - g[:, :1] + g[0, 0], h
-
-
-def _whole(name: str, value: int, low: int, high: int) -> int:
-    """`value` as an int in [low, high], or a ValueError that names it."""
-    expected = f"a whole number from {low} to {high}"
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name}={value!r}: expected {expected}") from None
-    if not low <= number <= high:
-        raise ValueError(f"{name}={number}: expected {expected}")
-    return number

@@ -200,10 +200,6 @@ class Surrogate:
         kept = np.linspace(0, self.requests - 1, most).round().astype(int)
         return replace(self, grams=self.grams[kept], error_gains=self.error_gains[:, :, kept])
 
-    def on(self, computed: Sequence[int], most: int = MAX_READS) -> Segments:
-        """The model on one schedule, where the weights of so many of the newest computed steps are optimised."""
-        return Segments(self, computed, most)
-
     def step(self, computed: Sequence[int], weights: np.ndarray, outcome: Outcome, damping: float) -> np.ndarray:
         """One damped step of Gauss-Newton on `Outcome.objective`, from an outcome predicted or measured.
 
@@ -216,16 +212,14 @@ class Surrogate:
         Returns:
             [C, T, T], other rows.
         """
-        segments = self.on(computed)
+        segments = Segments(self, computed)
         change = segments.change(outcome, segments.carried(segments.evaluate(segments.reads(weights))), damping)
         return segments.with_change(weights, change)
 
-    def optimise(
-        self, computed: Sequence[int], weights: np.ndarray, iterations: int = 12, damping: float = 0.01
-    ) -> tuple[np.ndarray, float]:
+    def optimise(self, computed: Sequence[int], weights: np.ndarray, iterations: int = 12) -> tuple[np.ndarray, float]:
         """Rows [C, T, T], from `weights` refined by up to `iterations` steps, and their predicted objective."""
-        segments = self.on(computed)
-        change, objective = segments.optimise(weights, iterations, damping)
+        segments = Segments(self, computed)
+        change, objective = segments.optimise(weights, iterations)
         return segments.with_change(weights, change), objective
 
 
@@ -319,9 +313,9 @@ class Segments:
         change[c, k, j] = -np.linalg.solve(system, gradient)
         return change
 
-    def optimise(self, weights: np.ndarray, iterations: int, damping: float = 0.01) -> tuple[np.ndarray, float]:
+    def optimise(self, weights: np.ndarray, iterations: int) -> tuple[np.ndarray, float]:
         """The change [C, N, N] that up to so many steps make of rows [C, T, T], and the objective after it."""
-        reads, total = self.reads(weights), np.zeros((self._C, self._N, self._N))
+        reads, total, damping = self.reads(weights), np.zeros((self._C, self._N, self._N)), 0.01
         evaluation = self.evaluate(reads)
         for _ in range(iterations):
             change = self.change(self.outcome(evaluation), self.carried(evaluation), damping)

@@ -29,10 +29,10 @@ def uniform(num_steps: int, interval: int, warmup: int = 4, origin: int = 2) -> 
     Raises:
         ValueError: an argument is no whole number or outside its range.
     """
-    num_steps = _whole("num_steps", num_steps, 1)
-    interval = _whole("interval", interval, 1, num_steps)
-    warmup = _whole("warmup", warmup, 1, num_steps)
-    origin = _whole("origin", origin, 0, num_steps - 1)
+    num_steps = whole("num_steps", num_steps, 1)
+    interval = whole("interval", interval, 1, num_steps)
+    warmup = whole("warmup", warmup, 1, num_steps)
+    origin = whole("origin", origin, 0, num_steps - 1)
     return tuple(sorted({*range(warmup), *range(origin, num_steps, interval)}))
 
 
@@ -55,8 +55,8 @@ def paper(num_steps: int, interval: int) -> tuple[int, ...]:
     Raises:
         ValueError: an argument is no whole number or outside its range.
     """
-    num_steps = _whole("num_steps", num_steps, 1)
-    interval = _whole("interval", interval, 1, num_steps)
+    num_steps = whole("num_steps", num_steps, 1)
+    interval = whole("interval", interval, 1, num_steps)
     if num_steps >= _SHORT:
         return uniform(num_steps, interval, warmup=4, origin=2)
     if 2 * interval >= num_steps:
@@ -100,8 +100,8 @@ def check(computed: Iterable[int], num_steps: int) -> tuple[int, ...]:
     Raises:
         ValueError: the list is empty, out of order, repeats a step, lacks step 0, or leaves the request.
     """
-    num_steps = _whole("num_steps", num_steps, 1)
-    steps = tuple(_whole("a computed step", step, 0, num_steps - 1) for step in computed)
+    num_steps = whole("num_steps", num_steps, 1)
+    steps = tuple(whole("a computed step", step, 0, num_steps - 1) for step in computed)
     if not steps or steps[0] != 0:
         raise ValueError(f"computed={steps}: expected step 0 first; before it there is nothing to forecast from")
     for earlier, later in pairwise(steps):
@@ -183,8 +183,12 @@ def check_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def _whole(name: str, value: SupportsIndex, low: int, high: int | None = None) -> int:
-    """`value` as an int in [low, high], or a ValueError that names it."""
+def whole(name: str, value: SupportsIndex, low: int, high: int | None = None) -> int:
+    """`value` as an int.
+
+    Raises:
+        ValueError: it is no whole number in [low, high]; the message names it.
+    """
     expected = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
     try:
         number = operator.index(value)

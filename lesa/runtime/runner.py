@@ -40,12 +40,11 @@ class PlanRunner:
         plan: the plan to run.
         backend: of the operators, see `lesa.ops.forecast`.
         guard: "warn" measures the errors that the plan knows how to judge; "off" measures nothing.
-        stats: where to count; by default new ones.
     """
 
-    def __init__(self, plan: Plan, backend: str | None = None, guard: str = "warn", stats: Stats | None = None) -> None:
+    def __init__(self, plan: Plan, backend: str | None = None, guard: str = "warn") -> None:
         self.plan = plan
-        self.stats = stats or Stats()
+        self.stats = Stats()
         self._run = checked(plan, guard)
         self.stats.guard = guard if self._run.checks else "off"
         self._backend = backend
@@ -210,7 +209,6 @@ class Adaptive(Relay):
     Args:
         source: statistics of the denoiser's requests, or a plan with a surrogate.
         budget: see `plan_for`; a share is taken of each request's own steps. None, with a plan only, is the plan's own.
-        site: see `plan_for`; a plan has its own.
         runner: makes the driver of a plan.
 
     Raises:
@@ -222,10 +220,8 @@ class Adaptive(Relay):
         self,
         source: Statistics | Plan,
         budget: int | float | None = None,
-        site: str = "output",
         runner: Callable[[Plan], PlanRunner] = PlanRunner,
     ) -> None:
-        self.site = source.site if isinstance(source, Plan) else site
         self._source, self._budget, self._make_runner = source, budget, runner
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()
         self._home = self._plan = self._made()
@@ -263,7 +259,7 @@ class Adaptive(Relay):
         elif self._budget is None:
             raise ValueError("budget=None: with statistics say how many steps to compute, e.g. budget=10")
         else:
-            made = plan_for(self._source, self._budget, sigmas, impulse_response, site=self.site)
+            made = plan_for(self._source, self._budget, sigmas, impulse_response)
         if made.budget == made.num_steps:
             warnings.warn(
                 f"lesa forecasts nothing in requests of {made.num_steps} steps: all of them are within its budget; "

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from lesa.planner.search import search, search_all
+from lesa.planner.search import search
 
 
 def problem(seed, steps):
@@ -52,21 +52,9 @@ def test_no_schedule_is_better(seed, steps, budget):
         assert search(gram, impulse_response, budget, ridge=ridge) == min(costs, key=costs.get)
 
 
-@pytest.mark.parametrize("first", [2, 3])
-def test_the_first_steps_can_be_prescribed(seed, first):
-    features, gram, impulse_response = problem(seed, 9)
-    for budget in range(first, 7):
-        expected = min(schedules(9, budget, first), key=lambda s: cost(features, impulse_response, s))
-        assert search(gram, impulse_response, budget, first=first) == expected
-
-
-def test_one_table_serves_every_budget(seed):
+def test_the_smallest_and_the_largest_budget(seed):
     _, gram, impulse_response = problem(seed, 12)
-    budgets = (5, 12, 1, 7)
-    found = search_all(gram, impulse_response, budgets)
-    assert list(found) == list(budgets)
-    assert found == {b: search(gram, impulse_response, b) for b in budgets}
-    assert found[1] == (0,) and found[12] == tuple(range(12))
+    assert search(gram, impulse_response, 1) == (0,) and search(gram, impulse_response, 12) == tuple(range(12))
 
 
 def test_equal_schedules_are_decided_by_the_earliest_steps():
@@ -114,11 +102,3 @@ def test_bad_inputs_are_named(gram, impulse_response, options, message):
 def test_bad_budgets_are_named(budget, message):
     with pytest.raises(ValueError, match=message):
         search(GOOD, np.ones(4), budget)
-
-
-def test_other_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="budgets is empty"):
-        search_all(GOOD, np.ones(4), ())
-    for first in (0, 3):
-        with pytest.raises(ValueError, match=f"first={first}"):
-            search(GOOD, np.ones(4), 2, first=first)

@@ -8,7 +8,7 @@ import torch
 from written import CONTEXTS, LENGTH, REQUESTS, STEPS, features, model, shifted
 
 from lesa.planner.statistics import flow_impulse_response, interpolation
-from lesa.planner.surrogate import Outcome, Surrogate, interpolated_error_gains
+from lesa.planner.surrogate import Outcome, Segments, Surrogate, interpolated_error_gains
 
 T, L, P = 9, 40, 3
 COMPUTED = (0, 1, 3, 6)
@@ -48,7 +48,7 @@ def world(contexts, generator):
 
 def predicted(surrogate, computed, weights):
     """The outcome of rows [C, T, T]."""
-    segments = surrogate.on(computed)
+    segments = Segments(surrogate, computed)
     return segments.outcome(segments.evaluate(segments.reads(weights)))
 
 
@@ -79,7 +79,7 @@ def test_what_is_carried_is_the_derivative(contexts, generator):
     """One unit added to the forecasts of a segment, here times an output: what finite differences give."""
     surrogate, run, samples = world(contexts, generator)
     weights = some_rows(contexts, generator)
-    segments = surrogate.on(COMPUTED)
+    segments = Segments(surrogate, COMPUTED)
     carried = segments.carried(segments.evaluate(segments.reads(weights)))
     outputs, base = run(weights)
     k, j, tiny = 2, 1, 1e-6
@@ -189,7 +189,7 @@ def test_weights_of_the_newest_steps_alone_may_be_varied(generator):
     weights = some_rows(2, generator)
     objectives = []
     for most in (1, 2, 4):
-        change, objective = surrogate.on(COMPUTED, most).optimise(weights, 30)
+        change, objective = Segments(surrogate, COMPUTED, most).optimise(weights, 30)
         assert [bool(np.abs(change[:, k, j]).max()) for k in range(4) for j in range(4)] == [
             COMPUTED[k] not in (0,) and k - most < j <= k for k in range(4) for j in range(4)
         ]
