@@ -239,7 +239,7 @@ class Session:
         figures = {
             **self.identity(budget),
             "evaluations": len(refiner.seen),
-            "generations": seconds / trials.seconds_a_request,
+            "generations": seconds / (trials.seconds / trials.count),
             "seconds": seconds,
             "schedule": best.name,
             "candidates": [[name, score] for name, score in refiner.seen],

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import metrics, ops
 from ..models.gathering import gather_calls
 from ..models.pipeline import FeatureRecorder, PipelineCall, by_request, without_variance
-from ..planner.statistics import Statistics, StatisticsError
+from ..planner.statistics import Statistics
 from ..planner.surrogate import Outcome, Surrogate
 from ..plans.plan import Plan
 from ..runtime.clock import Call
@@ -91,11 +91,6 @@ class Trials:
     def count(self) -> int:
         """P, how many requests."""
         return len(self.labels)
-
-    @property
-    def seconds_a_request(self) -> float:
-        """Of a full one."""
-        return self.seconds / self.count
 
     @cached_property
     def grams(self) -> np.ndarray:
@@ -176,7 +171,7 @@ def run_in_full(
     references: list[Reference] = []
 
     def visit(recorder: FeatureRecorder, result: Any) -> None:
-        if not references and recorder.timesteps:
+        if not references:
             check(len(recorder.timesteps))
         references.append(_reference(recorder, result))
 
@@ -261,8 +256,6 @@ def final_of(result: Any, count: int) -> np.ndarray | None:
 def _reference(recorder: FeatureRecorder, result: Any) -> Reference:
     """What is kept of a full run, before its statistics are taken."""
     count = len(recorder.labels)
-    if recorder.request is None:
-        raise StatisticsError(f"{recorder.labels[0]} did not call the denoiser: each must run one request")
     outputs = [
         torch.stack([by_request(part, count).flatten(1) for part in own])
         for own in recorder.features("output").values()

@@ -17,24 +17,9 @@ from ..planner.statistics import Statistics, StatisticsError, flow_impulse_respo
 from ..plans.rows import SITES, LesaWarning
 from ..runtime.scheduler import impulse_response_of
 from .layouts import LAYOUTS, config_hash, denoiser_of
-from .pipeline import FeatureRecorder, PipelineCall, calls_of
+from .pipeline import FeatureRecorder, PipelineCall
 
 _SAME = 1e-4  # of sigma, between requests of one kind
-
-
-def gather(
-    target: Any,
-    prompts: Sequence[str] | None,
-    *,
-    request: Mapping[str, Any],
-    requests: Sequence[Callable[[], Any]] | None,
-    seeds: Sequence[int] | None,
-    batch: int,
-    **options: Any,
-) -> Statistics:
-    """`Statistics.gather`, whose arguments these are; `options` are those of `gather_calls`."""
-    calls = calls_of(target, prompts, requests, request, seeds, batch)
-    return gather_calls(target, calls, request, **options)
 
 
 def gather_calls(
@@ -70,6 +55,8 @@ def gather_calls(
         for call in calls:
             recorder = FeatureRecorder(call.labels, sites, offload=offload)
             result = call.run(recorder, "hidden" if "hidden" in sites else "output")
+            if recorder.request is None:
+                raise StatisticsError(f"{call.labels[0]} did not call the denoiser: each must run one request")
             if visit is not None:
                 visit(recorder, result)
             sums.add(recorder, sigmas)
@@ -84,7 +71,7 @@ def gather_calls(
         timesteps=sums.found.timesteps,
         contexts=contexts,
         guidance=_guidance(target, request, contexts) if guidance is None else tuple(guidance),
-        grams=sums.grams(),
+        grams={site: total / sums.requests for site, total in sums.totals.items()},
         impulse_response=impulse_response,
         requests=sums.requests,
         scheduler=None if scheduler is None else type(scheduler).__name__,
@@ -109,12 +96,11 @@ class _Sums:
     def __init__(self) -> None:
         self.found: _Found | None = None
         self.requests = 0
-        self._sums: dict[str, np.ndarray] = {}
+        self.totals: dict[str, np.ndarray] = {}
 
     def add(self, recorder: FeatureRecorder, sigmas: Sequence[float] | None) -> None:
         """Add one call's inner products, for each of its prompts."""
-        if recorder.request is None:
-            raise StatisticsError(f"{recorder.labels[0]} did not call the denoiser: each must run one request")
+        assert recorder.request is not None
         levels = recorder.request.sigmas or _bare_sigmas(recorder.timesteps, sigmas)
         if len(levels) != len(recorder.timesteps) + 1:
             raise StatisticsError(
@@ -131,13 +117,8 @@ class _Sums:
         check_alike(self.found, now, recorder.labels[0])
         count = len(recorder.labels)
         for site in recorder.sites:
-            gram = recorder.gram(site)
-            self._sums[site] = self._sums.get(site, 0) + count * gram
+            self.totals[site] = self.totals.get(site, 0) + count * recorder.gram(site)
         self.requests += count
-
-    def grams(self) -> dict[str, np.ndarray]:
-        """The means over the requests."""
-        return {site: total / self.requests for site, total in self._sums.items()}
 
 
 def _sites(sites: Sequence[str] | None, denoiser: torch.nn.Module) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -197,7 +198,9 @@ def calls_of(
     return [
         PipelineCall(
             tuple(f"prompt {i} ({prompts[i]!r})" for i in range(begin, min(begin + batch, len(prompts)))),
-            _pipeline(target, prompts[begin : begin + batch], seeds[begin : begin + batch], request, more),
+            functools.partial(
+                run, target, prompts[begin : begin + batch], seeds[begin : begin + batch], request, **more
+            ),
         )
         for begin in range(0, len(prompts), batch)
     ]
@@ -219,12 +222,6 @@ def check_functions(requests: Sequence[Callable[[], Any]]) -> None:
             f"requests[{wrong}] is a {type(requests[wrong]).__name__}: expected a function without arguments that runs "
             "one request"
         )
-
-
-def _pipeline(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], request: Mapping[str, Any], more: Mapping[str, Any]
-) -> Callable[[Any, str], Any]:
-    return lambda driver, site: run(pipe, prompts, seeds, request, driver, site, **more)
 
 
 def _function(target: Any, function: Callable[[], Any]) -> Callable[[Any, str], Any]:

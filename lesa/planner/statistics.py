@@ -117,20 +117,12 @@ class Statistics(SafetensorsFile):
             StatisticsError: features are not finite or were lost, or the requests are not of one kind.
             ValueError: an argument is out of place, or lesa is enabled on the target.
         """
-        from ..models.gathering import gather
+        from ..models.gathering import gather_calls
+        from ..models.pipeline import calls_of
 
-        return gather(
-            target,
-            prompts,
-            request=request or {},
-            requests=requests,
-            seeds=seeds,
-            batch=batch,
-            sigmas=sigmas,
-            guidance=guidance,
-            sites=sites,
-            offload=offload,
-        )
+        request = request or {}
+        calls = calls_of(target, prompts, requests, request, seeds, batch)
+        return gather_calls(target, calls, request, sigmas=sigmas, guidance=guidance, sites=sites, offload=offload)
 
     @property
     def num_steps(self) -> int:

@@ -35,22 +35,18 @@ class Ring(torch.nn.Module):
     def __init__(self, feature: torch.Tensor, plan: Plan, context: str, backend: str | None) -> None:
         super().__init__()
         self.backend = backend
-        width = max((len(row.steps) for row in _rows(plan, context).values()), default=1)
-        wide, shape = ops.wide_dtype(feature), (plan.num_steps, width)
         self._capacity = max(plan.capacity, 1)
+        keep = torch.tensor(plan.slots, dtype=torch.int32)
         tensors = {
             "history": torch.empty((self._capacity, *feature.shape), dtype=feature.dtype, device=feature.device),
-            "slots": torch.zeros(shape, dtype=torch.int32),
-            "weights": torch.zeros(shape, dtype=wide),
-            "bias": torch.zeros(plan.num_steps, dtype=wide),
-            "keep": torch.zeros(plan.num_steps, dtype=torch.int32),
-            "target": torch.zeros(plan.num_steps, dtype=torch.int32),
+            **_tables(plan, context, ops.wide_dtype(feature)),
+            "keep": keep,
+            "target": torch.where(keep < 0, self._capacity, keep),
             "step": torch.zeros(1, dtype=torch.int64),
         }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.to(feature.device), persistent=False)
         self._forget()
-        self._fill_tables(plan, context)
 
     def _forget(self) -> None:
         """Forget what was prepared for the memory there was."""
@@ -63,25 +59,6 @@ class Ring(torch.nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:  # a copy has memory of its own
         return {**self.__dict__, "_forecast": None, "_questions": {}}
-
-    def _fill_tables(self, plan: Plan, context: str) -> None:
-        """Take the rows and checks of a plan into the tables.
-
-        A check stands in the row of its own, computed step, which no forecast uses.
-        """
-        slots = torch.full(self.slots.shape, -1, dtype=self.slots.dtype)
-        weights = torch.zeros(self.weights.shape, dtype=self.weights.dtype)
-        bias = torch.zeros(self.bias.shape, dtype=self.bias.dtype)
-        for step, row in _rows(plan, context).items():
-            slots[step, : len(row.steps)] = torch.tensor([plan.slots[read] for read in row.steps], dtype=torch.int32)
-            weights[step, : len(row.steps)] = torch.tensor(row.weights, dtype=weights.dtype)
-            bias[step] = row.bias
-        keep = torch.tensor(plan.slots, dtype=torch.int32)
-        self.slots.copy_(slots)
-        self.weights.copy_(weights)
-        self.bias.copy_(bias)
-        self.keep.copy_(keep)
-        self.target.copy_(torch.where(keep < 0, self._capacity, keep))
 
     def fits(self, feature: torch.Tensor) -> bool:
         """Whether features like this one can be kept here."""
@@ -248,5 +225,14 @@ class History:
         return self.ring
 
 
-def _rows(plan: Plan, context: str) -> dict[int, Row]:
-    return {**plan.rows_of(context), **plan.checks_of(context)}
+def _tables(plan: Plan, context: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The rows and checks of a plan; a check stands in the row of its own, computed step, which no forecast uses."""
+    rows = {**plan.rows_of(context), **plan.checks_of(context)}
+    width = max((len(row.steps) for row in rows.values()), default=1)
+    slots = torch.full((plan.num_steps, width), -1, dtype=torch.int32)
+    weights, bias = torch.zeros(slots.shape, dtype=dtype), torch.zeros(plan.num_steps, dtype=dtype)
+    for step, row in rows.items():
+        slots[step, : len(row.steps)] = torch.tensor([plan.slots[read] for read in row.steps], dtype=torch.int32)
+        weights[step, : len(row.steps)] = torch.tensor(row.weights, dtype=dtype)
+        bias[step] = row.bias
+    return {"slots": slots, "weights": weights, "bias": bias}
