@@ -167,8 +167,7 @@ def taylor(past: Sequence[int], step: int, order: int) -> Row:
     F^_t = sum_{i <= order} D^i_j x^i / i! with x = t - s_j. Exact on sequences linear in the step.
 
     Args:
-        past: computed steps before `step`, ascending, at least one.
-        step: t, the step to forecast.
+        past, step: see `reuse`.
         order: highest difference used, 0 (reuse) to 15; lower where `past` has too few steps.
 
     Returns:
@@ -188,8 +187,7 @@ def hermite(past: Sequence[int], step: int, order: int, scale: float = 0.5) -> R
     scale 0.5 by default, 0.6 and 0.7 in its scripts).
 
     Args:
-        past: computed steps before `step`, ascending, at least one.
-        step: t, the step to forecast.
+        past, step: see `reuse`.
         order: highest difference used, 0 (reuse) to 15; lower where `past` has too few steps.
         scale: contraction, above 0; at 1/sqrt(2) order 1 is Taylor's, towards 0 every order becomes reuse.
 
@@ -272,8 +270,7 @@ def regression(
     means the same at any scale of the features.
 
     Args:
-        past: computed steps before `step`, ascending, at least one.
-        step: t, the step to forecast.
+        past, step: see `reuse`.
         gram: [T, T], symmetric, mean of F_i * F_j.
         towards: "reuse" or "taylor-<order>" (within the window); None shrinks the penalised weights to 0, which is
             reuse where they sum to one.

@@ -158,11 +158,14 @@ def fit(
     held_trials = run_in_full(target, held, request, **options) if held else None
     if held_trials is not None:
         check_alike(trials.statistics, held_trials.statistics, held[0].labels[0])
-    session = Session(trials, held_trials, effort=effort, seed=seed, seeds=numbers, given=given, folder=folder)
+    if folder is not None:
+        trials.statistics.save(folder / "statistics.safetensors")
+    session = Session(trials, held_trials, effort, seed, numbers, given, folder)
     plans = {one: session.plan(one) for one in arguments.budgets_of(wanted, trials.statistics.num_steps)}
     return plans if arguments.is_list(budget) else next(iter(plans.values()))
 
 
+@dataclass(frozen=True)
 class Session:
     """The full runs of one fit, and the plans fitted to them.
 
@@ -174,21 +177,13 @@ class Session:
         given: the user's plans, which are run beside the searched ones.
     """
 
-    def __init__(
-        self,
-        trials: Trials,
-        held: Trials | None,
-        *,
-        effort: str,
-        seed: int,
-        seeds: Sequence[int],
-        given: Sequence[Given] = (),
-        folder: Path | None = None,
-    ) -> None:
-        self._trials, self._held = trials, held
-        self._effort, self._seed, self._seeds, self._given, self._folder = effort, seed, list(seeds), given, folder
-        if folder is not None:
-            trials.statistics.save(folder / "statistics.safetensors")
+    trials: Trials
+    held: Trials | None
+    effort: str
+    seed: int
+    seeds: Sequence[int]
+    given: Sequence[Given]
+    folder: Path | None
 
     def plan(self, budget: int) -> Plan:
         """The plan for one budget; what lies in the folder is not made again.
@@ -196,45 +191,45 @@ class Session:
         Raises:
             ValueError: the folder holds a plan of other requests.
         """
-        path = None if self._folder is None else self._folder / f"plan-{budget}.safetensors"
-        made = None if path is None else self._made(path, budget)
-        if made is not None:
-            return made
-        plan = self._fit(budget)
-        if path is not None:
+        if self.folder is None:
+            return self._fit(budget)
+        path = self.folder / f"plan-{budget}.safetensors"
+        plan = self._made(path, budget)
+        if plan is None:
+            plan = self._fit(budget)
             plan.save(path)
         return plan
 
     def identity(self, budget: int) -> dict[str, Any]:
         """What a plan in the folder must agree with to be taken as made."""
         return {
-            "effort": self._effort,
-            "prompts": self._trials.labels,
-            "seeds": self._seeds,
-            "held_out": 0 if self._held is None else self._held.count,
-            "seed": self._seed,
-            "request": dict(self._trials.statistics.request),
-            "guidance": list(self._trials.statistics.guidance),
+            "effort": self.effort,
+            "prompts": self.trials.labels,
+            "seeds": self.seeds,
+            "held_out": 0 if self.held is None else self.held.count,
+            "seed": self.seed,
+            "request": dict(self.trials.statistics.request),
+            "guidance": list(self.trials.statistics.guidance),
             "given": [[one.name, fingerprint(one.plan)[:16]] for one in self._at(budget)],
         }
 
     def _at(self, budget: int) -> list[Given]:
-        return [one for one in self._given if one.plan.budget == budget]
+        return [one for one in self.given if one.plan.budget == budget]
 
     def _fit(self, budget: int) -> Plan:
         begin = time.perf_counter()
-        effort, given, trials = EFFORTS[self._effort], self._at(budget), self._trials
-        recorded = trials.count + (0 if self._held is None else self._held.count)
+        effort, given, trials = EFFORTS[self.effort], self._at(budget), self.trials
+        recorded = trials.count + (0 if self.held is None else self.held.count)
         left = max(effort.generations - recorded, 0)
         runs = int(left * effort.run_share / (trials.count * budget / trials.statistics.num_steps))
         if effort.run_share:  # the floor, the searched plan and all given ones are run, whatever it takes
             runs = max(runs, _LEAST + len(given))
-        schedules = ScheduleSearch(trials, budget, effort.evaluations, self._seed)
+        schedules = ScheduleSearch(trials, budget, effort.evaluations, self.seed)
         refiner = Refiner(trials, schedules, budget, runs, given)
         best = refiner.run()
         if best.measured is not None:
             trials.judge(best.measured)
-        recording = trials.seconds + (0.0 if self._held is None else self._held.seconds)
+        recording = trials.seconds + (0.0 if self.held is None else self.held.seconds)
         seconds = time.perf_counter() - begin + recording
         figures = {
             **self.identity(budget),
@@ -244,14 +239,14 @@ class Session:
             "schedule": best.name,
             "candidates": [[name, score] for name, score in refiner.seen],
         }
-        return finished(best, schedules.error_gains, figures, trials, self._held)
+        return finished(best, schedules.error_gains, figures, trials, self.held)
 
     def _made(self, path: Path, budget: int) -> Plan | None:
         try:
             plan = Plan.load(path)
         except PlanError:  # none, or damaged
             return None
-        reason = arguments.misfit(plan, self._trials.statistics)
+        reason = arguments.misfit(plan, self.trials.statistics)
         if reason is not None:
             raise ValueError(
                 f"folder={str(path.parent)!r} holds {path.name} of other requests ({reason}): name another"
@@ -265,7 +260,7 @@ class Session:
         if plan.surrogate is None:
             return True
         grams = surrogate_of(plan).grams
-        known = self._trials.surrogate(prior_error_gains(self._trials.statistics, self._trials.count)).thinned().grams
+        known = self.trials.surrogate(prior_error_gains(self.trials.statistics, self.trials.count)).thinned().grams
         return grams.shape == known.shape and bool(np.abs(grams - known).max() <= _SAME * np.abs(known).max())
 
 

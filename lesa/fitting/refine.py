@@ -64,28 +64,23 @@ class ScheduleSearch:
         budget: computed steps.
         evaluations: of schedules, for one search; more than 100 only where it may go far.
         seed: of the order in which moves are tried.
+
+    Attributes:
+        error_gains: [C, T, P] of the surrogate, see `learn`.
+        goes_far: whether a search may evaluate more schedules than usual.
     """
 
     def __init__(self, trials: Trials, budget: int, evaluations: int, seed: int) -> None:
         self._trials, self._statistics = trials, trials.statistics
         self._budget, self._most = budget, evaluations
         self._random = np.random.default_rng(seed)
-        self._error_gains = prior_error_gains(trials.statistics, trials.count)
+        self.goes_far = evaluations > _NEAR
+        self.error_gains = prior_error_gains(trials.statistics, trials.count)
         self._evaluated: dict[tuple[int, ...], float] = {}
-
-    @property
-    def error_gains(self) -> np.ndarray:
-        """[C, T, P] of the surrogate."""
-        return self._error_gains
-
-    @property
-    def goes_far(self) -> bool:
-        """Whether a search may evaluate more schedules than usual."""
-        return self._most > _NEAR
 
     def learn(self, error_gains: np.ndarray) -> None:
         """Take measured error gains [C, T, P] for the surrogate's."""
-        self._error_gains = error_gains
+        self.error_gains = error_gains
         self._evaluated.clear()
 
     def starts(self) -> list[tuple[int, ...]]:
@@ -97,13 +92,13 @@ class ScheduleSearch:
 
     def rows(self, computed: tuple[int, ...]) -> np.ndarray:
         """The surrogate's best rows [C, T, T]."""
-        surrogate = self._trials.surrogate(self._error_gains)
+        surrogate = self._trials.surrogate(self.error_gains)
         return surrogate.optimise(computed, closed_form(self._statistics, computed), 15)[0]
 
     def objective(self, computed: tuple[int, ...]) -> float:
         """What the surrogate promises of a schedule; lower is better."""
         if computed not in self._evaluated:
-            surrogate = self._trials.surrogate(self._error_gains)
+            surrogate = self._trials.surrogate(self.error_gains)
             self._evaluated[computed] = surrogate.optimise(computed, closed_form(self._statistics, computed), 5)[1]
         return self._evaluated[computed]
 

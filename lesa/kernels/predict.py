@@ -25,10 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import check_history, check_row, guard, padded
-from .loss import launch_predict_loss
 from .spline import apply_edges, basis6, grid_numbers, load_edges, position, silu
-
-__all__ = ["PredictConfig", "launch_predict_fwd", "launch_predict_loss"]
 
 READY = tl.constexpr(1 << 32)
 # Words lie apart in memory, so waiting for alpha does not slow the tickets.

@@ -59,16 +59,23 @@ def run(
         raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}: leave it out of the request")
     if isinstance(kwargs.get("negative_prompt"), str):
         kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
-    if driver is not None:
-        hooks.check_free(pipe)
     kwargs["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    if driver is None:
-        return pipe(prompt=list(prompts), **kwargs)
-    hooks.attach(pipe, driver, site)
+    call = functools.partial(pipe, prompt=list(prompts), **kwargs)
+    return call() if driver is None else _driven(call, pipe, driver, site)
+
+
+def _driven(function: Callable[[], Any], target: Any, driver: Driver, site: str) -> Any:
+    """What a function returns when a driver is put on the target meanwhile.
+
+    Raises:
+        ValueError: lesa is enabled on it already.
+    """
+    hooks.check_free(target)
+    hooks.attach(target, driver, site)
     try:
-        return pipe(prompt=list(prompts), **kwargs)
+        return function()
     finally:
-        hooks.detach(pipe)
+        hooks.detach(target)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -188,7 +195,9 @@ def calls_of(
     check_request(request)
     if requests is not None:
         check_functions(requests)
-        return [PipelineCall((f"request {i}",), _function(target, one)) for i, one in enumerate(requests)]
+        return [
+            PipelineCall((f"request {i}",), functools.partial(_driven, one, target)) for i, one in enumerate(requests)
+        ]
     assert prompts is not None
     if isinstance(target, torch.nn.Module):
         raise ValueError("prompts are for a pipeline: for a bare denoiser give requests, functions that run it")
@@ -222,18 +231,6 @@ def check_functions(requests: Sequence[Callable[[], Any]]) -> None:
             f"requests[{wrong}] is a {type(requests[wrong]).__name__}: expected a function without arguments that runs "
             "one request"
         )
-
-
-def _function(target: Any, function: Callable[[], Any]) -> Callable[[Any, str], Any]:
-    def call(driver: Any, site: str) -> Any:
-        hooks.check_free(target)
-        hooks.attach(target, driver, site)
-        try:
-            return function()
-        finally:
-            hooks.detach(target)
-
-    return call
 
 
 class FeatureRecorder:

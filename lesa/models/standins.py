@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,7 +89,7 @@ class Pass(nn.Module):
 
     def passed(self, args: tuple, kwargs: dict) -> list[Any]:
         """What a block would return, as it came in."""
-        return [argument(self.names, name, args, kwargs) for name in self.returns]
+        return [kwargs[name] if name in kwargs else args[self.names.index(name)] for name in self.returns]
 
 
 class Tail(Pass):
@@ -238,11 +237,6 @@ class Stands:
         if known is None or known[0] != of:
             known = self._made[key] = (of, make())
         return known[1]
-
-
-def argument(names: Sequence[str], name: str, args: tuple, kwargs: dict) -> Any:
-    """The argument `name` of a call to a forward whose parameters are `names`."""
-    return kwargs[name] if name in kwargs else args[names.index(name)]
 
 
 def _place(denoiser: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -39,8 +39,8 @@ def define(
     plain: Callable[..., Any],
     triton: Callable[..., Any],
     fake: Callable[..., Any],
-    setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    setup: Callable[..., None] | None = None,
 ) -> None:
     """Define one operator.
 
@@ -49,7 +49,8 @@ def define(
         plain: the implementation in plain torch, for any device and dtype.
         triton: calls the launcher, which it imports.
         fake: makes outputs of the right shape, dtype and device.
-        setup, backward: the autograd formula; None for operators without one.
+        backward: the autograd formula; None for operators without one.
+        setup: saves what it needs; None for one that only refuses.
     """
     name = schema.partition("(")[0]
     _plain[name], _triton[name] = plain, triton
@@ -72,10 +73,6 @@ def define(
 def wide_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which features like `tensor` are accumulated: float32 or wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Save nothing, for a formula that only refuses."""
 
 
 def no_second_derivative(ctx: Any, *grads: Any) -> Any:

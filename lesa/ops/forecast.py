@@ -23,7 +23,6 @@ from ._library import (
     define,
     launches,
     no_second_derivative,
-    no_setup,
     no_tensor,
     wide_dtype,
 )
@@ -285,8 +284,8 @@ define(
     _plain_forecast,
     _triton_forecast,
     _fake_forecast,
-    _setup_forecast,
     _backward_forecast,
+    _setup_forecast,
 )
 define(
     "forecast_at(Tensor history, Tensor slots, Tensor weights, Tensor bias, Tensor step) -> Tensor",
@@ -305,7 +304,6 @@ define(
     _plain_feature_sums,
     _triton_feature_sums,
     lambda grad, history, slots: history.new_empty(slots.shape[0] + 1, dtype=wide_dtype(history)),
-    no_setup,
     no_second_derivative,
 )
 define(
@@ -313,6 +311,5 @@ define(
     _plain_spread,
     _triton_spread,
     lambda grad, coefficients, slots, size: grad.new_empty((size, *grad.shape)),
-    no_setup,
     no_second_derivative,
 )

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._library import call, check_head, check_like, check_row, define, launches, no_setup, wide_dtype
+from ._library import call, check_head, check_like, check_row, define, launches, wide_dtype
 from .forecast import _plain_forecast_at, weighted_sum
 
 
@@ -181,6 +181,5 @@ define(
     _plain_forecast_errors,
     _triton_forecast_errors,
     lambda history, *row: history.new_empty(2, dtype=wide_dtype(history)),
-    no_setup,
     _no_gradient,
 )

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._library import call, check_kan, check_like, check_row, define, no_second_derivative, no_setup, wide_dtype
+from ._library import call, check_kan, check_like, check_row, define, no_second_derivative, wide_dtype
 from .forecast import sums_of, weighted_sum
 
 LAYERS = 3
@@ -275,7 +275,7 @@ def _triton_predict(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _triton_predict_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels.predict import launch_predict_loss
+    from ..kernels.loss import launch_predict_loss
 
     return launch_predict_loss(*args)
 
@@ -349,15 +349,14 @@ define(
     _plain_kan,
     _triton_kan,
     lambda x, base, *rest: base.new_empty((base.shape[0], x.shape[1], base.shape[1]), dtype=wide_dtype(base)),
-    _setup_kan,
     _backward_kan,
+    _setup_kan,
 )
 define(
     f"kan_backward(Tensor grad, {_PARAMETERS}, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor)",
     _plain_kan_backward,
     _triton_kan_backward,
     _fake_kan_backward,
-    no_setup,
     no_second_derivative,
 )
 _ROW = "Tensor history, Tensor slots, Tensor weights, Tensor bias"
@@ -366,14 +365,14 @@ define(
     _plain_predict,
     _triton_predict,
     _fake_predict,
-    _setup_predict,
     _backward_predict,
+    _setup_predict,
 )
 define(
     f"predict_loss({_ROW}, Tensor alpha, Tensor target, bool l2, bool want_forecast) -> (Tensor, Tensor, Tensor)",
     _plain_predict_loss,
     _triton_predict_loss,
     _fake_predict_loss,
-    _setup_predict_loss,
     _backward_predict_loss,
+    _setup_predict_loss,
 )

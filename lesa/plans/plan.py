@@ -349,16 +349,7 @@ class Plan(SafetensorsFile):
             raise PlanError("plans is empty: give at least one plan")
         first = next(iter(plans.values()))
         for context, plan in plans.items():
-            shared = (
-                "computed",
-                "sigmas",
-                "site",
-                "timesteps",
-                "denoiser",
-                "config_hash",
-                "stages",
-            )
-            for name in shared:
+            for name in ("computed", "sigmas", "site", "timesteps", "denoiser", "config_hash", "stages"):
                 if getattr(plan, name) != getattr(first, name):
                     raise PlanError(
                         f"plans differ in {name} at context {context!r}: join plans of one schedule and model"

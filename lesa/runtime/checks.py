@@ -17,7 +17,7 @@ from ..plans.plan import Plan
 from ..plans.rows import Expected, Row
 from .clock import Call
 from .driver import Check, Stats
-from .history import Answer, History
+from .history import History, Question
 
 GUARDS = ("warn", "off")
 # Standard deviations of the logarithm of an error. On emoji-flux captions like the fitted ones reach up to 3.8.
@@ -31,7 +31,7 @@ class _Pending(NamedTuple):
 
     context: str
     step: int
-    answer: Answer
+    asked: Question
     history: History
     least: float
 
@@ -65,19 +65,19 @@ class Checks:
         if call.step not in self._plan.checks_of(call.context):
             history.store(call.step, feature)
         else:
-            answer = history.compare(call.step, feature)
-            if answer is not None:
+            asked = history.compare(call.step, feature)
+            if asked is not None:
                 least = torch.finfo(feature.dtype).eps
-                self._pending.append(_Pending(call.context, call.step, answer, history, least))
+                self._pending.append(_Pending(call.context, call.step, asked, history, least))
         self.settle(stats, wait=False)
 
     def settle(self, stats: Stats, wait: bool = True) -> None:
         """Read what the device has answered; or wait for all of it."""
-        while self._pending and (wait or self._pending[0].answer.is_there()):
+        while self._pending and (wait or self._pending[0].asked.is_there()):
             self._read(self._pending.pop(0), stats)
 
     def _read(self, pending: _Pending, stats: Stats) -> None:
-        squares, size = pending.answer.read()
+        squares, size = pending.asked.read()
         if not math.isfinite(size):
             pending.history.drop(pending.step)  # steps that would read it are computed instead
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -51,7 +51,7 @@ class Ring(torch.nn.Module):
     def _forget(self) -> None:
         """Forget what was prepared for the memory there was."""
         self._forecast: Callable[[], None] | None = None
-        self._questions: dict[tuple[int, int], _Question] = {}
+        self._questions: dict[tuple[int, int], Question] = {}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Ring:
         self._forget()
@@ -77,20 +77,21 @@ class Ring(torch.nn.Module):
         row = (self.history, self.slots, self.weights, self.bias, self.keep, self.step)
         return ops.forecast_head(*row, scale, shift, weight, bias, eps, self.backend)
 
-    def ask(self, step: int, slot: int, truth: torch.Tensor) -> Answer:
+    def ask(self, step: int, slot: int, truth: torch.Tensor) -> Question:
         """Ask how far the row of `step` is from its true feature, and store that in a slot, if it has one.
 
         Returns:
-            The two sums of `ops.forecast_errors`.
+            Reads the two sums of `ops.forecast_errors`.
         """
         question = self._questions.get((step, slot))
         if question is None:
             row = self.slots[step], self.weights[step], self.bias[step]
             kept = self.history[slot] if slot >= 0 else None
             compare = ops.prepared_errors(self.history, *row, kept, self.backend)
-            question = _Question(compare, truth.device, ops.wide_dtype(truth))
+            question = Question(compare, truth.device, ops.wide_dtype(truth))
             self._questions[step, slot] = question
-        return question.ask(truth)
+        question.ask(truth)
+        return question
 
     def fill(self, slot: int) -> torch.Tensor:
         """Write the forecast of the current step into its slot; where it has none, into a spare one made once."""
@@ -107,8 +108,8 @@ class Ring(torch.nn.Module):
         return self.history[slot]
 
 
-class _Question:
-    """Asks a device for two numbers again and again, and reads them when they are there.
+class Question:
+    """Asks a device for two numbers again and again; they must be read before it is asked again.
 
     Args:
         put: is given two numbers' memory on the device and a feature, and has the device write the numbers.
@@ -126,30 +127,22 @@ class _Question:
             self._memory = torch.empty(2, dtype=dtype, pin_memory=True) if later else self._sums
         self._done = torch.cuda.Event() if later else None
 
-    def ask(self, feature: torch.Tensor) -> Answer:
-        """Ask; the answer must be read before the question is put again."""
+    def ask(self, feature: torch.Tensor) -> None:
+        """Ask, without waiting."""
         self._put(self._sums, feature)
         if self._done is not None:
             self._memory.copy_(self._sums, non_blocking=True)
             self._done.record()
-        return Answer(self._memory, self._done)
-
-
-class Answer(NamedTuple):
-    """Two numbers that a device is writing."""
-
-    memory: torch.Tensor
-    done: torch.cuda.Event | None
 
     def is_there(self) -> bool:
         """Whether `read` would not wait."""
-        return self.done is None or self.done.query()
+        return self._done is None or self._done.query()
 
     def read(self) -> list[float]:
         """Wait for the numbers."""
-        if self.done is not None:
-            self.done.synchronize()
-        return self.memory.tolist()
+        if self._done is not None:
+            self._done.synchronize()
+        return self._memory.tolist()
 
 
 class History:
@@ -181,7 +174,7 @@ class History:
             self._prepare(feature).history[slot].copy_(feature.detach())
             self._steps[slot] = step
 
-    def compare(self, step: int, feature: torch.Tensor) -> Answer | None:
+    def compare(self, step: int, feature: torch.Tensor) -> Question | None:
         """Store the feature of a computed step, and ask how far its check is from it.
 
         Args:
@@ -189,17 +182,17 @@ class History:
             feature: of the step.
 
         Returns:
-            The two sums of `ops.forecast_errors`; None where what the check reads is not here.
+            Reads the two sums of `ops.forecast_errors`; None where what the check reads is not here.
         """
         row = self._plan.checks_of(self._context)[step]
         if self.ring is None or not self.ring.fits(feature) or not self.holds(row):
             self.store(step, feature)
             return None
         slot = self._plan.slots[step]
-        answer = self.ring.ask(step, slot, feature.contiguous())
+        asked = self.ring.ask(step, slot, feature.contiguous())
         if slot >= 0:
             self._steps[slot] = step
-        return answer
+        return asked
 
     def drop(self, step: int) -> None:
         """Forget the feature of a computed step, if it is still here."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 from interpret import DEVICE, DTYPES, assert_close, poisoned
 
-from lesa.kernels.loss import LossConfig
-from lesa.kernels.predict import PredictConfig, launch_predict_fwd, launch_predict_loss
+from lesa.kernels.loss import LossConfig, launch_predict_loss
+from lesa.kernels.predict import PredictConfig, launch_predict_fwd
 from lesa.ops.reference import bspline_grid, kan_layer
 
 LOW, HIGH = -3.0, 3.0
