@@ -155,7 +155,7 @@ def read_candidates(candidates: Sequence[Plan | str | os.PathLike[str]], effort:
         PlanError: one of them cannot be read.
         ValueError: it is no list of plans and paths, or the effort compares nothing.
     """
-    if isinstance(candidates, (Plan, str, os.PathLike)):
+    if candidates is not None and (isinstance(candidates, str) or not isinstance(candidates, Sequence)):
         raise ValueError(f"candidates is one {type(candidates).__name__}: give a list, e.g. candidates=[plan]")
     given = []
     for i, one in enumerate(candidates or ()):

@@ -16,7 +16,7 @@ import torch
 from ..models import hooks
 from ..models.gathering import check_alike
 from ..models.layouts import denoiser_of
-from ..models.pipeline import PipelineCall, calls_of, check_functions, check_prompts
+from ..models.pipeline import PipelineCall, calls_of, check_functions, check_prompts, seeds_of
 from ..planner.build import expectations, expected_by, prior_error_gains, served_by, surrogate_of
 from ..planner.surrogate import Surrogate, interpolated_error_gains
 from ..plans.plan import Plan
@@ -118,7 +118,7 @@ def fit(
             read, is for other requests or has none of the budgets.
         StatisticsError: the requests are not of one kind, or their features are not finite.
     """
-    if effort not in EFFORTS:
+    if effort not in tuple(EFFORTS):
         raise ValueError(f"effort={effort!r}: expected one of {tuple(EFFORTS)}")
     wanted = arguments.check_budget(budget)
     hooks.check_free(target)
@@ -132,9 +132,7 @@ def fit(
     if all(isinstance(one, int) for one in wanted):
         arguments.check_budgets(given, [int(one) for one in wanted])
     arguments.check_denoiser(given, denoiser_of(target))
-    request, numbers = request or {}, list(range(count)) if seeds is None else list(seeds)
-    if count and len(numbers) != count:
-        raise ValueError(f"{len(numbers)} seeds for {count} requests: give one seed a request")
+    request, numbers = request or {}, list(seeds_of(count, seeds, "request"))
 
     def calls(part: slice) -> list[PipelineCall]:
         some, functions = None if prompts is None else prompts[part], None if requests is None else requests[part]

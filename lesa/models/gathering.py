@@ -49,6 +49,7 @@ def gather_calls(
     sites = _sites(sites, denoiser)
     if sigmas is not None and not isinstance(target, torch.nn.Module):
         raise ValueError("sigmas is given together with a pipeline: its scheduler has them; leave it out")
+    _check_guidance(guidance)
     sums = _Sums()
     scheduler: Any = None if isinstance(target, torch.nn.Module) else getattr(target, "scheduler", None)
     with tqdm(total=sum(len(call.labels) for call in calls), desc="gather", unit="request") as bar:
@@ -119,6 +120,15 @@ class _Sums:
         for site in recorder.sites:
             self.totals[site] = self.totals.get(site, 0) + count * recorder.gram(site)
         self.requests += count
+
+
+def _check_guidance(guidance: Any) -> None:
+    try:
+        finite = guidance is None or all(math.isfinite(weight) for weight in guidance)
+    except TypeError:
+        finite = False
+    if not finite:
+        raise ValueError(f"guidance={guidance!r:.80}: expected a list of finite weights, one a context, e.g. [3, -2]")
 
 
 def _sites(sites: Sequence[str] | None, denoiser: torch.nn.Module) -> tuple[str, ...]:

@@ -105,23 +105,27 @@ def check_batch(batch: Any) -> None:
         raise ValueError(f"batch={batch!r}: expected a whole number of prompts in one call, at least 1")
 
 
-def seeds_of(prompts: Sequence[str], seeds: Sequence[int] | None) -> tuple[int, ...]:
-    """The seeds of the prompts' noise; their indices by default.
+def seeds_of(count: int, seeds: Sequence[int] | None, what: str = "prompt") -> tuple[int, ...]:
+    """The seeds of the noise of `count` prompts or requests; their indices by default.
 
     Raises:
-        ValueError: they are not as many.
+        ValueError: they are not as many whole numbers.
     """
-    seeds = tuple(range(len(prompts)) if seeds is None else seeds)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed a prompt")
-    return seeds
+    if seeds is None:
+        return tuple(range(count))
+    listed = isinstance(seeds, (Sequence, np.ndarray))
+    if not listed or not all(isinstance(one, (int, np.integer)) and not isinstance(one, bool) for one in seeds):
+        raise ValueError(f"seeds={seeds!r:.80}: expected a list of whole numbers, one a {what}")
+    if len(seeds) != count:
+        raise ValueError(f"seeds={seeds!r:.80}: {len(seeds)} seeds for {count} {what}s; give one seed a {what}")
+    return tuple(int(one) for one in seeds)
 
 
 def check_request(request: Any) -> None:
     """Check the keyword arguments of a pipeline call before anything runs.
 
     Raises:
-        ValueError: they are no dictionary by names, cannot be kept as JSON, or hold a prompt.
+        ValueError: they are no dictionary by names, cannot be kept as JSON, hold a prompt, or ask for no steps.
     """
     if not isinstance(request, Mapping) or not all(isinstance(name, str) for name in request):
         raise ValueError(
@@ -134,6 +138,9 @@ def check_request(request: Any) -> None:
         raise ValueError(f"request={request!r:.200} cannot be kept as JSON ({error}): give plain values") from error
     if "prompt" in request:
         raise ValueError(f"request holds prompt={request['prompt']!r:.80}: give prompts=, one for each request")
+    steps = request.get("num_inference_steps")
+    if isinstance(steps, (int, float)) and not steps >= 1:
+        raise ValueError(f"request holds num_inference_steps={steps!r}: expected at least 1")
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -203,7 +210,7 @@ def calls_of(
         raise ValueError("prompts are for a pipeline: for a bare denoiser give requests, functions that run it")
     check_prompts(prompts)
     check_batch(batch)
-    seeds = seeds_of(prompts, seeds)
+    seeds = seeds_of(len(prompts), seeds)
     return [
         PipelineCall(
             tuple(f"prompt {i} ({prompts[i]!r})" for i in range(begin, min(begin + batch, len(prompts)))),

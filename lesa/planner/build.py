@@ -104,8 +104,8 @@ def adapt(
         ValueError: another argument is out of range.
     """
     fitted = surrogate_of(plan)
-    native, levels = sigmas is None, plan.sigmas if sigmas is None else tuple(map(float, sigmas))
-    native = native and impulse_response is None
+    levels = plan.sigmas if sigmas is None else _levels(sigmas)
+    native = sigmas is None and impulse_response is None
     total = len(levels) - 1
     number = min(plan.budget, total) if budget is None else computed_steps(budget, total)
     if native and number == plan.budget:
@@ -147,6 +147,16 @@ def surrogate_of(plan: Plan) -> Surrogate:
         while len(_unpacked) > _KEPT:
             _unpacked.popitem(last=False)
     return known[1]
+
+
+def _levels(sigmas: Any) -> tuple[float, ...]:
+    try:
+        levels = tuple(float(sigma) for sigma in sigmas)
+    except (TypeError, ValueError):
+        levels = ()
+    if len(levels) < 2 or not all(map(math.isfinite, levels)):
+        raise ValueError(f"sigmas={sigmas!r:.200}: expected the T + 1 finite noise levels of a request")
+    return levels
 
 
 def computed_steps(budget: Any, total: int) -> int:

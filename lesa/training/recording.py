@@ -211,7 +211,7 @@ def record(
     """
     check_prompts(prompts)
     check_batch(batch)
-    seeds = seeds_of(prompts, seeds)
+    seeds = seeds_of(len(prompts), seeds)
     check_request(request)
     folder = Path(folder)
     wanted: dict[str, Any] = {

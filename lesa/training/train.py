@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from ..models.pipeline import check_request, run
 from ..plans import schedule
 from ..plans.plan import Plan
-from ..plans.rows import PlanError
+from ..plans.rows import SITES, PlanError
 from ..plans.schedule import Stage
 from ..plans.storage import check_folder, replace_file
 from ..runtime.runner import PlanRunner
@@ -78,8 +79,8 @@ def train(
         RecordingError: see `record`.
         ValueError: an argument is out of place, or `folder` holds another training.
     """
+    _check(folder, request, intervals, site, calibration)
     folder = Path(folder)
-    _check(folder, request, intervals, calibration)
     recording = record(pipe, prompts, folder / "recording", request=request, site=site, batch=config.batch)
     schedules = {interval: schedule.paper(recording.num_steps, interval) for interval in intervals}
     first = min(min(set(range(recording.num_steps)) - set(c), default=1) for c in schedules.values())
@@ -119,14 +120,25 @@ def train(
     return Trained(plans, losses)
 
 
-def _check(folder: Path, request: Mapping[str, Any], intervals: Sequence[int], calibration: int) -> None:
-    """Refuse bad arguments before anything is recorded."""
-    check_folder(folder, "folder")
+def _check(folder: Any, request: Any, intervals: Any, site: Any, calibration: Any) -> None:
+    """Check what is used only after recording, which takes long.
+
+    Raises:
+        ValueError: an argument is out of place.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ValueError(f"folder={folder!r}: expected a path")
+    check_folder(Path(folder), "folder")
     check_request(request)
-    if not intervals or min(intervals) < 1:
-        raise ValueError(f"intervals={tuple(intervals)}: expected whole numbers from 1 to T, e.g. intervals=(5,)")
-    if calibration < 0:
-        raise ValueError(f"calibration={calibration}: expected a number of prompts, or 0 for no gains")
+    if not isinstance(intervals, Sequence) or isinstance(intervals, str) or not len(intervals):
+        raise ValueError(f"intervals={intervals!r}: expected a list of whole numbers, e.g. (5, 7, 10)")
+    steps = request.get("num_inference_steps")
+    for interval in intervals if isinstance(steps, int) else ():
+        schedule.paper(steps, interval)
+    if site not in SITES:
+        raise ValueError(f"site={site!r}: expected one of {SITES}")
+    if not isinstance(calibration, int) or calibration < 0:
+        raise ValueError(f"calibration={calibration!r}: expected a number of prompts of at least 0")
 
 
 def trained_plan(
