@@ -13,13 +13,14 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
-from ..models.pipeline import check_request, run
+from ..models.pipeline import check_prompts, check_request, run
 from ..plans import schedule
 from ..plans.plan import Plan
 from ..plans.rows import SITES, PlanError
@@ -79,7 +80,7 @@ def train(
         RecordingError: see `record`.
         ValueError: an argument is out of place, or `folder` holds another training.
     """
-    _check(folder, request, intervals, site, calibration)
+    _check(folder, prompts, request, intervals, site, calibration)
     folder = Path(folder)
     recording = record(pipe, prompts, folder / "recording", request=request, site=site, batch=config.batch)
     schedules = {interval: schedule.paper(recording.num_steps, interval) for interval in intervals}
@@ -120,7 +121,7 @@ def train(
     return Trained(plans, losses)
 
 
-def _check(folder: Any, request: Any, intervals: Any, site: Any, calibration: Any) -> None:
+def _check(folder: Any, prompts: Any, request: Any, intervals: Any, site: Any, calibration: Any) -> None:
     """Check what is used only after recording, which takes long.
 
     Raises:
@@ -129,16 +130,17 @@ def _check(folder: Any, request: Any, intervals: Any, site: Any, calibration: An
     if not isinstance(folder, (str, os.PathLike)):
         raise ValueError(f"folder={folder!r}: expected a path")
     check_folder(Path(folder), "folder")
+    check_prompts(prompts)
     check_request(request)
-    if not isinstance(intervals, Sequence) or isinstance(intervals, str) or not len(intervals):
-        raise ValueError(f"intervals={intervals!r}: expected a list of whole numbers, e.g. (5, 7, 10)")
-    steps = request.get("num_inference_steps")
-    for interval in intervals if isinstance(steps, int) else ():
-        schedule.paper(steps, interval)
     if site not in SITES:
         raise ValueError(f"site={site!r}: expected one of {SITES}")
     if not isinstance(calibration, int) or calibration < 0:
         raise ValueError(f"calibration={calibration!r}: expected a number of prompts of at least 0")
+    steps = request.get("num_inference_steps")
+    most = steps if isinstance(steps, int) else math.inf
+    listed = isinstance(intervals, Sequence) and len(intervals) > 0
+    if not listed or not all(isinstance(one, Integral) and 1 <= int(one) <= most for one in intervals):
+        raise ValueError(f"intervals={intervals!r}: expected a list of whole numbers from 1 to T, e.g. (5, 7, 10)")
 
 
 def trained_plan(

@@ -144,7 +144,7 @@ CALLS: list[tuple[str, Callable[[World], Any]]] = [
     ("no supported denoiser", lambda w: w.train(target="flux")),
     ("folder '.*file' is a file", lambda w: w.train(folder=w / "file")),
     (r"intervals=\[\]", lambda w: w.train(intervals=[])),
-    ("interval=5", lambda w: w.train(intervals=[5])),
+    ("intervals=", lambda w: w.train(intervals=[5])),
     ("site='middle'", lambda w: w.train(site="middle")),
     ("calibration=-1", lambda w: w.train(calibration=-1)),
     # save, load and the Hub
