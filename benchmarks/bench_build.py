@@ -23,9 +23,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import lesa
 from lesa import assets
-from lesa.runtime.clock import Request
+from lesa.runtime.clock import Request, sigmas_of
 from lesa.runtime.runner import Adaptive
-from lesa.runtime.scheduler import sigmas_of
 
 from . import captions
 from .fitted_solvers import calls, levels, solvers

@@ -17,7 +17,7 @@ import lesa
 from lesa.forecasters import plan_of
 from lesa.models import hooks
 from lesa.plans.plan import Plan
-from lesa.runtime.scheduler import sigmas_of
+from lesa.runtime.clock import sigmas_of
 
 FLUX = CASES_BY_NAME["flux_dev"]
 ERRORS = (ValueError, KeyboardInterrupt)

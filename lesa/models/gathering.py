@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..planner.statistics import Statistics, StatisticsError, flow_impulse_response
 from ..plans.rows import SITES, LesaWarning
-from ..runtime.scheduler import impulse_response_of
+from ..runtime.clock import impulse_response_of
 from .layouts import LAYOUTS, config_hash, denoiser_of
 from .pipeline import FeatureRecorder, PipelineCall
 

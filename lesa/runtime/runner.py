@@ -18,10 +18,9 @@ from ..planner.statistics import Statistics, flow_impulse_response
 from ..plans.plan import Plan
 from ..plans.rows import ANY_CONTEXT, LesaWarning, PlanError
 from .checks import Checks, checked, risky_steps
-from .clock import Call, Request
+from .clock import Call, Request, impulse_response_of
 from .driver import Forecast, Relay, Stats
 from .history import History
-from .scheduler import impulse_response_of
 
 # Beyond this the weights were made for a visibly different schedule of noise levels.
 _SIGMA_TOLERANCE = 0.05

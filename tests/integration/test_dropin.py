@@ -31,7 +31,7 @@ import lesa
 from lesa.forecasters import plan_of
 from lesa.plans.plan import Plan
 from lesa.plans.rows import PlanError, Row
-from lesa.runtime.scheduler import sigmas_of
+from lesa.runtime.clock import sigmas_of
 
 pytestmark = pytest.mark.filterwarnings("error::lesa.LesaWarning")
 

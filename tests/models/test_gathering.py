@@ -19,9 +19,8 @@ from lesa.models import hooks, pipeline
 from lesa.models.pipeline import FeatureRecorder, run
 from lesa.planner.statistics import GUIDED, Statistics, StatisticsError, flow_impulse_response
 from lesa.plans.rows import LesaWarning
-from lesa.runtime.clock import Call
+from lesa.runtime.clock import Call, impulse_response_of, sigmas_of
 from lesa.runtime.runner import PlanRunner
-from lesa.runtime.scheduler import impulse_response_of, sigmas_of
 
 STEPS = 5
 FLUX, QWEN, WAN = (CASES_BY_NAME[name] for name in ("flux_dev", "qwen_image", "wan"))

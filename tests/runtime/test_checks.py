@@ -21,9 +21,8 @@ from lesa.models import hooks, standins
 from lesa.plans.plan import Plan
 from lesa.plans.rows import Expected, Row
 from lesa.runtime.checks import TOLERANCE, checked, deviation, relative_error, risky_steps
-from lesa.runtime.clock import Call, Request
+from lesa.runtime.clock import Call, Request, sigmas_of
 from lesa.runtime.runner import PlanRunner
-from lesa.runtime.scheduler import sigmas_of
 
 FLUX, QWEN = CASES_BY_NAME["flux_dev"], CASES_BY_NAME["qwen_image"]
 STEPS = 12

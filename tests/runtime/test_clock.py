@@ -16,8 +16,7 @@ from diffusers import (
 )
 
 from lesa.plans.rows import PlanError
-from lesa.runtime.clock import UNNAMED, Call, Clock, Request
-from lesa.runtime.scheduler import sigmas_of
+from lesa.runtime.clock import UNNAMED, Call, Clock, Request, sigmas_of
 
 SAMPLE = torch.zeros(1, 4, 8, 8)
 

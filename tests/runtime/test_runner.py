@@ -19,9 +19,8 @@ from lesa.planner.search import search
 from lesa.planner.statistics import GUIDED, flow_impulse_response
 from lesa.plans.rows import PlanError
 from lesa.runtime import runner
-from lesa.runtime.clock import Request
+from lesa.runtime.clock import Request, impulse_response_of, sigmas_of
 from lesa.runtime.runner import Adaptive
-from lesa.runtime.scheduler import impulse_response_of, sigmas_of
 
 pytestmark = pytest.mark.filterwarnings("error::lesa.LesaWarning")
 

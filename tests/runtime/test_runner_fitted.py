@@ -16,9 +16,8 @@ from lesa.planner.build import adapt, surrogate_of
 from lesa.planner.statistics import flow_impulse_response
 from lesa.plans.rows import PlanError
 from lesa.runtime import runner
-from lesa.runtime.clock import Request
+from lesa.runtime.clock import Request, sigmas_of
 from lesa.runtime.runner import PlanRunner
-from lesa.runtime.scheduler import sigmas_of
 
 pytestmark = pytest.mark.filterwarnings("error::lesa.LesaWarning")
 

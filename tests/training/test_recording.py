@@ -21,7 +21,7 @@ from lesa.models import hooks
 from lesa.models.layouts import config_hash
 from lesa.models.pipeline import run
 from lesa.plans.rows import LesaWarning
-from lesa.runtime.scheduler import sigmas_of
+from lesa.runtime.clock import sigmas_of
 from lesa.training import recording as recording_module
 from lesa.training.recording import Recording, RecordingError, Shards, record, replay
 

@@ -20,9 +20,8 @@ from lesa.models.pipeline import run
 from lesa.plans.plan import Plan
 from lesa.plans.rows import LesaWarning
 from lesa.plans.schedule import ONE_STAGE, PAPER_STAGES, Stage, paper
-from lesa.runtime.clock import Call, Request
+from lesa.runtime.clock import Call, Request, sigmas_of
 from lesa.runtime.driver import Forecast, Stats
-from lesa.runtime.scheduler import sigmas_of
 from lesa.training import train as training
 from lesa.training.predictor import Predictor
 from lesa.training.recording import Recording, RecordingError, replay

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from lesa.planner.statistics import flow_impulse_response
 from lesa.plans.rows import LesaWarning
-from lesa.runtime import scheduler as scheduling
-from lesa.runtime.scheduler import impulse_response_of, sigmas_of
+from lesa.runtime import clock as scheduling
+from lesa.runtime.clock import impulse_response_of, sigmas_of
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 SCHEDULERS: dict[str, Callable[[], Any]] = {
