@@ -130,7 +130,7 @@ def enable(
         raise TypeError(f"plan: expected a Plan, Statistics or a path, got {type(plan).__name__}")
     denoiser = denoiser_of(target)
     source = plan if isinstance(plan, (Plan, Statistics)) else source_of(plan, budget)
-    check_budget(source, budget)
+    check_adaptable(source, budget)
     driver = _driver(target, source, budget, guard, backend)
     before = hooks.attached(denoiser)
     return Enabled(denoiser, hooks.attach(target, driver, driver.plan.site), driver, before)
@@ -147,7 +147,7 @@ def source_of(path: str | os.PathLike[str], budget: int | float | None) -> Plan 
     return Statistics.load(path) if of_statistics and budget is not None else Plan.from_pretrained(path)
 
 
-def check_budget(source: Plan | Statistics, budget: int | float | None) -> None:
+def check_adaptable(source: Plan | Statistics, budget: int | float | None) -> None:
     """Check that plans of another budget can be made.
 
     Raises:

@@ -225,7 +225,7 @@ def generate(options: argparse.Namespace) -> int:
     _check_budgets([] if options.budget is None else [options.budget])
     plan = api.source_of(options.plan, options.budget) if options.plan else None
     if plan:
-        api.check_budget(plan, options.budget)
+        api.check_adaptable(plan, options.budget)
     steps = options.steps if options.steps is not None else plan.num_steps if plan else 50
     request = _request(options, steps)
     check_folder(options.out, "--out")

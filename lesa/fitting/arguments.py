@@ -88,7 +88,7 @@ def check_seed(seed: Any) -> int:
     return int(seed)
 
 
-def check_folder(
+def check_fit_folder(
     folder: Any,
     budgets: Sequence[int | float],
     labels: Sequence[str],

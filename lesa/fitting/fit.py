@@ -141,7 +141,7 @@ def fit(
     fitting, held = calls(slice(count - held_out)), calls(slice(count - held_out, None)) if held_out else []
     if folder is not None:
         labels = [label for call in fitting for label in call.labels]
-        folder = arguments.check_folder(folder, wanted, labels, numbers, request)
+        folder = arguments.check_fit_folder(folder, wanted, labels, numbers, request)
     unlearned = 0 if EFFORTS[effort].run_share else held_out  # what is not run by the plan
     arguments.warn_if_few(count - unlearned, unlearned)
     options: dict[str, Any] = {"sigmas": sigmas, "guidance": guidance}
