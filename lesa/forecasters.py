@@ -91,7 +91,9 @@ def rows_of(
         ValueError: as `plan_of`.
     """
     steps = check(computed, num_steps)
-    return _rows(forecaster, steps, num_steps, sorted(set(range(num_steps)) - set(steps)), gram, options)
+    rule = _rule(forecaster, num_steps, gram, options)
+    wanted = sorted(set(range(num_steps)) - set(steps))
+    return {step: rule([s for s in steps if s < step], step) for step in wanted}
 
 
 def check_rows(
@@ -109,19 +111,8 @@ def check_rows(
         ValueError: as `plan_of`.
     """
     steps = check(computed, num_steps)
-    return _rows(forecaster, steps, num_steps, steps[1:], gram, options)
-
-
-def _rows(
-    forecaster: str,
-    computed: tuple[int, ...],
-    num_steps: int,
-    wanted: Sequence[int],
-    gram: Any,
-    options: Mapping[str, Any],
-) -> dict[int, Row]:
-    rule = _rule(forecaster, num_steps, gram, dict(options))
-    return {step: rule([s for s in computed if s < step], step) for step in wanted}
+    rule = _rule(forecaster, num_steps, gram, options)
+    return {step: rule(steps[:i], step) for i, step in enumerate(steps) if i}
 
 
 def _rule(forecaster: str, num_steps: int, gram: Any, options: dict[str, Any]) -> Callable[[Sequence[int], int], Row]:

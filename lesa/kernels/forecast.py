@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, check_feature, check_grad, check_history, check_row, guard, padded
+from .launch import Launch, check_feature, check_grad, check_history, check_row, padded
 
 
 class ForecastConfig(NamedTuple):
@@ -284,23 +284,11 @@ def launch_feature_sums(
     block = min(config.tile // width, config.block)
     programs = min(triton.cdiv(grad.numel(), block), config.programs)
     parts = torch.empty(programs, window + 1, dtype=torch.float32, device=grad.device)
-    with guard(grad):
-        _feature_sums_kernel[(programs,)](
-            parts,
-            grad,
-            history,
-            slots,
-            history.stride(0),
-            grad.numel(),
-            K=window,
-            KP=width,
-            BLOCK=block,
-            num_warps=config.warps,
-            num_stages=1,
-        )
-        sums = torch.empty(window + 1, dtype=torch.float32, device=grad.device)
-        prepare_sum(parts, config.warps)(sums)
-        return sums
+    sums = torch.empty(window + 1, dtype=torch.float32, device=grad.device)
+    fixed = grad, history, slots, history.stride(0), grad.numel(), window, width, block
+    Launch(_feature_sums_kernel, programs, fixed, num_warps=config.warps, num_stages=1)(parts)
+    prepare_sum(parts, config.warps)(sums)
+    return sums
 
 
 def prepare_sum(parts: Tensor, warps: int) -> Callable[[Tensor], None]:
@@ -338,18 +326,8 @@ def launch_spread(grad: Tensor, coefficients: Tensor, slots: Tensor, H: int) -> 
     if out.numel() == 0:
         return out
     block = 1024
-    with guard(grad):
-        _spread_kernel[(triton.cdiv(grad.numel(), block),)](
-            out,
-            grad,
-            coefficients,
-            slots,
-            grad.numel(),
-            H,
-            K=window,
-            KP=padded(window),
-            BLOCK=block,
-        )
+    fixed = grad, coefficients, slots, grad.numel(), H, window, padded(window), block
+    Launch(_spread_kernel, triton.cdiv(grad.numel(), block), fixed)(out)
     return out
 
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..planner.statistics import Statistics, StatisticsError, flow_impulse_response
 from ..plans.rows import SITES, LesaWarning
-from ..runtime.clock import impulse_response_of
+from ..runtime.clock import Request, impulse_response_of
 from .layouts import LAYOUTS, config_hash, denoiser_of
 from .pipeline import FeatureRecorder, PipelineCall
 
@@ -50,9 +50,11 @@ def gather_calls(
     if sigmas is not None and not isinstance(target, torch.nn.Module):
         raise ValueError("sigmas is given together with a pipeline: its scheduler has them; leave it out")
     _check_guidance(guidance)
-    sums = _Sums()
+    first: _Found | None = None
+    totals: dict[str, np.ndarray] = {}
+    requests = sum(len(call.labels) for call in calls)
     scheduler: Any = None if isinstance(target, torch.nn.Module) else getattr(target, "scheduler", None)
-    with tqdm(total=sum(len(call.labels) for call in calls), desc="gather", unit="request") as bar:
+    with tqdm(total=requests, desc="gather", unit="request") as bar:
         for call in calls:
             recorder = FeatureRecorder(call.labels, sites, offload=offload)
             result = call.run(recorder, "hidden" if "hidden" in sites else "output")
@@ -60,21 +62,24 @@ def gather_calls(
                 raise StatisticsError(f"{call.labels[0]} did not call the denoiser: each must run one request")
             if visit is not None:
                 visit(recorder, result)
-            sums.add(recorder, sigmas)
+            found = _found(recorder, recorder.request, sigmas)
+            first = first or found
+            check_alike(first, found, call.labels[0])
+            for site in sites:
+                totals[site] = totals.get(site, 0) + len(call.labels) * recorder.gram(site)
             bar.update(len(call.labels))
-    assert sums.found is not None
-    impulse_response = flow_impulse_response(sums.found.sigmas)
+    assert first is not None
+    impulse_response = flow_impulse_response(first.sigmas)
     if scheduler is not None:
-        impulse_response = impulse_response_of(scheduler, len(scheduler.timesteps) - len(sums.found.timesteps))
-    contexts = sums.found.contexts
+        impulse_response = impulse_response_of(scheduler, len(scheduler.timesteps) - len(first.timesteps))
     return Statistics(
-        sigmas=sums.found.sigmas,
-        timesteps=sums.found.timesteps,
-        contexts=contexts,
-        guidance=_guidance(target, request, contexts) if guidance is None else tuple(guidance),
-        grams={site: total / sums.requests for site, total in sums.totals.items()},
+        sigmas=first.sigmas,
+        timesteps=first.timesteps,
+        contexts=first.contexts,
+        guidance=_guidance(target, request, first.contexts) if guidance is None else tuple(guidance),
+        grams={site: total / requests for site, total in totals.items()},
         impulse_response=impulse_response,
-        requests=sums.requests,
+        requests=requests,
         scheduler=None if scheduler is None else type(scheduler).__name__,
         denoiser=type(denoiser).__name__,
         config_hash=config_hash(denoiser),
@@ -91,35 +96,18 @@ class _Found:
     timesteps: tuple[float, ...]
 
 
-class _Sums:
-    """The sums of the requests so far."""
-
-    def __init__(self) -> None:
-        self.found: _Found | None = None
-        self.requests = 0
-        self.totals: dict[str, np.ndarray] = {}
-
-    def add(self, recorder: FeatureRecorder, sigmas: Sequence[float] | None) -> None:
-        """Add one call's inner products, for each of its prompts."""
-        assert recorder.request is not None
-        levels = recorder.request.sigmas or _bare_sigmas(recorder.timesteps, sigmas)
-        if len(levels) != len(recorder.timesteps) + 1:
-            raise StatisticsError(
-                f"{recorder.labels[0]} ran {len(recorder.timesteps)} steps of {len(levels) - 1}: run whole requests"
-            )
-        wrong = next((step for step, level in enumerate(levels) if not math.isfinite(level)), None)
-        if wrong is not None:
-            raise StatisticsError(
-                f"{recorder.labels[0]} ran step {wrong} at sigma {levels[wrong]}: give finite sigmas or timesteps"
-            )
-        now = _Found(tuple(recorder.contexts), tuple(levels), tuple(recorder.timesteps))
-        if self.found is None:
-            self.found = now
-        check_alike(self.found, now, recorder.labels[0])
-        count = len(recorder.labels)
-        for site in recorder.sites:
-            self.totals[site] = self.totals.get(site, 0) + count * recorder.gram(site)
-        self.requests += count
+def _found(recorder: FeatureRecorder, request: Request, sigmas: Sequence[float] | None) -> _Found:
+    levels = request.sigmas or _bare_sigmas(recorder.timesteps, sigmas)
+    if len(levels) != len(recorder.timesteps) + 1:
+        raise StatisticsError(
+            f"{recorder.labels[0]} ran {len(recorder.timesteps)} steps of {len(levels) - 1}: run whole requests"
+        )
+    wrong = next((step for step, level in enumerate(levels) if not math.isfinite(level)), None)
+    if wrong is not None:
+        raise StatisticsError(
+            f"{recorder.labels[0]} ran step {wrong} at sigma {levels[wrong]}: give finite sigmas or timesteps"
+        )
+    return _Found(tuple(recorder.contexts), tuple(levels), tuple(recorder.timesteps))
 
 
 def _check_guidance(guidance: Any) -> None:

@@ -335,9 +335,7 @@ class _ContextName(StateManager):
 
 
 def _first(output: Any) -> torch.Tensor:
-    if isinstance(output, torch.Tensor):
-        return output
-    return output[0]
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def _copy(feature: torch.Tensor) -> Callable[..., torch.Tensor]:

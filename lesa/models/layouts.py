@@ -80,15 +80,11 @@ def denoiser_of(target: Any) -> torch.nn.Module:
     Raises:
         ValueError: there is none that lesa can run.
     """
-    if isinstance(target, torch.nn.Module):
-        module = target
-    else:
-        found = [
-            getattr(target, name)
-            for name in _DENOISER_ATTRIBUTES
-            if isinstance(getattr(target, name, None), torch.nn.Module)
-        ]
-        if not found:
+    module = target
+    if not isinstance(target, torch.nn.Module):
+        parts = [getattr(target, name, None) for name in _DENOISER_ATTRIBUTES]
+        module = next((part for part in parts if isinstance(part, torch.nn.Module)), None)
+        if module is None:
             raise ValueError(
                 f"{type(target).__name__} has no supported denoiser: expected a diffusers pipeline with a "
                 f"{' or '.join(_DENOISER_ATTRIBUTES)}, or a denoiser module"
@@ -98,7 +94,6 @@ def denoiser_of(target: Any) -> torch.nn.Module:
                 f"{type(target).__name__} switches between two denoisers within a request, which lesa does not "
                 "support; a pipeline with one denoiser is needed"
             )
-        module = found[0]
     module = getattr(module, "_orig_mod", module)
     if "timestep" not in inspect.signature(type(module).forward).parameters:
         raise ValueError(

@@ -151,13 +151,11 @@ class FusedHead(nn.Module):
         self.ring, self.proj, self.eps = ring, proj, norm.eps
 
     def forward(self, probes: Tensor) -> Tensor:
-        batch = self.ring.history.shape[1]
-        probes = probes.float().expand(batch, -1, -1)
-        shift, both = probes.unbind(1)
-        bias = self.proj.bias
-        return self.ring.head(
-            both - shift, shift, self.proj.weight.detach(), None if bias is None else bias.detach(), self.eps
-        )
+        ring, weight, bias = self.ring, self.proj.weight.detach(), self.proj.bias
+        shift, both = probes.float().expand(ring.history.shape[1], -1, -1).unbind(1)
+        head = (both - shift, shift, weight, None if bias is None else bias.detach(), self.eps)
+        row = (ring.history, ring.slots, ring.weights, ring.bias, ring.keep, ring.step)
+        return ops.forecast_head(*row, *head, ring.backend)
 
 
 class Stands:

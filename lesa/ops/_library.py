@@ -7,6 +7,7 @@ loaded at the first call on CPU tensors, and triton at the first call on a GPU.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -47,7 +48,7 @@ def define(
     Args:
         schema: the schema, which starts with the name, without namespace.
         plain: the implementation in plain torch, for any device and dtype.
-        triton: calls the launcher, which it imports.
+        triton: calls the launcher, which it imports, see `launcher`.
         fake: makes outputs of the right shape, dtype and device.
         backward: the autograd formula; None for operators without one.
         setup: saves what it needs; None for one that only refuses.
@@ -68,6 +69,11 @@ def define(
     torch.library.register_fake(f"lesa::{name}", checked_fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"lesa::{name}", backward, setup_context=setup, lib=_library)
+
+
+def launcher(module: str, name: str) -> Callable[..., Any]:
+    """A launcher of lesa.kernels that takes an operator's arguments as they are; imported when it is first called."""
+    return lambda *args: getattr(importlib.import_module(f"..kernels.{module}", __package__), name)(*args)
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._library import call, check_head, check_like, check_row, define, launches, wide_dtype
+from ._library import call, check_head, check_like, check_row, define, launcher, launches, wide_dtype
 from .forecast import _plain_forecast_at, weighted_sum
 
 
@@ -137,12 +137,6 @@ def _plain_forecast_head(
     return F.linear(modulated, proj_weight.to(feature.dtype), cast)
 
 
-def _triton_forecast_head(*args: Any) -> Tensor:
-    from ..kernels.head import launch_forecast_head_fwd
-
-    return launch_forecast_head_fwd(*args)
-
-
 def _fake_forecast_head(history: Tensor, *rest: Tensor | float | None) -> Tensor:
     proj_weight = rest[7]
     assert isinstance(proj_weight, torch.Tensor)
@@ -173,7 +167,7 @@ define(
     "forecast_head(Tensor(a!) history, Tensor slots, Tensor weights, Tensor bias, Tensor keep, Tensor step, "
     "Tensor scale, Tensor shift, Tensor proj_weight, Tensor? proj_bias, float eps) -> Tensor",
     _plain_forecast_head,
-    _triton_forecast_head,
+    launcher("head", "launch_forecast_head_fwd"),
     _fake_forecast_head,
 )
 define(

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._library import call, check_kan, check_like, check_row, define, no_second_derivative, wide_dtype
+from ._library import call, check_kan, check_like, check_row, define, launcher, no_second_derivative, wide_dtype
 from .forecast import sums_of, weighted_sum
 
 LAYERS = 3
@@ -182,12 +182,6 @@ def _plain_kan_backward(
     return dx, d_base, d_spline, d_scale
 
 
-def _triton_kan(*args: Any) -> Tensor:
-    from ..kernels.kan import launch_kan_fwd
-
-    return launch_kan_fwd(*args)
-
-
 def _triton_kan_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels.kan import launch_kan_bwd
 
@@ -268,18 +262,6 @@ def _row_gradients(sums: Tensor, weights: Tensor, bias: Tensor, alpha: Tensor) -
     return alpha.to(sums.dtype) * sums, d_alpha
 
 
-def _triton_predict(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..kernels.predict import launch_predict_fwd
-
-    return launch_predict_fwd(*args)
-
-
-def _triton_predict_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels.loss import launch_predict_loss
-
-    return launch_predict_loss(*args)
-
-
 def _setup_predict(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     history, slots, weights, bias, dt, params, ctx.low, ctx.high = inputs
     _, alpha, hidden1, hidden2 = output
@@ -347,7 +329,7 @@ _PARAMETERS = "Tensor x, Tensor base, Tensor spline, Tensor scale, float low, fl
 define(
     f"kan({_PARAMETERS}) -> Tensor",
     _plain_kan,
-    _triton_kan,
+    launcher("kan", "launch_kan_fwd"),
     lambda x, base, *rest: base.new_empty((base.shape[0], x.shape[1], base.shape[1]), dtype=wide_dtype(base)),
     _backward_kan,
     _setup_kan,
@@ -363,7 +345,7 @@ _ROW = "Tensor history, Tensor slots, Tensor weights, Tensor bias"
 define(
     f"predict({_ROW}, Tensor dt, Tensor[] params, float low, float high) -> (Tensor, Tensor, Tensor, Tensor)",
     _plain_predict,
-    _triton_predict,
+    launcher("predict", "launch_predict_fwd"),
     _fake_predict,
     _backward_predict,
     _setup_predict,
@@ -371,7 +353,7 @@ define(
 define(
     f"predict_loss({_ROW}, Tensor alpha, Tensor target, bool l2, bool want_forecast) -> (Tensor, Tensor, Tensor)",
     _plain_predict_loss,
-    _triton_predict_loss,
+    launcher("loss", "launch_predict_loss"),
     _fake_predict_loss,
     _backward_predict_loss,
     _setup_predict_loss,

@@ -65,18 +65,6 @@ class Ring(torch.nn.Module):
         ring = self.history
         return (ring.shape[1:], ring.dtype, ring.device) == (feature.shape, feature.dtype, feature.device)
 
-    def head(
-        self,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        eps: float,
-    ) -> torch.Tensor:
-        """The forecast of the current step, brought through the denoiser's head; see `ops.forecast_head`."""
-        row = (self.history, self.slots, self.weights, self.bias, self.keep, self.step)
-        return ops.forecast_head(*row, scale, shift, weight, bias, eps, self.backend)
-
     def ask(self, step: int, slot: int, truth: torch.Tensor) -> Question:
         """Ask how far the row of `step` is from its true feature, and store that in a slot, if it has one.
 
