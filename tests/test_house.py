@@ -46,7 +46,7 @@ FOREIGN = {
 UPWARD = {
     ("plans", "lesa.planner.build.adapt"),
     ("plans", "lesa.evaluation.plan_plots.plan_picture"),
-    ("planner", "lesa.models.gathering.gather_calls"),
+    ("planner", "lesa.fitting.trials.gather_calls"),
     ("planner", "lesa.models.pipeline.calls_of"),
 }
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from ..models import hooks
-from ..models.gathering import check_alike
 from ..models.layouts import denoiser_of
 from ..models.pipeline import PipelineCall, calls_of, check_functions, check_prompts, seeds_of
 from ..planner.build import expectations, expected_by, prior_error_gains, served_by, surrogate_of
@@ -24,7 +23,7 @@ from ..plans.rows import PlanError
 from . import arguments
 from .arguments import Given
 from .refine import Candidate, Refiner, ScheduleSearch, fingerprint
-from .trials import Measured, Trials, run_in_full
+from .trials import Measured, Trials, check_alike, run_in_full
 
 _SAME = 1e-3  # of inner products recorded twice, where no bits are the same
 _LEAST = 2  # runs besides those of candidates: what is published, and what was searched

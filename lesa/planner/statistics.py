@@ -117,7 +117,7 @@ class Statistics(SafetensorsFile):
             StatisticsError: features are not finite or were lost, or the requests are not of one kind.
             ValueError: an argument is out of place, or lesa is enabled on the target.
         """
-        from ..models.gathering import gather_calls
+        from ..fitting.trials import gather_calls
         from ..models.pipeline import calls_of
 
         request = request or {}
