@@ -26,11 +26,8 @@ __all__ = [
     *("plan_of", "regression", "reuse", "rows_of", "taylor"),
 ]
 
-FORECASTERS = (
-    *("reuse", "taylor-<order>", "hermite-<order>", "chebyshev-<degree>"),
-    *("regression", "l2p", "l2p-released"),
-)
 LEARNED = ("regression", "l2p", "l2p-released")  # these need a Gram matrix
+FORECASTERS = ("reuse", "taylor-<order>", "hermite-<order>", "chebyshev-<degree>", *LEARNED)
 
 _NUMBERED = re.compile(r"(taylor|hermite|chebyshev)-(\d+)")
 _TOWARDS = re.compile(r"reuse|taylor-(\d+)")

@@ -133,9 +133,11 @@ def fit(
     arguments.check_denoiser(given, denoiser_of(target))
     request, numbers = request or {}, list(seeds_of(count, seeds, "request"))
 
+    pictures = {} if isinstance(target, torch.nn.Module) else {"output_type": "np"}  # pictures are what is judged
+
     def calls(part: slice) -> list[PipelineCall]:
         some, functions = None if prompts is None else prompts[part], None if requests is None else requests[part]
-        return calls_of(target, some, functions, request, numbers[part], batch, **_pictures(target))
+        return calls_of(target, some, functions, request, numbers[part], batch, **pictures)
 
     fitting, held = calls(slice(count - held_out)), calls(slice(count - held_out, None)) if held_out else []
     if folder is not None:
@@ -331,8 +333,3 @@ def _expected(plan: Plan, model: Surrogate | None, trials: Trials, measured: Seq
 def _ssim(name: str, measured: Measured | None) -> dict[str, float]:
     """SSIM where there are pictures."""
     return {} if measured is None or measured.ssim is None else {name: float(measured.ssim.mean())}
-
-
-def _pictures(target: Any) -> dict[str, Any]:
-    """Keyword arguments that make a pipeline return pictures: that is what is judged."""
-    return {} if isinstance(target, torch.nn.Module) else {"output_type": "np"}

@@ -342,10 +342,7 @@ def prepare_forecast_errors(
     """Prepare the errors of one row, F^ = sum_k weights[k] * history[slots[k]] + bias, against one truth or many.
 
     Args:
-        history: [H, *feature] float32, float16 or bfloat16, dense features.
-        slots: [K] int32, -1 for an unused entry.
-        weights: [K] float32.
-        bias: one float32.
+        history, slots, weights, bias: see `launch_forecast_fwd`, without `step`.
         kept: [*feature] in the history's dtype, contiguous, where each truth is copied to; it may be a feature that
             the row reads. None copies nothing.
         config: the tiling; it sets the order of the additions.

@@ -282,11 +282,8 @@ def launch_forecast_head_fwd(
 
     Args:
         history: [H, B, N, D] float32, float16 or bfloat16, dense features.
-        slots: [K] int32, -1 for an unused entry; [T, K] with `step`.
-        weights: float32, like `slots`.
-        bias: one float32; [T] with `step`.
+        slots, weights, bias, step: see `launch_forecast_fwd`.
         keep: one int32, the slot of the ring that x is also written to; negative writes none; [T] with `step`.
-        step: [1] int64 on the device, the row to use.
         scale: [B, D], the whole factor; channels contiguous.
         shift: [B, D]; channels contiguous.
         proj_weight: [C, D], contiguous; rounded to bfloat16 if the features are bfloat16.

@@ -1,7 +1,5 @@
 """The backward kernel of a KAN layer, which `kan.py` launches.
 
-The forward is y_tq = sum_i base_qi silu(x_ti) + scale_qi sum_m spline_qim B_m(x_ti).
-
 With g = dy and the moments A_qim = sum_t g_tq B_m(x_ti):
 
     d base = g^T silu(x),   d spline = scale A,   d scale = sum_m spline A,
@@ -10,8 +8,7 @@ With g = dy and the moments A_qim = sum_t g_tq B_m(x_ti):
 so the backward saves x and the parameters only. One launch does all: a program computes a tile either of dx or of the
 parameters' gradients.
 
-Legend: E experts, T steps, X inputs, Q outputs, M spline bases, MP bases padded to a power of two, SE, ST strides of x,
-BT, BQ, BX rows, outputs and inputs a tile, DT, DQ, DX those of a tile of dx.
+Legend: as in kan.py; DT, DQ, DX are rows, outputs and inputs of a tile of dx.
 """
 
 import triton

@@ -147,10 +147,8 @@ def launch_predict_loss(
     """Loss of the forecast F_last + alpha (sum_k w_k F_k + b), and its gradients.
 
     Args:
-        history: [H, *feature] float32, float16 or bfloat16, dense features.
-        slots: [K] int32, the newest last; -1 for an unused entry, which the last is not.
-        weights: [K] float32.
-        bias, alpha: one float32.
+        history, slots, weights, bias: see `launch_predict_fwd`.
+        alpha: one float32.
         target: [*feature], contiguous, any of the feature dtypes.
         l2: mean squared error instead of mean absolute error.
         want_forecast: whether the forecast is written.
