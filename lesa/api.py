@@ -23,11 +23,10 @@ if TYPE_CHECKING:
 
 
 class Enabled:
-    """lesa on one denoiser, as `enable` put it there; also a context manager that takes it off at its end.
+    """What `enable` returns: lesa on one denoiser; also a context manager.
 
-    At the end of the `with` block the denoiser is as before `enable`, whatever was enabled or disabled in the block:
-    bit-equal to the original, or under the plan of the block around it. An exception or interruption changes nothing
-    of that.
+    At the end of the `with` block the earlier state returns: no lesa, or the plan of the outer block. Also after an
+    exception.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Enabled:
         return self._driver.plan
 
     def disable(self) -> None:
-        """Take lesa off, as `lesa.disable`; does nothing where another plan was enabled since, or none is."""
+        """Take lesa off, like `lesa.disable`. Does nothing if this plan is no longer enabled."""
         from .models import hooks
 
         self._hook.retired = True
@@ -59,7 +58,7 @@ class Enabled:
         from .models import hooks
 
         if hooks.attached(self._denoiser) is not self._hook:
-            raise RuntimeError("the plan of this handle is not enabled any more: call lesa.enable again")
+            raise RuntimeError("this plan is no longer enabled: call lesa.enable again")
         self._hook.before = self._before
         return self
 
@@ -94,36 +93,36 @@ def enable(
 
     Args:
         target: a diffusers pipeline, or a denoiser module in a loop of your own. A pipeline's scheduler tells lesa
-            where requests start and how many steps they have; a bare denoiser's timestep argument does, at the
-            cost of reading it back from the device. If a bare denoiser is called more than once a step, name the
-            calls with `with denoiser.cache_context("cond")`. Compile it before or after, as you like.
-        plan: a `Plan`, or what `Plan.from_pretrained` takes (a file, a folder, a Hub repository "owner/name"), made for
-            one step count and its noise levels. A plan of `lesa.fit` is adapted to a pipeline's requests of any other
-            step count, spacing, shift and strength. Or, with `budget`, `Statistics` or their path, which serve such
-            requests too.
-        budget: with statistics or a fitted plan: computed steps of each request, a number of at least 1 (all of a
-            request that has fewer), or as a float up to 1 a share of its steps. None is the plan's own number.
-        guard: "warn" compares, at computed steps, the forecast that would have been made with the truth. If the
+            where requests start and how many steps they have. For a bare denoiser lesa reads its timestep argument,
+            which waits for the GPU. If you call a bare denoiser more than once per step, name the calls with
+            `with denoiser.cache_context("cond")`. You may compile the denoiser before or after.
+        plan: a `Plan`, or what `Plan.from_pretrained` takes: a file, a folder or a Hub repository "owner/name". A plan
+            from `lesa.fit` adapts to a pipeline's other step counts, spacings, shifts and strengths; other plans are
+            for one step count and its noise levels. With `budget` also `Statistics` or their path, which adapt too.
+        budget: with statistics or a fitted plan, the computed steps of each request: an integer >= 1 (a shorter
+            request computes all its steps), or a float in (0, 1]: the share of its steps. None: the plan's own number.
+        guard: "warn": at each computed step lesa also makes the forecast and compares it with the true feature. If the
             logarithm of an error exceeds its fitted mean by 5 standard deviations, lesa warns once; the plan goes on.
-            `lesa.stats` carries the errors of the latest request. "off" measures nothing. Either way a forecast that is
-            not finite is replaced by a computed step.
-        backend: what forecasts: "triton", "cpp" or "torch"; None takes the best for the device. One asked for
-            never falls back: where it cannot serve, the request fails.
+            `lesa.stats` shows the errors of the latest request. "off" measures nothing. In both cases, lesa computes
+            the step if its forecast is not finite.
+        backend: makes the forecasts: "triton", "cpp" or "torch"; None takes the best for the device. If you name a
+            backend and it cannot run, the request fails; lesa does not choose another.
 
     Returns:
         A handle, also a context manager: `with lesa.enable(pipe, plan) as run: ...`, then `run.stats` and `run.plan`.
 
     Raises:
-        PlanError: the plan cannot be read, or it or the statistics do not fit the denoiser.
-        TypeError: `plan` is none of these.
-        ValueError: `target` has no supported denoiser, or is a bare one where statistics need a pipeline; the backend
-            or the guard is unknown; there is a budget with a plan that was not fitted, or none with statistics; the
-            statistics cannot be read.
+        PlanError: the plan cannot be read, or the plan or the statistics do not fit the denoiser.
+        TypeError: `plan` has another type.
+        ValueError: `target` has no supported denoiser, or is a bare denoiser and `plan` is statistics.
+        ValueError: the backend or the guard is unknown.
+        ValueError: a budget with a plan that was not fitted, or statistics without a budget.
+        ValueError: the statistics cannot be read.
     """
     from .models import hooks
 
     if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend={backend!r}: expected one of {BACKENDS}, or None for the best there is")
+        raise ValueError(f"backend={backend!r}: expected one of {BACKENDS}, or None for the best")
     if guard not in GUARDS:
         raise ValueError(f'guard={guard!r}: expected "warn", or "off" to measure nothing')
     if not isinstance(plan, (Plan, Statistics, str, os.PathLike)):
@@ -137,54 +136,54 @@ def enable(
 
 
 def source_of(path: str | os.PathLike[str], budget: int | float | None) -> Plan | Statistics:
-    """What lies there; a budget is what statistics need, so without one only a plan will do.
+    """The plan or the statistics at a path; statistics need a budget.
 
     Raises:
         PlanError: there is no plan, or it cannot be read.
         ValueError: the statistics cannot be read.
     """
-    of_statistics = str(storage.format_of(path)).startswith("lesa-statistics") if os.path.isfile(path) else False
-    return Statistics.load(path) if of_statistics and budget is not None else Plan.from_pretrained(path)
+    if budget is not None and os.path.isfile(path) and str(storage.format_of(path)).startswith("lesa-statistics"):
+        return Statistics.load(path)
+    return Plan.from_pretrained(path)
 
 
 def check_adaptable(source: Plan | Statistics, budget: int | float | None) -> None:
-    """Check that plans of another budget can be made.
+    """Check that the budget of the source can change.
 
     Raises:
         ValueError: there is a budget, but the plan was not fitted.
     """
     if budget is not None and isinstance(source, Plan) and source.surrogate is None:
         raise ValueError(
-            f"budget={budget!r}: the plan has one, {source.budget} computed steps, and holds no statistics to make "
-            "another from; leave `budget` out, fit the plan again with this version, or give statistics in its place"
+            f"budget={budget!r}: this plan cannot change its budget of {source.budget} (plans from lesa.fit can); "
+            "leave budget out, or fit a plan"
         )
 
 
 def _driver(
     target: Any, source: Plan | Statistics, budget: int | float | None, guard: str, backend: str | None
 ) -> PlanRunner | Adaptive:
-    """What runs the requests; checked against the denoiser."""
+    """The driver of the requests, checked against the denoiser."""
     denoiser = denoiser_of(target)
     if isinstance(source, Plan):
         check_fit(source, denoiser)
         if source.surrogate is None:
             return PlanRunner(source, backend, guard)
-        return Adaptive(source, budget, runner=lambda made: PlanRunner(made, backend, guard))
-    if isinstance(target, torch.nn.Module):
+    elif isinstance(target, torch.nn.Module):
         raise ValueError(
-            f"a bare {type(target).__name__} does not tell the noise levels of a request before it runs: enable the "
+            f"a bare {type(target).__name__} does not tell a request's noise levels before it runs: enable the "
             "pipeline, or the plan that lesa.planner.build.plan_for(statistics, budget, sigmas) makes"
         )
     driver = Adaptive(source, budget, runner=lambda made: PlanRunner(made, backend, guard))
     try:
         check_fit(driver.plan, denoiser)
     except PlanError as error:
-        raise PlanError(f"the statistics are of another denoiser: {error}") from error
+        raise PlanError(f"the statistics were recorded with another denoiser: {error}") from error
     return driver
 
 
 def disable(target: Any) -> None:
-    """Take lesa off; the denoiser is then bit-equal to before. Does nothing where lesa is not enabled."""
+    """Take lesa off; the denoiser is then bit-equal to before. Does nothing if lesa is not enabled."""
     from .models import hooks
 
     hooks.detach(target)

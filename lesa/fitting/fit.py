@@ -25,9 +25,9 @@ from .arguments import Given
 from .refine import Candidate, Refiner, ScheduleSearch, fingerprint
 from .trials import Measured, Trials, check_alike, run_in_full
 
-_SAME = 1e-3  # of inner products recorded twice, where no bits are the same
-_LEAST = 2  # runs besides those of candidates: what is published, and what was searched
-_NOT_ALWAYS = ("fitting_ssim", "held_out_ssim")  # figures that a given plan may have of an earlier fit
+_SAME = 1e-3  # tolerance: two recordings are never bit-equal
+_LEAST = 2  # always run: the published and the searched schedule
+_NOT_ALWAYS = ("fitting_ssim", "held_out_ssim")  # removed: may come from an earlier fit
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Effort:
     """What a fit may cost.
 
     Args:
-        generations: in time of full requests, recording included.
-        run_share: of what is left after recording that running candidates may take; the search takes the rest.
-        evaluations: of schedules on the surrogate, before the first run and again after it.
+        generations: the whole fit, recording included, in full requests' time.
+        run_share: share of the remaining time for running candidates; the search takes the rest.
+        evaluations: schedules evaluated on the surrogate, before the first run and again after it.
     """
 
     generations: int
@@ -71,50 +71,44 @@ def fit(
 ) -> Any:
     """Fit a plan: search its schedule, learn its weights, and judge both by running the requests.
 
-    The fitting requests are run in full once. Their inner products (`lesa.Statistics`) and a linear model of what the
-    denoiser makes of errors (`lesa.planner.surrogate`) give schedules and weights. The best are run, their weights
-    refined from what is measured, and their computed steps moved. The plan returned is the best one measured: its mean
-    PSNR on the fitting requests is no worse than that of the paper's schedule with Taylor's forecast at the same
-    budget, nor than that of any of `candidates`. "quick" compares nothing.
+    Each fitting request runs once in full. Its inner products (`lesa.Statistics`) and a linear model of the denoiser's
+    errors (`lesa.planner.surrogate`) give schedules and weights. The best plans run; their measurements refine the
+    weights and move computed steps. `fit` returns the best measured plan: on the fitting requests its mean PSNR is at
+    least that of the paper's schedule with Taylor's forecast at the same budget, and that of each candidate. "quick"
+    compares nothing.
 
-    In memory are the outputs of all fitting requests (FLUX at 1024x1024, 50 steps, bfloat16: 26 MB each) and the
-    features of one pipeline call.
-
-    The plan knows the errors to expect at its computed steps where there are at least four requests and three computed
-    steps; with "quick", four besides those held out.
+    Memory holds the outputs of all fitting requests (FLUX at 1024x1024, 50 steps, bfloat16: 26 MB each) and the
+    features of one pipeline call. Expected errors need 4 requests and 3 computed steps. With "quick", held-out
+    requests do not count.
 
     Args:
         target: a diffusers pipeline, or a bare denoiser in a loop of your own.
-        prompts: for a pipeline, 8 suffice; they should be like those of later use.
+        prompts: for a pipeline; 8 prompts like those of later use are enough.
         budget: computed steps; or their share of all steps as a float in (0, 1], e.g. 0.2; or a list of these.
-        requests: instead of prompts: functions without arguments, each of which runs one request and may return its
-            pictures or sample [1, ...].
+        requests: instead of prompts: functions without arguments; each runs one request and may return its pictures or
+            sample [1, ...].
         request: keyword arguments of the pipeline call, JSON-able, e.g. {"num_inference_steps": 50}.
         effort: "quick", "default" or "thorough": at most about 10, 40 and 300 full requests' time for one budget,
-            recording of 8 included. "quick" runs one call by a first plan, to see how the denoiser answers errors. The
-            others run the paper's schedule, the searched plan and all candidates even where many prompts or candidates
-            make that longer.
-        candidates: plans, or what `Plan.from_pretrained` takes, for requests of this kind: each is run at its budget
-            beside the searched ones. Those at the output site whose rows can be written over computed steps are
-            refined like these. One that wins is returned as it is, with the figures of this fit in its `training` and
-            its rows under the names of these requests' contexts.
-        held_out: how many of the requests, the last ones, are kept out of fitting and only measured; by default an
-            eighth of them, at least one where there are two.
-        batch: prompts run in one pipeline call.
-        seeds: of each prompt's noise; the prompt's index by default.
-        seed: of the order in which moves are tried.
-        sigmas: of a bare denoiser's requests, see `Statistics.gather`.
-        guidance: the weight of each context in what the scheduler is given, see `Statistics.gather`.
-        folder: keeps the statistics and each budget's plan. Budgets that lie there already are not fitted again, and a
-            folder with plans of other requests is refused.
+            with the recording of 8. "quick" runs one call with a trial plan, to measure the error gains. The others
+            always run the paper's schedule, the searched plan and all candidates; many of them may take longer.
+        candidates: plans for such requests, or what `Plan.from_pretrained` takes; each runs if its budget is fitted.
+            Output-site candidates whose rows use only computed steps are also refined. If a candidate wins, fit
+            returns that plan and adds this fit's figures.
+        held_out: how many requests, the last ones, are only measured; by default an eighth, at least one of two.
+        batch: prompts per pipeline call.
+        seeds: the seed of each prompt's noise; by default the prompt's index.
+        seed: random seed of the search.
+        sigmas: noise levels of a bare denoiser's requests, see `Statistics.gather`.
+        guidance: the weight of each context in the scheduler's input, see `Statistics.gather`.
+        folder: keeps the statistics and each budget's plan; `fit` does not repeat the budgets in it.
 
     Returns:
-        A `Plan`, or for a list of budgets a dictionary of plans by computed steps. Its `training` says what it took
-        and reached.
+        A `Plan`, or for a list of budgets a dictionary of plans by computed steps. `plan.training` holds time, cost and
+        PSNR.
 
     Raises:
-        ValueError: an argument is out of place, the folder holds plans of other requests, or a candidate cannot be
-            read, is for other requests or has none of the budgets.
+        ValueError: an argument is not valid, the folder's plans were fitted to other requests, or a candidate cannot
+            be read, is for other requests or has none of the budgets.
         StatisticsError: the requests are not of one kind, or their features are not finite.
     """
     if effort not in tuple(EFFORTS):
@@ -143,7 +137,7 @@ def fit(
     if folder is not None:
         labels = [label for call in fitting for label in call.labels]
         folder = arguments.check_fit_folder(folder, wanted, labels, numbers, request)
-    unlearned = 0 if EFFORTS[effort].run_share else held_out  # what is not run by the plan
+    unlearned = 0 if EFFORTS[effort].run_share else held_out  # held-out requests that give no expected errors
     arguments.warn_if_few(count - unlearned, unlearned)
     options: dict[str, Any] = {"sigmas": sigmas, "guidance": guidance}
     trials = run_in_full(
@@ -169,11 +163,10 @@ class Session:
     """The full runs of one fit, and the plans fitted to them.
 
     Args:
-        trials: the requests to fit to.
-        held: those that are only measured.
-        effort, seed, folder: see `fit`.
-        seeds: of the noise of all requests.
-        given: the user's plans, which are run beside the searched ones.
+        trials: the fitting requests.
+        held: the held-out requests, only measured.
+        effort, seed, seeds, folder: see `fit`.
+        given: the user's candidates.
     """
 
     trials: Trials
@@ -185,10 +178,10 @@ class Session:
     folder: Path | None
 
     def plan(self, budget: int) -> Plan:
-        """The plan for one budget; what lies in the folder is not made again.
+        """The plan for one budget, from the folder if it is there.
 
         Raises:
-            ValueError: the folder holds a plan of other requests.
+            ValueError: the folder's plan was fitted to other requests.
         """
         if self.folder is None:
             return self._fit(budget)
@@ -200,7 +193,7 @@ class Session:
         return plan
 
     def identity(self, budget: int) -> dict[str, Any]:
-        """What a plan in the folder must agree with to be taken as made."""
+        """The figures that a plan in the folder must share to be used again."""
         return {
             "effort": self.effort,
             "prompts": self.trials.labels,
@@ -221,7 +214,7 @@ class Session:
         recorded = trials.count + (0 if self.held is None else self.held.count)
         left = max(effort.generations - recorded, 0)
         runs = int(left * effort.run_share / (trials.count * budget / trials.statistics.num_steps))
-        if effort.run_share:  # the floor, the searched plan and all given ones are run, whatever it takes
+        if effort.run_share:  # these always run, however long they take
             runs = max(runs, _LEAST + len(given))
         schedules = ScheduleSearch(trials, budget, effort.evaluations, self.seed)
         refiner = Refiner(trials, schedules, budget, runs, given)
@@ -248,14 +241,14 @@ class Session:
         reason = arguments.misfit(plan, self.trials.statistics)
         if reason is not None:
             raise ValueError(
-                f"folder={str(path.parent)!r} holds {path.name} of other requests ({reason}): name another"
+                f"folder={str(path.parent)!r}: {path.name} was fitted to other requests ({reason}): use another folder"
             )
         wanted = json.loads(json.dumps(self.identity(budget)))  # as the file has it, where tuples are lists
         found = {name: plan.training.get(name) for name in wanted}
         return plan if self._is_of(plan) and plan.budget == budget and found == wanted else None
 
     def _is_of(self, plan: Plan) -> bool:
-        """Whether a plan was fitted to what was recorded; weights may have changed since."""
+        """Whether a plan was fitted to these recordings; the model's weights may have changed since."""
         if plan.surrogate is None:
             return True
         grams = surrogate_of(plan).grams
@@ -266,14 +259,14 @@ class Session:
 def finished(
     best: Candidate, error_gains: np.ndarray, figures: Mapping[str, Any], trials: Trials, held: Trials | None
 ) -> Plan:
-    """The plan of the best candidate, run on the requests that were held out, with all figures.
+    """The plan of the best candidate with all its figures, run on the held-out requests too.
 
     Args:
-        best: of the fit.
-        error_gains: [C, T, P] of the fit's surrogate, for a best candidate that was not run.
-        figures: of the fit.
+        best: the best candidate.
+        error_gains: [C, T, P] of the fit's surrogate, for a best candidate that did not run.
+        figures: for `Plan.training`.
         trials: the fitting requests.
-        held: those that are only measured.
+        held: the held-out requests.
     """
     kept_out = None if held is None else held.run(best.plan)
     if held is not None and kept_out is not None:
@@ -294,7 +287,7 @@ def finished(
 
 
 def _served(plan: Plan, trials: Trials) -> Plan:
-    """The plan with its rows, checks and expected errors under the names that such requests use for contexts."""
+    """The plan with its rows, checks and expected errors under these requests' context names."""
     names = served_by(trials.statistics)
     tables = {"rows": plan.rows_of, "checks": plan.checks_of, "expected": plan.expected_of}
     found: dict[str, Any] = {
@@ -305,7 +298,7 @@ def _served(plan: Plan, trials: Trials) -> Plan:
 
 
 def _surrogate(best: Candidate, error_gains: np.ndarray, trials: Trials) -> Surrogate | None:
-    """What adapted plans are made of; of the output site, as they are."""
+    """The surrogate for `adapt`; None for a hidden-site plan."""
     if best.plan.site != "output":
         return None
     if best.measured is not None:
@@ -314,13 +307,13 @@ def _surrogate(best: Candidate, error_gains: np.ndarray, trials: Trials) -> Surr
 
 
 def _expected(plan: Plan, model: Surrogate | None, trials: Trials, measured: Sequence[Measured]) -> Mapping[str, Any]:
-    """The errors to expect of a plan's checks; those of a given plan that are of other features it knows."""
+    """Expected errors of the plan's checks. A candidate whose checks we cannot compute keeps its own."""
     reads = {read for own in plan.checks.values() for row in own.values() for read in row.steps}
     if model is None or not reads <= set(plan.computed):
         return plan.expected
     if not measured:
         return expected_by(model, plan)
-    # Inner products at the computed steps, which is all that checks read.
+    # Checks use only computed steps: their inner products are enough.
     run = np.concatenate([part.outcome.basis for part in measured])
     N, T, grams = plan.budget, plan.num_steps, {}
     for c, context in enumerate(trials.statistics.contexts):
@@ -331,5 +324,5 @@ def _expected(plan: Plan, model: Surrogate | None, trials: Trials, measured: Seq
 
 
 def _ssim(name: str, measured: Measured | None) -> dict[str, float]:
-    """SSIM where there are pictures."""
+    """SSIM if there are pictures."""
     return {} if measured is None or measured.ssim is None else {name: float(measured.ssim.mean())}

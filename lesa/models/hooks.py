@@ -1,12 +1,10 @@
-"""lesa's one hook: put on a denoiser's root, asked at each call, and taken off again, the denoiser as it was.
+"""lesa's one hook. It sits on the denoiser's root. Its removal leaves the denoiser as it was.
 
-The hook asks a `Driver` at each call whether to compute or to forecast. At the hidden site a forecast runs the
-denoiser's own forward with stand-ins for its blocks (see `standins`); at the output site the forecast is returned as it
-is.
+At each call the hook asks a `Driver` whether to compute or to forecast. At the hidden site a forecast runs the
+denoiser's own forward with stand-ins for its blocks (see `standins`); at the output site it is the result itself.
 
-torch.compile never sees the hook: its frame is skipped, what it decides is disabled, and the frames below are those of
-the bare denoiser, once with its blocks and once with stand-ins. So a compiled denoiser breaks no graph here, and no
-step makes it compile again.
+torch.compile never sees the hook: Dynamo skips its frame; its Python methods use torch.compiler.disable. The frames
+below are the bare denoiser's, with its blocks or with stand-ins. So the hook adds no graph break and no recompile.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from typing import Any
 
 import torch
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
-from torch._dynamo.decorators import skip  # unlike torch.compiler.disable(recursive=False), for good, not call by call
+from torch._dynamo.decorators import skip  # permanent; torch.compiler.disable acts per call
 
 from .. import ops
 from ..runtime.clock import Call, Clock
@@ -34,7 +32,7 @@ _TAIL_LOST = "the denoiser's last block was not run (something skips it or runs 
 
 
 def attach(target: Any, driver: Driver, site: str) -> RootHook:
-    """Put a driver on a pipeline's denoiser, or on a bare denoiser; an earlier one is taken off first.
+    """Put a driver on a pipeline's denoiser or a bare denoiser, in place of an earlier one.
 
     Args:
         target: a diffusers pipeline or a denoiser.
@@ -45,7 +43,7 @@ def attach(target: Any, driver: Driver, site: str) -> RootHook:
         The hook that asks the driver.
 
     Raises:
-        ValueError: the target has no supported denoiser, or the site is not known for it.
+        ValueError: the target has no supported denoiser, or the denoiser has no such site.
     """
     denoiser = denoiser_of(target)
     stands = Stands(denoiser, layout_of(denoiser)) if site == "hidden" else None
@@ -54,7 +52,7 @@ def attach(target: Any, driver: Driver, site: str) -> RootHook:
 
 
 def attach_hook(denoiser: torch.nn.Module, hook: RootHook) -> RootHook:
-    """Put a hook on a denoiser; an earlier one is taken off first."""
+    """Put a hook on a denoiser, in place of an earlier one."""
     detach(denoiser)
     try:
         _register(denoiser, hook)
@@ -66,7 +64,7 @@ def attach_hook(denoiser: torch.nn.Module, hook: RootHook) -> RootHook:
 
 
 def detach(target: Any) -> None:
-    """Take lesa's hooks off; without any, do nothing."""
+    """Take lesa's hook off, if there is one."""
     denoiser = denoiser_of(target)
     registry = getattr(denoiser, "_diffusers_hook", None)
     if registry is not None and _NAME in registry.hooks:
@@ -82,14 +80,15 @@ def attached(target: Any) -> RootHook | None:
 
 
 def check_free(target: Any) -> None:
-    """Check that lesa is not enabled, before requests that must run by themselves.
+    """Check that lesa is not enabled, before requests that must run in full.
 
     Raises:
-        ValueError: it is.
+        ValueError: lesa is enabled.
     """
     if attached(target) is not None:
         raise ValueError(
-            "lesa is enabled on this pipeline: call lesa.disable(pipe) before you record, train or compare"
+            f"lesa is enabled on this {type(target).__name__}: call lesa.disable(...) before you fit, record, train or "
+            "compare"
         )
 
 
@@ -109,22 +108,21 @@ def _register(module: torch.nn.Module, hook: RootHook) -> None:
     inner = module.forward
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
     hook.wrapped = hook.fn_ref.forward
-    # diffusers' wrapper around a hook is left out: torch.compile would trace it, and us with it.
+    # Without diffusers' wrapper around a hook: torch.compile would trace it, and our hook with it.
     module.forward = functools.update_wrapper(functools.partial(hook.new_forward, module), inner)
-    # What we put in place, to tell at removal what others have put around or in place of it.
+    # Our forward: at removal it shows whether others wrapped or replaced it.
     hook.installed = module.forward
 
 
 def _remove(module: torch.nn.Module, registry: HookRegistry) -> None:
-    """Unregister our hook and leave every wrapper that came after it as it was.
+    """Unregister our hook and keep every later wrapper.
 
-    `remove_hook` replaces what an outer hook of the registry calls, and drops any wrapper put around
-    the registry's own; both are put back here.
+    `remove_hook` replaces the forward of an outer hook and drops wrappers around the registry's own; we restore both.
     """
     index = registry._hook_order.index(_NAME)
     ours = registry._fn_refs[index]
     hook = registry.hooks[_NAME]
-    if ours.forward is not hook.wrapped:  # an inner hook was removed, and ours was dropped with it
+    if ours.forward is not hook.wrapped:  # the removal of an inner hook dropped ours too
         ours.original_forward = ours.forward
     outer = registry._fn_refs[index + 1] if index + 1 < len(registry._fn_refs) else None
     outer_forward = outer.forward if outer is not None and outer.original_forward is not None else None
@@ -133,7 +131,7 @@ def _remove(module: torch.nn.Module, registry: HookRegistry) -> None:
     if outer is not None and outer_forward is not None:
         outer.forward, outer.original_forward = outer_forward, ours.original_forward
     elif outer is None and wrapped:
-        # accelerate's offload hook was put around ours: it calls `_old_forward`.
+        # accelerate's offload hook wraps ours: it calls `_old_forward`.
         module.forward, module._old_forward = forward, ours.original_forward
     if not registry.hooks:
         del module._diffusers_hook
@@ -142,11 +140,11 @@ def _remove(module: torch.nn.Module, registry: HookRegistry) -> None:
 
 
 class RootHook(ModelHook):
-    """Wraps a denoiser's forward: place the call, ask the driver, run or forecast.
+    """Wraps a denoiser's forward: find the request, context and step, ask the driver, run or forecast.
 
     Args:
         driver: decides what each call does.
-        clock: places the calls.
+        clock: finds the request, context and step of each call.
         stands: stand-ins of the denoiser's children; None at the output site.
     """
 
@@ -155,22 +153,22 @@ class RootHook(ModelHook):
     def __init__(self, driver: Driver, clock: Clock, stands: Stands | None) -> None:
         super().__init__()
         self.driver = driver
-        self.retired = False  # by the handle that put it here: nobody puts it back
-        self.before: RootHook | None = None  # what comes back at the end of its `with` block
-        self.context = _ContextName()  # diffusers finds it as an attribute and tells it the cache context
+        self.retired = False  # True once its handle ended: never attached again
+        self.before: RootHook | None = None  # the hook that returns at the end of its `with` block
+        self.context = _ContextName()  # diffusers looks for this attribute and sets the cache context
         self._clock = clock
         self._stands = stands
         self._like: Any = None
         self._active: Exchange | None = None
-        self._owner: dict[str, int] = {}  # setdefault is atomic, and unlike a lock it can be copied
+        self._owner: dict[str, int] = {}  # setdefault is atomic; a lock cannot be copied
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Learn what the denoiser's arguments are called."""
+        """Learn the names of the denoiser's arguments."""
         self._names = list(inspect.signature(type(module).forward).parameters)[1:]
         return module
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Forget the request under way."""
+        """Forget the current request."""
         self._clock.abort()
         return module
 
@@ -202,14 +200,14 @@ class RootHook(ModelHook):
 
     @torch.compiler.disable
     def restore(self) -> None:
-        """Put the denoiser's children back and let other threads in; needed again only where this was interrupted."""
+        """Put the denoiser's children back and let other threads in. Safe to call twice."""
         self._leave()
         self._owner.clear()
 
     @torch.compiler.disable
     def _enter(self, turn: _Turn) -> None:
         if turn.exchange is not None:
-            self._active = turn.exchange  # before anything moves, so that whoever comes next can put it back
+            self._active = turn.exchange  # set first, so that an interrupted exchange can be undone
             turn.exchange.enter()
 
     @torch.compiler.disable
@@ -220,12 +218,12 @@ class RootHook(ModelHook):
 
     @torch.compiler.disable
     def _acquire(self) -> None:
-        """Let one thread in at a time: the denoiser's children are exchanged meanwhile."""
+        """Let one thread in at a time: a call exchanges the denoiser's children."""
         me = threading.get_ident()
         owner = self._owner.setdefault("thread", me)
         if owner != me and any(thread.ident == owner for thread in threading.enumerate()):
             raise RuntimeError(
-                "another thread is running this denoiser: give each thread a denoiser of its own, or take turns"
+                "another thread is running this denoiser: give each thread its own denoiser, or take turns"
             )
         self._owner["thread"] = me
         self._leave()
@@ -236,7 +234,7 @@ class RootHook(ModelHook):
 
     @torch.compiler.disable
     def _begin(self, args: tuple, kwargs: dict) -> _Turn:
-        """Place the call and ask the driver."""
+        """Find the request, context and step, and ask the driver."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         sample: Any = given.get("sample" if "sample" in self._names else "hidden_states")
         call = self._clock.tick(self.context.name, given.get("timestep"), sample)
@@ -247,7 +245,7 @@ class RootHook(ModelHook):
 
     @torch.compiler.disable
     def _compute(self, call: Call) -> _Turn:
-        """The turn that computes a step, its feature tapped on the way."""
+        """The turn that computes a step and takes its feature."""
         stop = self.driver.stats.start("computed", call.sample.device)
         if self._stands is None:
             return _Turn(call, stop, self._original())
@@ -273,7 +271,7 @@ class RootHook(ModelHook):
 
     @torch.compiler.disable
     def _end(self, turn: _Turn, output: Any) -> bool:
-        """Count the turn; whether its output stands."""
+        """Count the call; return whether its output is accepted."""
         driver, call, stand = self.driver, turn.call, turn.stand
         if turn.forecast:
             if isinstance(stand, Tail):
@@ -303,13 +301,13 @@ class RootHook(ModelHook):
         return True
 
     def _original(self) -> Callable[..., Any]:
-        """What this hook wraps; another hook beneath it may have been removed since."""
+        """The forward that this hook wraps, even if another hook beneath it was removed."""
         return self.fn_ref.original_forward if self.fn_ref.forward is self.wrapped else self.fn_ref.forward
 
 
 @dataclass
 class _Turn:
-    """One run of a step: what runs, and what stands in the denoiser meanwhile."""
+    """One run of a step: the function, and the stand-ins during it."""
 
     call: Call
     stop: Callable[[], None]
@@ -330,7 +328,7 @@ class _ContextName(StateManager):
         self.name: str | None = None
 
     def set_context(self, context: Any) -> None:
-        # A CacheContext, or in older releases its name.
+        # A CacheContext; older diffusers pass its name.
         self.name = getattr(context, "name", context)
 
 
@@ -339,7 +337,7 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def _copy(feature: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Gives the caller a tensor of its own; a frame for torch.compile, which insists on one in a fullgraph call."""
+    """Gives the caller its own tensor; fullgraph compile needs a Python function here."""
 
     def run(*args: Any, **kwargs: Any) -> torch.Tensor:
         return feature.clone()
@@ -349,7 +347,7 @@ def _copy(feature: torch.Tensor) -> Callable[..., torch.Tensor]:
 
 @torch.compiler.disable
 def _like(output: Any, feature: torch.Tensor) -> Any:
-    """`feature` in the wrapping that the denoiser gave its last computed output."""
+    """`feature` in the output type of the last computed step."""
     if isinstance(output, torch.Tensor):
         return feature
     return (feature,) if type(output) is tuple else type(output)(sample=feature)

@@ -1,12 +1,12 @@
-"""What takes the place of a denoiser's children for the time of one call.
+"""Stand-ins that replace a denoiser's children during one call.
 
-The denoiser's own forward runs at every step. At a computed step its last block is wrapped, to take the feature. At a
-forecast step stand-ins are in place of the blocks and the embedders, whose work nothing needs then; the model's own
-head finishes the step, or, where a fused operator can do its work, stand-ins of its norm and projection.
+The denoiser's own forward runs at every step. At a computed step a wrapper around the last block takes the feature. At
+a forecast step stand-ins replace the blocks and the embedders, whose results nothing needs; the model's own head
+finishes the step, or, if a fused operator can, stand-ins of its norm and projection.
 
-The fused head asks the model itself what its head does between norm and projection: the stand-in of the norm answers
-with two probes, a row of zeros and a row of ones, and from what becomes of them, shift and scale + shift, the stand-in
-of the projection knows the modulation. No formula of a model is repeated here.
+Between norm and projection the head modulates: m(x) = scale x + shift. The fused head learns both numbers from the
+model itself: the norm's stand-in returns a row of zeros and a row of ones, and the projection's stand-in receives
+m(0) and m(1), so shift = m(0) and scale = m(1) - m(0). We repeat no formula of a model.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .layouts import Layout
 
 
 class Exchange:
-    """Puts modules in the place of a denoiser's children, and the children back, as often as asked.
+    """Replaces a denoiser's children by other modules and puts them back, any number of times.
 
     Args:
-        denoiser: whose forward will run.
-        places: for each dotted path the module to stand there.
+        denoiser: the module whose forward will run.
+        places: the replacement at each dotted path.
     """
 
     def __init__(self, denoiser: nn.Module, places: dict[str, nn.Module]) -> None:
@@ -47,18 +47,13 @@ class Exchange:
 
 
 class Tap(nn.Module):
-    """A block that also shows its image stream, the feature.
-
-    Args:
-        block: does the work.
-        layout: of its denoiser.
-    """
+    """A block that also keeps its image stream, the feature."""
 
     block: nn.Module
 
     def __init__(self, block: nn.Module, layout: Layout) -> None:
         super().__init__()
-        # DiT looks for its timestep embedder among the first block's children, and the first may be the last.
+        # DiT needs the timestep embedder in its first block, which may also be the last one.
         self.__dict__ |= {"_modules": block._modules, "block": block}
         self.position = layout.returns.index("hidden_states") if len(layout.returns) > 1 else None
         self.feature: Tensor | None = None
@@ -70,11 +65,11 @@ class Tap(nn.Module):
 
 
 class Pass(nn.Module):
-    """In the place of a list's blocks: hands their inputs on.
+    """Replaces a list of blocks and returns their inputs.
 
     Args:
-        block: the first of them. Its children can be reached here too: DiT looks for its timestep embedder there.
-        layout: of its denoiser.
+        block: the first block. Its children stay reachable: DiT looks for its timestep embedder there.
+        layout: the layout of the denoiser.
     """
 
     def __init__(self, block: nn.Module, layout: Layout) -> None:
@@ -88,14 +83,14 @@ class Pass(nn.Module):
         return tuple(passed) if len(passed) > 1 else passed[0]
 
     def passed(self, args: tuple, kwargs: dict) -> list[Any]:
-        """What a block would return, as it came in."""
+        """The inputs that a block would update and return."""
         return [kwargs[name] if name in kwargs else args[self.names.index(name)] for name in self.returns]
 
 
 class Tail(Pass):
-    """In the place of the last list's blocks: hands their inputs on with the forecast as the image stream.
+    """Replaces the last list of blocks and returns their inputs, with the forecast as the image stream.
 
-    Where the fused head makes the forecast, only the dtype of the stream matters: that of the probes' way back.
+    With the fused head only the stream's dtype is used: some models cast the modulated probes to it.
     """
 
     def __init__(self, block: nn.Module, layout: Layout) -> None:
@@ -105,7 +100,7 @@ class Tail(Pass):
         self.wide_head = layout.wide_head
 
     def passed(self, args: tuple, kwargs: dict) -> list[Any]:
-        """What the last block would return, the image stream replaced."""
+        """The inputs, with the forecast as the image stream."""
         passed = super().passed(args, kwargs)
         stream = self.returns.index("hidden_states")
         if self.feature is not None:
@@ -117,14 +112,14 @@ class Tail(Pass):
 
 
 class Skip(nn.Module):
-    """In the place of an embedder: one channel of its input, so that what the model joins or reshapes still fits."""
+    """Replaces an embedder: returns one channel of its input, so that the model can still join and reshape it."""
 
     def forward(self, given: Any, *args: Any, **kwargs: Any) -> Any:
         return given[..., :1] if isinstance(given, Tensor) else given
 
 
 class Probe(nn.Module):
-    """In the place of the head's norm: zeros and ones, in float32 so that the model rounds neither."""
+    """Replaces the head's norm: returns zeros and ones, in float32 so that the model does not round them."""
 
     rows: Tensor
 
@@ -138,13 +133,7 @@ class Probe(nn.Module):
 
 
 class FusedHead(nn.Module):
-    """In the place of the head's projection: forecast, norm, modulation and projection in one operator.
-
-    Args:
-        ring: forecasts.
-        norm: the head's norm, for its eps.
-        proj: the head's projection.
-    """
+    """Replaces the head's projection: forecast, norm, modulation and projection in one operator."""
 
     def __init__(self, ring: Ring, norm: nn.LayerNorm, proj: nn.Linear) -> None:
         super().__init__()
@@ -159,13 +148,9 @@ class FusedHead(nn.Module):
 
 
 class Stands:
-    """Makes the stand-ins of one denoiser and keeps them as long as the modules they stand for stay.
+    """Makes the stand-ins of one denoiser and keeps them while its modules stay.
 
-    A compiled forward would be compiled again for new ones.
-
-    Args:
-        denoiser: whose children they stand for.
-        layout: of it.
+    New stand-ins would make torch.compile compile again.
     """
 
     def __init__(self, denoiser: nn.Module, layout: Layout) -> None:
@@ -187,7 +172,7 @@ class Stands:
         return Exchange(self._denoiser, places), tail
 
     def head(self, context: str, ring: Ring) -> tuple[Exchange, Tail]:
-        """Exchange all but the timestep's way for a forecast step with the fused head; `fuses(ring)` must hold."""
+        """Exchange all but the timestep's path for a forecast step with the fused head; needs `fuses(ring)`."""
         places, tail = self._body()
         tail.feature = None
         norm, proj = self._head()
@@ -200,9 +185,9 @@ class Stands:
         return Exchange(self._denoiser, places), tail
 
     def fuses(self, ring: Ring, timestep: Any) -> bool:
-        """Whether the fused operator can do the head's work: on its device, in its dtypes, and nothing wraps it."""
+        """Whether the fused operator can replace the head: same device and dtype, and no wrapper."""
         if ring.history.dim() != 4 or getattr(timestep, "dim", lambda: 0)() > 1:
-            return False  # a timestep for every token modulates every token
+            return False  # one timestep per token: one modulation per token
         norm, proj = self._head()
         plain = type(proj) is nn.Linear and isinstance(norm, nn.LayerNorm) and norm.weight is None
         if not plain or _wrapped(norm) or _wrapped(proj) or type(proj.weight.data) is not Tensor:
@@ -211,7 +196,7 @@ class Stands:
         return same and (ring.backend or ops.backend_of("forecast_head", ring.history)) == "triton"
 
     def _lists(self) -> list[str]:
-        """The lists of blocks that hold any."""
+        """The lists of blocks that are not empty."""
         return [name for name in self._layout.blocks if len(_blocks(self._denoiser, name))]
 
     def _head(self) -> tuple[Any, Any]:
@@ -254,5 +239,5 @@ def _child(denoiser: nn.Module, path: str) -> nn.Module | None:
 
 
 def _wrapped(module: nn.Module) -> bool:
-    """Whether something hooks a module: offloading, casts, adapters. Its forward must run then."""
+    """Whether a hook wraps a module (offloading, casts, adapters): then its forward must run."""
     return "forward" in module.__dict__ or bool(module._forward_hooks or module._forward_pre_hooks)

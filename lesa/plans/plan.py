@@ -35,9 +35,9 @@ from .schedule import Stage
 from .storage import Kind, SafetensorsFile, card
 
 PLAN_FILE = "plan.safetensors"
-# Fields that JSON holds as they are.
+# Fields saved as plain JSON.
 _PLAIN = ("site", "forecaster", "denoiser", "config_hash", "training", "library_version")
-# Figures of fitting, as people want to read them.
+# The label and the format of each figure of fitting.
 _LABELS = {
     "effort": ("effort", "{}"),
     "fitting_psnr": ("fitting", "{:.2f} dB PSNR"),
@@ -45,14 +45,22 @@ _LABELS = {
     "held_out_psnr": ("held out", "{:.2f} dB PSNR"),
     "held_out_ssim": ("held out", "{:.4f} SSIM"),
     "prompts": ("prompts", "{}"),
-    "held_out": ("besides", "{} held out"),
-    "seconds": ("took", "{:.1f} s"),
+    "held_out": ("held-out prompts", "{}"),
+    "seconds": ("fitting time", "{:.1f} s"),
     "generations": ("cost", "the time of {:.1f} full requests"),
-    "evaluations": ("compared", "{} plans"),
+    "evaluations": ("plans compared", "{}"),
     "schedule": ("best plan", "{}"),
 }
-_SURROGATE = "surrogate_"  # before the names of its arrays in a file
-_SAID = {"alphas", "budget", "stages"}  # told by the lines above the figures
+_SURROGATE = "surrogate_"  # name prefix of its arrays
+_SAID = {"alphas", "budget", "stages"}  # already printed above
+# The surrogate's arrays, by their names in files.
+_SURROGATE_ARRAYS = {
+    "slopes": "error gains [C, T, P]",
+    "grams": "Gram matrices [P, ...]",
+    "response": "impulse response [T (T + 1) / 2]",
+    "guidance": "guidance [C]",
+    "contexts": "contexts [C]",
+}
 
 
 @dataclass(frozen=True)
@@ -62,23 +70,21 @@ class Plan(SafetensorsFile):
     Args:
         computed: steps the denoiser computes, ascending, step 0 among them.
         sigmas: the T + 1 noise levels of the request, the final 0 included.
-        rows: for each context the `Row` of every forecast step; the context "*" serves all contexts not named.
+        rows: for each context the `Row` of every forecast step; "*" is for all contexts not named.
         site: "hidden" (before the final norm and projection) or "output" (what the denoiser returns).
         forecaster: the source of the weights, e.g. "taylor-1" or "lesa".
-        timesteps: the denoiser's timestep argument at each of the T steps, where recorded; a bare
-            denoiser's calls are checked against it.
-        denoiser: class name of the denoiser the plan was made for; None fits any.
+        timesteps: the denoiser's timestep argument at each of the T steps, to check a bare denoiser's calls; or None.
+        denoiser: class name of the plan's denoiser; None fits any.
         config_hash: hash of that denoiser's configuration; None fits any.
         stages: the stages of the forecaster, for pictures and provenance.
-        training: figures of how the plan was made, JSON-able.
-        checks: for each context the forecast that would have been made of computed steps, which is compared
-            with the truth; "*" as in `rows`.
-        expected: for each context how large the errors of those forecasts were in fitting; "*" as in `rows`.
-        surrogate: arrays of the model of the fitting requests, of `lesa.planner.surrogate.Surrogate.to_arrays`, for
-            `lesa.planner.build.adapt`; for the output site only. Plans that differ in nothing else are equal.
+        training: time, cost and quality of the fit or training, JSON-able.
+        checks: rows that forecast computed steps, only to compare with the true feature; "*" as in `rows`.
+        expected: for each context the errors of the checks in fitting; "*" as in `rows`.
+        surrogate: the surrogate's arrays (`Surrogate.to_arrays`), which `adapt` needs; for the output site only.
+            Ignored by ==.
 
     Raises:
-        PlanError: a value is out of place; the message names it.
+        PlanError: a value is not valid; the message names it.
     """
 
     kind: ClassVar[Kind] = Kind(
@@ -88,7 +94,7 @@ class Plan(SafetensorsFile):
         PlanError,
         "Plan.save",
         {
-            "lesa-statistics": "holds statistics, of which plans are made: say how many steps to compute, e.g. "
+            "lesa-statistics": "holds statistics, not a plan: say how many steps to compute, e.g. "
             "lesa.enable(pipe, path, budget=10)"
         },
     )
@@ -147,10 +153,10 @@ class Plan(SafetensorsFile):
 
     @cached_property
     def slots(self) -> tuple[int, ...]:
-        """The history slot of each step's feature, -1 where no later row or check reads it.
+        """The history slot of each step's feature, -1 if no later row or check reads it.
 
-        A slot is taken again as soon as the last reader of its feature has run, so the history holds
-        as few features as the rows allow. A check runs before the feature of its step is stored.
+        A slot is free again after the last reader of its feature, so the history holds as few features as the rows
+        allow. A check runs before the feature of its step is stored.
         """
         last_reader = [-1] * self.num_steps
         for rows in (*self.rows.values(), *self.checks.values()):
@@ -203,10 +209,10 @@ class Plan(SafetensorsFile):
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], description: dict[str, Any]) -> Plan:
-        """The plan of `to_arrays`; of files of earlier versions too."""
+        """The plan that `to_arrays` or an earlier version wrote."""
         computed = tuple(arrays["computed"].tolist())
         forecast = sorted(set(range(description["num_steps"])) - set(computed))
-        # Earlier files know neither checks nor expected errors; only fitted plans have a surrogate.
+        # Earlier files lack checks and expected errors; only fitted plans have a surrogate.
         checks = rows_from_arrays("check_", arrays, description.get("check_contexts", []), computed)
         surrogate_contexts = description.get("surrogate_contexts")
         surrogate = None
@@ -226,42 +232,39 @@ class Plan(SafetensorsFile):
         )
 
     def title(self) -> str:
-        """One line: for which denoiser, and how many steps are computed."""
+        """One line: the denoiser and the number of computed steps."""
         return f"Plan: {self.denoiser or 'any denoiser'}, {self.budget} of {self.num_steps} steps computed"
 
     def summary(self) -> str:
-        """The plan in words: a line for each fact, its schedule drawn, and the known figures of how it was made."""
-        lines = [
-            f"forecaster   {self.forecaster}, site {self.site}, contexts {', '.join(self.rows) or 'none'}",
-            f"schedule     {self.budget} of {self.num_steps} steps computed: {' '.join(map(str, self.computed))}",
-            *(f"{'':<13}{line}" for line in self.drawing()),
-            f"sigmas       {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}",
-            f"denoiser     {self.denoiser or 'any'}, configuration {self.config_hash or 'any'}",
-            f"history      {self.capacity} features a context",
+        """The plan in words: one line per fact, its schedule drawn, and the figures of its fit."""
+        lines: list[tuple[str, str]] = [
+            ("forecaster", f"{self.forecaster}, site {self.site}, contexts {', '.join(self.rows) or 'none'}"),
+            ("schedule", f"{self.budget} of {self.num_steps} steps computed: {' '.join(map(str, self.computed))}"),
+            *(("", line) for line in self.drawing()),
+            ("sigmas", f"{self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}"),
+            ("denoiser", f"{self.denoiser or 'any'}, configuration {self.config_hash or 'any'}"),
+            ("history", f"{self.capacity} features per context"),
         ]
         if self.stages:
             stages = ", ".join(f"{s.name} (window {s.window}, sigma > {s.low:g})" for s in self.stages)
-            lines.append(f"stages       {stages}")
+            lines.append(("stages", stages))
         errors = [expected.error for steps in self.expected.values() for expected in steps.values()]
-        if errors:
-            lines.append(f"checks       expected relative error {min(errors):.3g} to {max(errors):.3g}")
-        else:
-            lines.append("checks       none: the plan does not know which errors to expect")
+        known = f"expected relative error {min(errors):.3g} to {max(errors):.3g}" if errors else "none"
+        lines.append(("checks", known))
         if self.surrogate is not None:
-            lines.append("adapts       to other step counts, spacings, schedulers and budgets")
-        lines += [f"{name:<12} {value}" for name, value in self.figures()]
-        lines.append(f"written by   lesa {self.library_version or '(not saved yet)'}")
-        return "\n".join(lines)
+            lines.append(("adapts", "to other step counts, spacings, schedulers and budgets"))
+        lines += [*self.figures(), ("written by", f"lesa {self.library_version or '(not saved yet)'}")]
+        return "\n".join(f"{name:<16} {value}" for name, value in lines)
 
     def drawing(self) -> list[str]:
-        """The schedule as text, "#" for a computed step and "." for a forecast one: 50 steps a line, in tens."""
+        """The schedule as text, "#" for a computed step and "." for a forecast one: 50 steps per line, in tens."""
         computed = set(self.computed)
         marks = "".join("#" if step in computed else "." for step in range(self.num_steps))
         tens = [marks[i : i + 10] for i in range(0, len(marks), 10)]
         return [" ".join(tens[i : i + 5]) for i in range(0, len(tens), 5)]
 
     def figures(self) -> list[tuple[str, str]]:
-        """The figures of `training` as (name, value): those that `lesa.fit` writes first, then other scalars."""
+        """The figures of `training` as (name, value): first those of `lesa.fit`, then other scalars."""
         known = [
             (label, _figure(form, self.training[key]))
             for key, (label, form) in _LABELS.items()
@@ -277,24 +280,24 @@ class Plan(SafetensorsFile):
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw the plan: its schedule and its weights, as `lesa info --out` does; needs the extra [demo].
 
-        The one place where a plan looks upward: drawing lives in `lesa.evaluation`.
+        Looks upward, as `adapt` does: drawing lives in `lesa.evaluation`.
         """
         from ..evaluation.plan_plots import plan_picture
 
         return plan_picture(path, self)
 
     def adapt(self, sigmas: Sequence[float] | None = None, budget: int | float | None = None) -> Plan:
-        """The plan for other noise levels or another budget, made of what the fit knows of its requests.
+        """The plan for other noise levels or another budget, made from the surrogate.
 
-        It looks upward, as `plot` does: the making of plans lives in `lesa.planner`.
+        Looks upward, as `plot` does: `lesa.planner` makes plans.
 
         Args:
             sigmas: the T + 1 noise levels of the request, the final 0 included; by default those of this plan.
-            budget: computed steps, or as a float in (0, 1] a share of them; by default those of this plan.
+            budget: computed steps, or a float in (0, 1]: the share of all steps; by default this plan's own.
 
         Raises:
             PlanError: the plan was not fitted.
-            ValueError: an argument is out of place.
+            ValueError: an argument is not valid.
         """
         from ..planner.build import adapt
 
@@ -318,8 +321,8 @@ class Plan(SafetensorsFile):
             filename,
             self.title(),
             [
-                "A plan of `lesa` says which steps of a diffusion request the denoiser computes, and by which weights",
-                "the others are forecast. It holds no weights of the model.",
+                "A plan of `lesa` says which steps of a diffusion request the denoiser computes, and which weights",
+                "forecast the others. It holds no weights of the model.",
                 "",
                 *("| | |", "|---|---|", *rows),
                 "",
@@ -339,8 +342,8 @@ class Plan(SafetensorsFile):
     def join(cls, plans: Mapping[str, Plan]) -> Plan:
         """One plan out of plans for single contexts, e.g. {"cond": ..., "uncond": ...}.
 
-        The figures of training are the first plan's, but for the alphas, which are kept for each context; the
-        surrogate too, where all plans have the same.
+        `training` is copied from the first plan; alphas are kept for each context. The surrogate is kept if all plans
+        share it.
 
         Raises:
             PlanError: the plans differ in anything but rows and training.
@@ -376,7 +379,7 @@ class Plan(SafetensorsFile):
             raise PlanError(f"site={self.site!r}: expected one of {SITES}")
         timesteps = self.timesteps
         if timesteps is not None and not (len(timesteps) == total and all(map(math.isfinite, timesteps))):
-            raise PlanError(f"timesteps={timesteps!r}: expected {total} finite numbers, one a step")
+            raise PlanError(f"timesteps={timesteps!r}: expected {total} finite numbers, one per step")
         if len(self.computed) < total and not self.rows:
             raise PlanError("rows is empty: every step that is not computed needs a row")
 
@@ -404,26 +407,23 @@ class Plan(SafetensorsFile):
         for step, error in errors.items():
             where = f"expected error of context {context!r}, step {step}"
             if step not in self.checks_of(context):
-                raise PlanError(f"{where}: the step has no check; give `checks` a row for it, or leave it out")
+                raise PlanError(f"{where}: the step has no check; add its row to `checks`, or leave it out")
             if not (0 <= error.error < math.inf and 0 < error.std < math.inf):
                 raise PlanError(f"{where} is {error}: expected a finite error of at least 0 and a std above 0")
 
     def _check_surrogate(self, arrays: Mapping[str, np.ndarray]) -> None:
         if self.site != "output":
-            raise PlanError(f"surrogate with site={self.site!r}: plans made of it are of the output site; leave it out")
-        names = ("slopes", "grams", "response", "guidance", "contexts")
-        if missing := [name for name in names if name not in arrays]:
+            raise PlanError(f"surrogate with site={self.site!r}: a surrogate needs site='output'; leave it out")
+        if missing := [name for name in _SURROGATE_ARRAYS if name not in arrays]:
             raise PlanError(f"surrogate lacks {missing}: give what Surrogate.to_arrays makes, or fit the plan again")
-        slopes, *others = (np.asarray(arrays[name]) for name in names)
-        C, T, P = slopes.shape if slopes.ndim == 3 else (0, 0, 0)
-        shapes = [(P, C * T * (C * T + 1) // 2), (T * (T + 1) // 2,), (C,), (C,)]
-        if self.num_steps != T or not C or [array.shape for array in others] != shapes:
-            raise PlanError(
-                f"surrogate of {T} steps and contexts {tuple(arrays['contexts'])}: expected the {self.num_steps} steps "
-                "of the plan, named contexts and arrays of their shapes"
-            )
-        if not all(np.isfinite(array).all() for array in (slopes, *others[:-1])):
-            raise PlanError("surrogate holds numbers that are not finite: fit the plan again")
+        T, C, P = self.num_steps, max(np.size(arrays["contexts"]), 1), (*np.shape(arrays["slopes"]), 0, 0, 0)[2]
+        shapes = ((C, T, P), (P, C * T * (C * T + 1) // 2), (T * (T + 1) // 2,), (C,), (C,))
+        for (name, words), shape in zip(_SURROGATE_ARRAYS.items(), shapes, strict=True):
+            array = np.asarray(arrays[name])
+            if array.shape != shape:
+                raise PlanError(f"surrogate: {words} of shape {array.shape}; expected {shape}: fit the plan again")
+            if name != "contexts" and not np.isfinite(array).all():
+                raise PlanError(f"surrogate: {words} with numbers that are not finite: fit the plan again")
 
 
 def _version() -> str | None:

@@ -1,7 +1,7 @@
-"""Checks: at computed steps the forecast that would have been made is compared with the truth.
+"""Checks: at a computed step, the comparison of a forecast with the true feature.
 
-A fitted plan knows how large these errors were in fitting. Where one lies far above that, the request is unlike the
-fitted ones, and people are told once. The plan goes on in any case.
+A fitted plan has the expected errors. If an error is far above the expected one, lesa warns once. The plan goes on in
+any case.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .driver import Check, Stats
 from .history import History, Question
 
 GUARDS = ("warn", "off")
-# Standard deviations of the logarithm of an error. On emoji-flux captions like the fitted ones reach up to 3.8.
+# In standard deviations of log(error). With captions similar to the fitting ones the largest was 3.8 (emoji-flux).
 TOLERANCE = 5.0
-# A computed feature holds no element larger than this in float32 or bfloat16: its sample would be lost anyway.
+# We assume that no element is larger in float32 or bfloat16: such a sample is already broken.
 _LARGEST = 2.0**60
 
 
 class _Pending(NamedTuple):
-    """A comparison that the device is working on; errors as small as `least`, the rounding, say nothing."""
+    """A comparison that the device still computes; errors below `least` are only rounding."""
 
     context: str
     step: int
@@ -39,11 +39,11 @@ class _Pending(NamedTuple):
 class Checks:
     """Measures the errors of one plan's checks.
 
-    A GPU is not waited for before the last step of a request: what is there is read at later computed steps.
+    We wait for the GPU only at the last step; finished results are read earlier.
 
     Args:
-        plan: whose checks have expected errors, see `checked`.
-        tell: is given what people should know.
+        plan: its checks all have expected errors, see `checked`.
+        tell: called with each warning's text.
     """
 
     def __init__(self, plan: Plan, tell: Callable[[str], None]) -> None:
@@ -51,11 +51,11 @@ class Checks:
         self._pending: list[_Pending] = []
         self._noted = False
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy has asked nothing
+    def __getstate__(self) -> dict[str, Any]:  # a copy has no pending comparisons
         return {**self.__dict__, "_pending": []}
 
     def begin(self, stats: Stats) -> None:
-        """A request starts: the figures of the one before are dropped."""
+        """Start a request: drop the errors of the earlier one."""
         self.settle(stats)
         stats.checks.clear()
         self._noted = False
@@ -72,14 +72,14 @@ class Checks:
         self.settle(stats, wait=False)
 
     def settle(self, stats: Stats, wait: bool = True) -> None:
-        """Read what the device has answered; or wait for all of it."""
+        """Read the finished comparisons, or wait for all."""
         while self._pending and (wait or self._pending[0].asked.is_there()):
             self._read(self._pending.pop(0), stats)
 
     def _read(self, pending: _Pending, stats: Stats) -> None:
         squares, size = pending.asked.read()
         if not math.isfinite(size):
-            pending.history.drop(pending.step)  # steps that would read it are computed instead
+            pending.history.drop(pending.step)  # steps that need it are computed instead
             return
         expected = self._plan.expected_of(pending.context)[pending.step]
         error = relative_error(squares, size)
@@ -89,15 +89,15 @@ class Checks:
             self._noted = True
             stats.out_of_distribution += 1
             self._tell(
-                f"this request is unlike those that the plan was fitted to: at step {check.step} ({check.context}) the "
-                f"forecast is off by {error:.2g}, {check.ratio:.2g} times the expected {check.expected:.2g}. Its "
-                "prompt, guidance or weights (a LoRA?) are others. The plan goes on; for more fidelity fit it with "
-                "such requests or raise its budget"
+                f"this request is different from the fitting requests: at step {check.step} ({check.context}) the "
+                f"forecast error is {error:.2g}, {check.ratio:.2g} times the expected {check.expected:.2g}. Its "
+                "prompt, guidance or model weights (a LoRA?) differ from those in fitting. The plan goes on; for "
+                "better pictures fit with requests like this one, or raise the budget"
             )
 
 
 def checked(plan: Plan, guard: str) -> Plan:
-    """The plan with those checks that are measured; the others would take memory."""
+    """The plan with only the checks that are measured; the others would take memory."""
     checks: Mapping[str, Mapping[int, Row]] = {}
     if guard == "warn":
         found = {
@@ -121,11 +121,11 @@ def deviation(error: float, expected: Expected, least: float) -> float:
 
     Args:
         error: relative, at least 0 or NaN.
-        expected: of this check.
-        least: errors below it say nothing, e.g. the rounding of the features' dtype.
+        expected: the check's expected error.
+        least: errors below it are only rounding.
 
     Returns:
-        A number; infinity where the error is no number.
+        A number; infinity if the error is not finite.
     """
     if not error < math.inf:
         return math.inf
@@ -133,10 +133,9 @@ def deviation(error: float, expected: Expected, least: float) -> float:
 
 
 def risky_steps(plan: Plan, context: str, dtype: torch.dtype) -> frozenset[int]:
-    """The forecast steps whose forecast may not be finite, though all computed features are.
+    """The forecast steps whose forecast may overflow, though all computed features are finite.
 
-    In float16 any may; in wider types only those whose weights, one forecast read by the next, multiply up beyond what
-    the type can hold.
+    In float16 any forecast may overflow. In wider types only if chained weights multiply past the limit.
     """
     rows, limit = plan.rows_of(context), torch.finfo(dtype).max
     if limit < _LARGEST:

@@ -1,4 +1,4 @@
-"""What decides, at each denoiser call, between computing and forecasting, the `Driver`, and what it counts: `Stats`."""
+"""`Driver` decides at each call between computing and forecasting; `Stats` counts what happened."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import torch
 from .clock import Call, Request
 from .history import Ring
 
-_LATEST = 256  # calls whose times are kept
+_LATEST = 256  # number of call times kept
 
 
 @dataclass(frozen=True)
 class Check:
-    """A computed step's forecast, had one been made, against its true feature.
+    """The error of a forecast of a computed step.
 
     Args:
-        context, step: of the feature.
+        context, step: the feature's context and step.
         error: ||F^ - F|| / ||F||.
         expected: the geometric mean of this error in the fitting requests.
         std: how many standard deviations the error's logarithm lies above the expected one.
@@ -37,7 +37,7 @@ class Check:
 
     @property
     def ratio(self) -> float:
-        """How many times the expected error this one is."""
+        """error / expected."""
         return self.error / self.expected if self.expected else math.inf
 
 
@@ -49,13 +49,13 @@ class Stats:
         requests: requests started.
         computed: denoiser calls the plan computed.
         forecast: denoiser calls the plan forecast.
-        refused: calls that the plan forecasts but that had to be computed, by reason: what the forecast reads is not
-            there, or its result is not finite.
-        operators: forecasts by the operator and backend that made them, e.g. "forecast_head: triton".
-        checks: of the latest request, how far the forecasts that would have been made of computed steps were off.
-        out_of_distribution: requests in which such an error lay far above what fitting saw.
-        guard: "warn" where errors are measured, "off" where not.
-        told: what people were warned of, each once.
+        refused: calls that the plan forecasts but that were computed, by reason: a needed feature is missing, or the
+            result is not finite.
+        operators: forecasts by operator and backend, e.g. "forecast_head: triton".
+        checks: the errors of the latest request, measured at computed steps.
+        out_of_distribution: requests with an error far above the expected one.
+        guard: "warn" if errors are measured, else "off".
+        told: the topics of the warnings so far.
     """
 
     requests: int = 0
@@ -71,11 +71,10 @@ class Stats:
 
     @property
     def seconds_saved(self) -> float:
-        """What the forecast calls would have taken at the median of the latest computed ones, less what they took.
+        """The forecast calls' number times the median time of the latest computed calls, less the forecasts' time.
 
-        Calls that were never made can only be guessed: by the median, because a call in which torch compiles takes as
-        long as thousands of others. What forecasts took is a fact and counts in full, compiling included, which without
-        the plan nobody would have waited for: a short first run may save less than nothing.
+        The median, because one call in which torch compiles takes as long as thousands of others. The forecasts' time
+        includes compiling, so a short first run may save less than nothing.
         """
         computed, forecast = self._timers["computed"], self._timers["forecast"]
         if not computed.calls:
@@ -86,7 +85,7 @@ class Stats:
         """Begin timing one call of `kind` ("computed" or "forecast") without waiting for the device.
 
         Returns:
-            What to call at its end. A call that raises has no end, and no time of its own.
+            The function to call at its end. A call that raises counts no time.
         """
         return self._timers[kind].start(device)
 
@@ -114,12 +113,12 @@ class Stats:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A feature to come.
+    """A forecast that the hook may evaluate.
 
     Args:
-        feature: writes it out and returns it; in memory that the next step may overwrite.
-        ring: forecasts it too, together with the denoiser's head; None where the feature is not a plan's.
-        accept: whether what the denoiser made of it may stand; where not, the step is computed. None: it may.
+        feature: computes and returns the forecast; the next step may overwrite its memory.
+        ring: the operands of the fused operator, which forecasts with the denoiser's head; None without a plan.
+        accept: whether the denoiser's output is valid; if not, the step is computed. None accepts all.
     """
 
     feature: Callable[[], torch.Tensor]
@@ -128,7 +127,7 @@ class Forecast:
 
 
 class Driver(Protocol):
-    """Decides what each denoiser call does; the hooks ask it, and count the forecasts they used in `stats`."""
+    """Decides what each denoiser call does; the hook asks it and counts forecasts in `stats`."""
 
     stats: Stats
 
@@ -139,56 +138,46 @@ class Driver(Protocol):
         """The forecast of this step, or None to have it computed."""
 
     def keep(self, call: Call, feature: torch.Tensor | None) -> None:
-        """A step was computed; its feature is None where `lose` was called for it."""
+        """A step was computed; its feature is None after `lose`."""
 
     def refuse(self, call: Call, reason: str) -> None:
         """The forecast of this step could not be used; the step is computed instead."""
 
     def lose(self, reason: str) -> None:
-        """No feature can be taken or given any more in this request."""
+        """Features are no longer available in this request."""
 
     def observe(self, call: Call, output: torch.Tensor) -> None:
-        """A step ended: what the denoiser returned for it, computed or forecast; copy it to keep it."""
+        """A step ended with this output, computed or forecast; copy it to keep it."""
 
 
 class Relay:
-    """A driver that has another one run the requests; subclasses change what they must.
-
-    Args:
-        runner: the other one; its stats are the relay's.
-    """
+    """A driver that hands every call to another driver, and shares its stats; subclasses change some methods."""
 
     def __init__(self, runner: Driver) -> None:
         self._runner = runner
         self.stats = runner.stats
 
     def begin(self, request: Request) -> None:
-        """Handed to the runner."""
         self._runner.begin(request)
 
     def forecast(self, call: Call) -> Forecast | None:
-        """What the runner says."""
         return self._runner.forecast(call)
 
     def keep(self, call: Call, feature: torch.Tensor | None) -> None:
-        """Handed to the runner."""
         self._runner.keep(call, feature)
 
     def refuse(self, call: Call, reason: str) -> None:
-        """Handed to the runner."""
         self._runner.refuse(call, reason)
 
     def lose(self, reason: str) -> None:
-        """Handed to the runner."""
         self._runner.lose(reason)
 
     def observe(self, call: Call, output: torch.Tensor) -> None:
-        """Handed to the runner."""
         self._runner.observe(call, output)
 
 
 class _Timer:
-    """Adds up the time of calls and keeps the latest; on a CUDA device by events, read only when somebody asks."""
+    """Adds up the time of calls and keeps the latest; on CUDA with events, read on demand."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -203,7 +192,7 @@ class _Timer:
 
     @property
     def median(self) -> float:
-        """Of the latest calls; 0 without any."""
+        """The median of the latest calls; 0 without any."""
         self._wait()
         return statistics.median(self._latest) if self._latest else 0.0
 

@@ -1,4 +1,4 @@
-"""The drivers that run plans: `PlanRunner` one plan, `Adaptive` an adapted plan for each kind of request."""
+"""The drivers that run plans: `PlanRunner` runs one plan, `Adaptive` a plan for each kind of request."""
 
 from __future__ import annotations
 
@@ -22,32 +22,31 @@ from .clock import Call, Request, impulse_response_of
 from .driver import Forecast, Relay, Stats
 from .history import History
 
-# Beyond this the weights were made for a visibly different schedule of noise levels.
-_SIGMA_TOLERANCE = 0.05
-_ELSEWHERE = "enable a plan made for yours; of a fitted one, plan.adapt(sigmas=...) makes it"
+_SIGMA_TOLERANCE = 0.05  # beyond this: visibly different noise levels
+_ELSEWHERE = "enable a plan for your steps; plan.adapt(sigmas=...) makes one from a fitted plan"
 _MOST_PLANS = 16  # a few kilobytes each
-_DIGITS = 6  # of a sigma; noise levels come from float32
-_SAME = 1e-3  # of noise levels and impulse responses
+_DIGITS = 6  # kept of a sigma: noise levels come from float32
+_SAME = 1e-3  # tolerance of noise levels and impulse responses
 
 
 class PlanRunner:
     """Runs one plan: a history for every context, a row for every forecast step.
 
-    A forecast that may not be finite is looked at before it stands; no other one is waited for.
+    Only forecasts that may overflow are checked; only these wait for the device.
 
     Args:
         plan: the plan to run.
-        backend: of the operators, see `lesa.ops.forecast`.
-        guard: "warn" measures the errors that the plan knows how to judge; "off" measures nothing.
+        backend: the operators' backend, see `lesa.ops.forecast`.
+        guard: "warn" measures the errors of the plan's checks; "off" measures nothing.
     """
 
     def __init__(self, plan: Plan, backend: str | None = None, guard: str = "warn") -> None:
         self.plan = plan
         self.stats = Stats()
-        self._run = checked(plan, guard)
-        self.stats.guard = guard if self._run.checks else "off"
+        self._checked_plan = checked(plan, guard)
+        self.stats.guard = guard if self._checked_plan.checks else "off"
         self._backend = backend
-        self._checks = Checks(self._run, self._tell)
+        self._checks = Checks(self._checked_plan, self._tell)
         self._computed = frozenset(plan.computed)
         self._histories: dict[str, History] = {}
         self._inputs: dict[str, tuple] = {}
@@ -64,8 +63,8 @@ class PlanRunner:
             raise PlanError(
                 f"this request runs {request.num_steps} denoiser steps but the plan was made for "
                 f"{self.plan.num_steps}: call the pipeline with num_inference_steps={self.plan.num_steps}, "
-                f"make a plan for {request.num_steps} steps, or lesa.disable(pipe) (image-to-image runs strength times "
-                "num_inference_steps)"
+                f"make a plan for {request.num_steps} steps, or lesa.disable(pipe) (image-to-image runs strength x "
+                "num_inference_steps steps)"
             )
         if request.sigmas is not None:
             self._compare_sigmas(request.sigmas)
@@ -98,18 +97,18 @@ class PlanRunner:
         if call.step in self._computed:
             return None
         reason = self._lost
-        row = self._run.rows_of(call.context).get(call.step)
+        row = self._checked_plan.rows_of(call.context).get(call.step)
         if reason is None and row is None:
             reason = f"the plan has no row for context {call.context!r}"
         elif reason is None and changed:
             reason = "the sample changed shape, dtype or device in the middle of a request"
         elif reason is None and row is not None and not self._history(call.context).holds(row):
-            reason = "a step that the forecast reads is not held (not run in this request, or not finite)"
+            reason = "a feature that the forecast needs is missing (its step did not run, or it was not finite)"
         if reason is not None:
             self.refuse(call, reason)
             return None
         self._note_guidance()
-        ring, slot = self._history(call.context).select(call.step), self._run.slots[call.step]
+        ring, slot = self._history(call.context).select(call.step), self._checked_plan.slots[call.step]
         accept = None
         if call.step in self._risky_steps(call.context, ring.history.dtype):
             accept = functools.partial(self._is_finite, call)
@@ -119,47 +118,47 @@ class PlanRunner:
         """Store the feature of a computed step for later forecasts."""
         if call.step in self._computed:
             self.stats.computed += 1
-        if feature is not None and self._lost is None:  # else nothing reads it
+        if feature is not None and self._lost is None:  # else no forecast needs it
             self._checks.keep(call, feature, self._history(call.context), self.stats)
 
     def refuse(self, call: Call, reason: str) -> None:
-        """Count a step that had to be computed although the plan forecasts it, and say so once for each reason."""
+        """Count a step that is computed though the plan forecasts it, and warn once per reason."""
         self._warn(reason)
         self.stats.refused[reason] += 1
 
     def observe(self, call: Call, output: torch.Tensor) -> None:
-        """What a plan does depends on no output."""
+        """Does nothing: plans do not use outputs."""
 
     def settle(self) -> None:
-        """Wait for the errors that are being measured."""
+        """Wait for the pending error measurements."""
         self._checks.settle(self.stats)
 
     def _is_finite(self, call: Call, output: torch.Tensor) -> bool:
-        """Whether what came of a forecast is finite; else the step is computed. Waits for the device."""
+        """Whether the output of a forecast is finite; else the step is computed. Waits for the device."""
         finite = bool(output.isfinite().all())
         if not finite:
             self.refuse(call, "the forecast was not finite")
         return finite
 
     def _note_guidance(self) -> None:
-        """Say so where guidance joined a request of a plan that was fitted to requests of one context."""
-        if len(self._inputs) > 1 and self._run.expected and set(self._run.rows) == {ANY_CONTEXT}:
+        """Warn if the request has guidance but the plan was fitted without it."""
+        if len(self._inputs) > 1 and self._checked_plan.expected and set(self._checked_plan.rows) == {ANY_CONTEXT}:
             self._tell(
-                f"this request calls the denoiser in {len(self._inputs)} contexts a step (guidance), but the plan was "
-                "fitted without guidance. The plan goes on, with less fidelity; fit it with the same guidance"
+                f"this request calls the denoiser in {len(self._inputs)} contexts per step (guidance), but the plan "
+                "was fitted without guidance. The plan goes on with worse pictures; fit it with the same guidance"
             )
 
     def _risky_steps(self, context: str, dtype: torch.dtype) -> frozenset[int]:
         key = context, dtype
         if key not in self._risky:
-            self._risky[key] = risky_steps(self._run, context, dtype)
+            self._risky[key] = risky_steps(self._checked_plan, context, dtype)
         return self._risky[key]
 
     def _warn(self, reason: str) -> None:
         self._tell(f"lesa computes steps in full: {reason}")
 
     def _tell(self, what: str) -> None:
-        """Say something once: what stands before its first colon decides, the figures after it change."""
+        """Warn once per topic: the text before the first colon."""
         topic = what if what.startswith("lesa computes") else what.partition(":")[0]
         if topic not in self.stats.told:
             self.stats.told.add(topic)
@@ -167,7 +166,7 @@ class PlanRunner:
 
     def _history(self, context: str) -> History:
         if context not in self._histories:
-            self._histories[context] = History(self._run, context, self._backend)
+            self._histories[context] = History(self._checked_plan, context, self._backend)
         return self._histories[context]
 
     def _compare_sigmas(self, sigmas: tuple[float, ...]) -> None:
@@ -180,7 +179,7 @@ class PlanRunner:
             )
 
     def _check_position(self, call: Call) -> None:
-        """A bare denoiser does not tell its step count: its timesteps show whether the plan fits."""
+        """Compare a bare denoiser's timesteps with the plan's: it tells no step count."""
         total, timesteps = self.plan.num_steps, self.plan.timesteps
         if call.step >= total:
             raise PlanError(
@@ -200,19 +199,19 @@ class PlanRunner:
 
 
 class Adaptive(Relay):
-    """A driver that makes a plan for each request out of statistics or a fitted plan, and has it run.
+    """A driver that makes and runs a plan for each kind of request, from statistics or a fitted plan.
 
-    A fitted plan runs requests of its own noise levels and impulse response itself, and those of a bare denoiser,
-    which tells neither. For others `lesa.planner.build.adapt` makes plans of it, with their expected errors.
+    A fitted plan runs unchanged if noise levels and impulse response match, or on a bare denoiser, where both are
+    unknown. Else `adapt` makes a plan.
 
     Args:
         source: statistics of the denoiser's requests, or a plan with a surrogate.
-        budget: see `plan_for`; a share is taken of each request's own steps. None, with a plan only, is the plan's own.
+        budget: see `plan_for`; a float is a share of each request's steps. None, only with a plan: the plan's own.
         runner: makes the driver of a plan.
 
     Raises:
         PlanError: the plan has no surrogate.
-        ValueError: no plan can be made of the statistics, or `budget` is none.
+        ValueError: the statistics give no plan, or `budget` is not valid.
     """
 
     def __init__(
@@ -229,19 +228,19 @@ class Adaptive(Relay):
 
     @property
     def plan(self) -> Plan:
-        """The plan of the latest request; before the first, of a request like those of the source."""
+        """The plan of the latest request; before the first, the plan for the source's own noise levels."""
         return self._plan
 
     def begin(self, request: Request) -> None:
-        """Start a request with the plan of its noise levels, made now if they are new.
+        """Start a request with the plan for its noise levels.
 
         Raises:
             PlanError: the request does not tell its noise levels, or they are not finite.
         """
         if request.sigmas is None and not isinstance(self._source, Plan):
             raise PlanError(
-                "an adapted plan needs the noise levels of the request, which a bare denoiser does not tell: make "
-                "the plan with lesa.planner.build.plan_for(statistics, budget, sigmas) and enable that"
+                "an adapted plan needs the noise levels of the request, which a bare denoiser does not tell: enable "
+                "the plan that lesa.planner.build.plan_for(statistics, budget, sigmas) makes"
             )
         plan = self._plan_of(request)
         if plan is not self._plan:
@@ -249,7 +248,7 @@ class Adaptive(Relay):
         super().begin(request)
 
     def settle(self) -> None:
-        """Wait for the errors that are being measured."""
+        """Wait for the pending error measurements."""
         self._runner.settle()
 
     def _made(self, sigmas: Sequence[float] | None = None, impulse_response: np.ndarray | None = None) -> Plan:
@@ -261,42 +260,42 @@ class Adaptive(Relay):
             made = plan_for(self._source, self._budget, sigmas, impulse_response)
         if made.budget == made.num_steps:
             warnings.warn(
-                f"lesa forecasts nothing in requests of {made.num_steps} steps: all of them are within its budget; "
-                "enable it with a smaller budget=",
+                f"lesa forecasts nothing in requests of {made.num_steps} steps: the budget covers all steps; use a "
+                "smaller budget=",
                 LesaWarning,
                 stacklevel=2,
             )
         return made
 
     def _serves(self, sigmas: Sequence[float], impulse_response: np.ndarray | None) -> bool:
-        """Whether a fitted plan, or the one made of it for its own noise levels, is the request's."""
+        """Whether the source plan matches the request without `adapt`."""
         if not isinstance(self._source, Plan) or len(sigmas) != len(self._source.sigmas):
             return False
-        # Multistep schedulers run the same noise levels, but make something else of an error.
+        # Multistep schedulers use the same sigmas but have another impulse response.
         impulse_response = flow_impulse_response(sigmas) if impulse_response is None else impulse_response
         apart = float(np.abs(np.subtract(sigmas, self._source.sigmas)).max())
         return max(apart, float(np.abs(impulse_response - surrogate_of(self._source).impulse_response).max())) <= _SAME
 
     def _install(self, plan: Plan) -> None:
-        # Plans are cached, runners are not: their histories are as large as features.
+        # We cache plans but no runners: their histories hold features.
         self.settle()
         self._plan, self._runner = plan, self._runner_of(plan)
         self.stats.guard, self._runner.stats = self._runner.stats.guard, self.stats
 
     def _runner_of(self, plan: Plan) -> PlanRunner:
-        # What a plan was fitted from is nothing that a runner, or what is compiled for it, should hold.
+        # Drop the surrogate: a runner does not need it.
         return self._make_runner(plan if plan.surrogate is None else replace(plan, surrogate=None))
 
     def _plan_of(self, request: Request) -> Plan:
-        if request.sigmas is None:  # of a bare denoiser; only a fitted plan gets here
+        if request.sigmas is None:  # a bare denoiser, with a fitted plan
             return self._home
         key = (tuple(round(sigma, _DIGITS) for sigma in request.sigmas), _identity(request.scheduler))
         plan = self._plans.get(key)
         if plan is None:
             if not all(map(math.isfinite, request.sigmas)):
                 raise PlanError(
-                    f"sigmas={request.sigmas!r:.200} of the request are not finite: give others, or see to what the "
-                    "scheduler is given"
+                    f"sigmas={request.sigmas!r:.200} of the request are not finite: give finite sigmas, or check the "
+                    "scheduler's settings"
                 )
             impulse_response = _response(request)
             own = self._serves(request.sigmas, impulse_response)
@@ -309,7 +308,7 @@ class Adaptive(Relay):
 
 
 def _response(request: Request) -> np.ndarray | None:
-    """The impulse response of a request's scheduler; image-to-image leaves out its first steps."""
+    """The impulse response of a request's scheduler; image-to-image skips its first steps."""
     scheduler = request.scheduler
     if scheduler is None:
         return None
@@ -318,5 +317,5 @@ def _response(request: Request) -> np.ndarray | None:
 
 
 def _identity(scheduler: Any) -> tuple[str, str]:
-    """What the impulse response depends on besides the noise levels."""
+    """The scheduler's class and settings: with the noise levels they fix the impulse response."""
     return type(scheduler).__name__, repr(sorted(dict(getattr(scheduler, "config", {})).items()))

@@ -353,13 +353,13 @@ def test_train_info_generate(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["info", str(paths[0])]) == 0
     told = capsys.readouterr().out
     for text in (
-        "forecaster   lesa, site hidden",
+        "forecaster       lesa, site hidden",
         "4 of 8 steps computed: 0 1 4 7",
         f"FluxTransformer2DModel, configuration {plan.config_hash}",
-        f"{plan.capacity} features a context",
+        f"{plan.capacity} features per context",
         "high (window 4, sigma > 0.8), middle (window 8, sigma > 0.4)",
-        "\nprompts      2\n",
-        f"written by   lesa {lesa.__version__}",
+        "\nprompts          2\n",
+        f"written by       lesa {lesa.__version__}",
     ):
         assert text in told
     assert cli.main(["generate", *on(folder), "--plan", str(paths[1]), "--out", str(tmp_path / "out"), "snow"]) == 0

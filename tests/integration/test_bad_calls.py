@@ -99,7 +99,7 @@ CALLS: list[tuple[str, Callable[[World], Any]]] = [
     ("bare FluxTransformer2DModel", lambda w: enable(w.pipe.transformer, statistics(), budget=5)),
     ("made for WanTransformer3DModel", lambda w: enable(w.pipe, replace(PLAN, denoiser="WanTransformer3DModel"))),
     ("another configuration", lambda w: enable(w.pipe, replace(PLAN, config_hash="0" * 16))),
-    ("statistics are of another", lambda w: enable(w.pipe, replace(statistics(), denoiser="Wan"), budget=5)),
+    ("another denoiser", lambda w: enable(w.pipe, replace(statistics(), denoiser="Wan"), budget=5)),
     ("site='hidden'", lambda w: enable(w.unet, replace(PLAN, site="hidden"))),
     # fit
     ("no supported denoiser", lambda w: w.fit(target="flux")),

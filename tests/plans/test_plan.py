@@ -458,7 +458,7 @@ def test_summary_tells_known_figures_first_and_then_scalars_only() -> None:
         ("fitting", "0.9999 SSIM"),
         ("held out", "32.50 dB PSNR"),
         ("prompts", "2"),
-        ("took", "41.2 s"),
+        ("fitting time", "41.2 s"),
         ("interval", "7"),
         ("rate", "0.1235"),
     ]
