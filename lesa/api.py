@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from .models import hooks
+from .models.hooks import RootHook
 from .models.layouts import check_fit, denoiser_of
 from .ops import BACKENDS
 from .planner.statistics import Statistics
@@ -17,9 +19,6 @@ from .plans.rows import PlanError
 from .runtime.checks import GUARDS
 from .runtime.driver import Stats
 from .runtime.runner import Adaptive, PlanRunner
-
-if TYPE_CHECKING:
-    from .models.hooks import RootHook
 
 
 class Enabled:
@@ -48,15 +47,11 @@ class Enabled:
 
     def disable(self) -> None:
         """Take lesa off, like `lesa.disable`. Does nothing if this plan is no longer enabled."""
-        from .models import hooks
-
         self._hook.retired = True
         if hooks.attached(self._denoiser) is self._hook:
             hooks.detach(self._denoiser)
 
     def __enter__(self) -> Enabled:
-        from .models import hooks
-
         if hooks.attached(self._denoiser) is not self._hook:
             raise RuntimeError("this plan is no longer enabled: call lesa.enable again")
         self._hook.before = self._before
@@ -65,8 +60,6 @@ class Enabled:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        from .models import hooks
-
         if self._left:
             return
         self._left = self._hook.retired = True
@@ -119,8 +112,6 @@ def enable(
         ValueError: a budget with a plan that was not fitted, or statistics without a budget.
         ValueError: the statistics cannot be read.
     """
-    from .models import hooks
-
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend={backend!r}: expected one of {BACKENDS}, or None for the best")
     if guard not in GUARDS:
@@ -184,8 +175,6 @@ def _driver(
 
 def disable(target: Any) -> None:
     """Take lesa off; the denoiser is then bit-equal to before. Does nothing if lesa is not enabled."""
-    from .models import hooks
-
     hooks.detach(target)
 
 
@@ -195,8 +184,6 @@ def stats(target: Any) -> Stats:
     Raises:
         ValueError: lesa is not enabled on `target`.
     """
-    from .models import hooks
-
     root = hooks.attached(target)
     if root is None:
         raise ValueError(f"lesa is not enabled on this {type(target).__name__}: call lesa.enable(target, plan) first")

@@ -21,7 +21,7 @@ from ..planner.surrogate import Surrogate, interpolated_error_gains
 from ..plans.plan import Plan
 from ..plans.rows import PlanError
 from . import arguments
-from .arguments import Given
+from .arguments import Given, budgets_of
 from .refine import Candidate, Refiner, ScheduleSearch, fingerprint
 from .trials import Measured, Trials, check_alike, run_in_full
 
@@ -45,11 +45,7 @@ class Effort:
     evaluations: int
 
 
-EFFORTS = {
-    "quick": Effort(10, 0.0, 60),
-    "default": Effort(40, 0.5, 100),
-    "thorough": Effort(300, 0.5, 500),
-}
+EFFORTS = {"quick": Effort(10, 0.0, 60), "default": Effort(40, 0.5, 100), "thorough": Effort(300, 0.5, 500)}
 
 
 def fit(
@@ -141,11 +137,7 @@ def fit(
     arguments.warn_if_few(count - unlearned, unlearned)
     options: dict[str, Any] = {"sigmas": sigmas, "guidance": guidance}
     trials = run_in_full(
-        target,
-        fitting,
-        request,
-        **options,
-        check=lambda num_steps: arguments.check_budgets(given, arguments.budgets_of(wanted, num_steps)),
+        target, fitting, request, **options, check=lambda T: arguments.check_budgets(given, budgets_of(wanted, T))
     )
     arguments.check_requests(given, trials.statistics)
     held_trials = run_in_full(target, held, request, **options) if held else None
@@ -154,7 +146,7 @@ def fit(
     if folder is not None:
         trials.statistics.save(folder / "statistics.safetensors")
     session = Session(trials, held_trials, effort, seed, numbers, given, folder)
-    plans = {one: session.plan(one) for one in arguments.budgets_of(wanted, trials.statistics.num_steps)}
+    plans = {one: session.plan(one) for one in budgets_of(wanted, trials.statistics.num_steps)}
     return plans if arguments.is_list(budget) else next(iter(plans.values()))
 
 
@@ -272,14 +264,11 @@ def finished(
     if held is not None and kept_out is not None:
         held.judge(kept_out)
     plan = _served(best.plan, trials)
-    training = {
-        **{name: figure for name, figure in plan.training.items() if name not in _NOT_ALWAYS},
-        **figures,
-        "fitting_psnr": None if best.measured is None else best.score,
-        "held_out_psnr": None if kept_out is None else kept_out.score,
-        **_ssim("fitting_ssim", best.measured),
-        **_ssim("held_out_ssim", kept_out),
-    }
+    training = {name: figure for name, figure in plan.training.items() if name not in _NOT_ALWAYS} | dict(figures)
+    judged = {"fitting": best.measured, "held_out": kept_out}
+    training |= {f"{name}_psnr": None if part is None else part.score for name, part in judged.items()}
+    with_pictures = {name: part.ssim for name, part in judged.items() if part is not None and part.ssim is not None}
+    training |= {f"{name}_ssim": float(ssim.mean()) for name, ssim in with_pictures.items()}
     model = _surrogate(best, error_gains, trials)
     plan = replace(plan, training=training, surrogate=None if model is None else model.to_arrays())
     measured = [part for part in (best.measured, kept_out) if part is not None] if best.measured is not None else []
@@ -290,10 +279,9 @@ def _served(plan: Plan, trials: Trials) -> Plan:
     """The plan with its rows, checks and expected errors under these requests' context names."""
     names = served_by(trials.statistics)
     tables = {"rows": plan.rows_of, "checks": plan.checks_of, "expected": plan.expected_of}
-    found: dict[str, Any] = {
-        table: {name: own for name, context in names.items() if (own := own_of(context))}
-        for table, own_of in tables.items()
-    }
+    found: dict[str, Any] = {}
+    for table, own_of in tables.items():
+        found[table] = {name: own for name, context in names.items() if (own := own_of(context))}
     return replace(plan, **found)
 
 
@@ -321,8 +309,3 @@ def _expected(plan: Plan, model: Surrogate | None, trials: Trials, measured: Seq
         own = slice(c * N, (c + 1) * N)
         grams[context][:, np.array(plan.computed)[:, None], plan.computed] = run[:, own, own]
     return expectations(plan.checks, grams, measured=True)
-
-
-def _ssim(name: str, measured: Measured | None) -> dict[str, float]:
-    """SSIM if there are pictures."""
-    return {} if measured is None or measured.ssim is None else {name: float(measured.ssim.mean())}

@@ -93,10 +93,7 @@ class Plan(SafetensorsFile):
         PLAN_FILE,
         PlanError,
         "Plan.save",
-        {
-            "lesa-statistics": "holds statistics, not a plan: say how many steps to compute, e.g. "
-            "lesa.enable(pipe, path, budget=10)"
-        },
+        {"lesa-statistics": "holds statistics, which need a budget, e.g. lesa.enable(pipe, path, budget=10)"},
     )
 
     computed: tuple[int, ...]

@@ -98,19 +98,18 @@ class Checks:
 
 def checked(plan: Plan, guard: str) -> Plan:
     """The plan with only the checks that are measured; the others would take memory."""
-    checks: Mapping[str, Mapping[int, Row]] = {}
+    checks: dict[str, Mapping[int, Row]] = {}
     if guard == "warn":
-        found = {
-            context: {step: row for step, row in plan.checks_of(context).items() if step in plan.expected_of(context)}
-            for context in sorted({*plan.checks, *plan.expected})
-        }
-        checks = {context: rows for context, rows in found.items() if rows}
+        for context in sorted({*plan.checks, *plan.expected}):
+            known = plan.expected_of(context)
+            if rows := {step: row for step, row in plan.checks_of(context).items() if step in known}:
+                checks[context] = rows
     expected = {context: {step: plan.expected_of(context)[step] for step in rows} for context, rows in checks.items()}
     return replace(plan, checks=checks, expected=expected)
 
 
 def relative_error(squares: float, truth: float) -> float:
-    """sqrt(squares / truth); 0 where both are 0."""
+    """sqrt(squares / truth); 0 if both are 0."""
     if truth > 0:
         return math.sqrt(squares / truth)
     return 0.0 if squares == 0 else math.inf
