@@ -24,8 +24,7 @@ from .runtime.runner import Adaptive, PlanRunner
 class Enabled:
     """What `enable` returns: lesa on one denoiser; also a context manager.
 
-    At the end of the `with` block the earlier state returns: no lesa, or the plan of the outer block. Also after an
-    exception.
+    At the end of the `with` block, also after an exception, the earlier state returns: no lesa, or the outer plan.
     """
 
     def __init__(

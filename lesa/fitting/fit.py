@@ -254,10 +254,8 @@ def finished(
     """The plan of the best candidate with all its figures, run on the held-out requests too.
 
     Args:
-        best: the best candidate.
         error_gains: [C, T, P] of the fit's surrogate, for a best candidate that did not run.
         figures: for `Plan.training`.
-        trials: the fitting requests.
         held: the held-out requests.
     """
     kept_out = None if held is None else held.run(best.plan)

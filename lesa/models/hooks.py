@@ -39,9 +39,6 @@ def attach(target: Any, driver: Driver, site: str) -> RootHook:
         driver: decides what each call does.
         site: "hidden" or "output".
 
-    Returns:
-        The hook that asks the driver.
-
     Raises:
         ValueError: the target has no supported denoiser, or the denoiser has no such site.
     """
@@ -86,10 +83,8 @@ def check_free(target: Any) -> None:
         ValueError: lesa is enabled.
     """
     if attached(target) is not None:
-        raise ValueError(
-            f"lesa is enabled on this {type(target).__name__}: call lesa.disable(...) before you fit, record, train or "
-            "compare"
-        )
+        name = type(target).__name__
+        raise ValueError(f"lesa is enabled on this {name}: call lesa.disable(...) before you fit, record or compare")
 
 
 def _scheduler_of(pipe: Any) -> Callable[[], Any]:
@@ -143,7 +138,6 @@ class RootHook(ModelHook):
     """Wraps a denoiser's forward: find the request, context and step, ask the driver, run or forecast.
 
     Args:
-        driver: decides what each call does.
         clock: finds the request, context and step of each call.
         stands: stand-ins of the denoiser's children; None at the output site.
     """
@@ -222,9 +216,7 @@ class RootHook(ModelHook):
         me = threading.get_ident()
         owner = self._owner.setdefault("thread", me)
         if owner != me and any(thread.ident == owner for thread in threading.enumerate()):
-            raise RuntimeError(
-                "another thread is running this denoiser: give each thread its own denoiser, or take turns"
-            )
+            raise RuntimeError("another thread is running this denoiser: give each thread its own, or take turns")
         self._owner["thread"] = me
         self._leave()
 

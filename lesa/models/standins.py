@@ -160,10 +160,9 @@ class Stands:
     def tap(self) -> tuple[Exchange, Tap]:
         """Exchange the last block for a computed step."""
         name = self._lists()[-1]
-        last = len(_blocks(self._denoiser, name)) - 1
-        path, block = f"{name}.{last}", _blocks(self._denoiser, name)[last]
+        *others, block = _blocks(self._denoiser, name)
         tap = self._keep("tap", (block,), lambda: Tap(block, self._layout))
-        return Exchange(self._denoiser, {path: tap}), tap
+        return Exchange(self._denoiser, {f"{name}.{len(others)}": tap}), tap
 
     def tail(self, feature: Tensor | None) -> tuple[Exchange, Tail]:
         """Exchange embedders and blocks for a forecast step that ends in the model's own head."""
@@ -203,10 +202,8 @@ class Stands:
         return self._denoiser.get_submodule(self._layout.norm), self._denoiser.get_submodule(self._layout.proj)
 
     def _body(self) -> tuple[dict[str, nn.Module], Tail]:
-        places: dict[str, nn.Module] = {}
-        for path in self._layout.embedders:
-            if _child(self._denoiser, path) is not None:
-                places[path] = self._keep(path, (), Skip)
+        embedders = [path for path in self._layout.embedders if _child(self._denoiser, path) is not None]
+        places: dict[str, nn.Module] = {path: self._keep(path, (), Skip) for path in embedders}
         names = self._lists()
         for name in names:
             first = _blocks(self._denoiser, name)[0]

@@ -35,8 +35,7 @@ from .schedule import Stage
 from .storage import Kind, SafetensorsFile, card
 
 PLAN_FILE = "plan.safetensors"
-# Fields saved as plain JSON.
-_PLAIN = ("site", "forecaster", "denoiser", "config_hash", "training", "library_version")
+_PLAIN = ("site", "forecaster", "denoiser", "config_hash", "training", "library_version")  # saved as plain JSON
 # The label and the format of each figure of fitting.
 _LABELS = {
     "effort": ("effort", "{}"),
@@ -211,9 +210,8 @@ class Plan(SafetensorsFile):
         forecast = sorted(set(range(description["num_steps"])) - set(computed))
         # Earlier files lack checks and expected errors; only fitted plans have a surrogate.
         checks = rows_from_arrays("check_", arrays, description.get("check_contexts", []), computed)
-        surrogate_contexts = description.get("surrogate_contexts")
         surrogate = None
-        if surrogate_contexts is not None:
+        if (surrogate_contexts := description.get("surrogate_contexts")) is not None:
             own = {name.removeprefix(_SURROGATE): array for name, array in arrays.items() if _SURROGATE in name}
             surrogate = own | {"contexts": np.array(surrogate_contexts)}
         return cls(
@@ -242,8 +240,7 @@ class Plan(SafetensorsFile):
             ("denoiser", f"{self.denoiser or 'any'}, configuration {self.config_hash or 'any'}"),
             ("history", f"{self.capacity} features per context"),
         ]
-        if self.stages:
-            stages = ", ".join(f"{s.name} (window {s.window}, sigma > {s.low:g})" for s in self.stages)
+        if stages := ", ".join(f"{s.name} (window {s.window}, sigma > {s.low:g})" for s in self.stages):
             lines.append(("stages", stages))
         errors = [expected.error for steps in self.expected.values() for expected in steps.values()]
         known = f"expected relative error {min(errors):.3g} to {max(errors):.3g}" if errors else "none"
@@ -351,9 +348,7 @@ class Plan(SafetensorsFile):
         for context, plan in plans.items():
             for name in ("computed", "sigmas", "site", "timesteps", "denoiser", "config_hash", "stages"):
                 if getattr(plan, name) != getattr(first, name):
-                    raise PlanError(
-                        f"plans differ in {name} at context {context!r}: join plans of one schedule and model"
-                    )
+                    raise PlanError(f"plans differ in {name} at context {context!r}: join plans with the same {name}")
         rows = {context: plan.rows_of(context) for context, plan in plans.items()}
         checks = {context: plan.checks_of(context) for context, plan in plans.items() if plan.checks}
         expected = {context: plan.expected_of(context) for context, plan in plans.items() if plan.expected}
@@ -386,12 +381,10 @@ class Plan(SafetensorsFile):
         if missing:
             raise PlanError(f"context {context!r} has no row for forecast steps {sorted(missing)}")
         for step, row in rows.items():
+            where = f"row of context {context!r}, step {step}"
             if step not in forecast:
-                raise PlanError(
-                    f"row of context {context!r}, step {step}: the step is computed or outside the request; rows are "
-                    "for forecast steps"
-                )
-            row.check(step, f"row of context {context!r}, step {step}")
+                raise PlanError(f"{where}: the step is computed or outside the request; rows are for forecast steps")
+            row.check(step, where)
 
     def _check_checks(self, context: str, rows: Mapping[int, Row]) -> None:
         for step, row in rows.items():

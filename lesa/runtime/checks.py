@@ -64,11 +64,9 @@ class Checks:
         """Store the feature of a computed step, and measure its check."""
         if call.step not in self._plan.checks_of(call.context):
             history.store(call.step, feature)
-        else:
-            asked = history.compare(call.step, feature)
-            if asked is not None:
-                least = torch.finfo(feature.dtype).eps
-                self._pending.append(_Pending(call.context, call.step, asked, history, least))
+        elif (asked := history.compare(call.step, feature)) is not None:
+            least = torch.finfo(feature.dtype).eps
+            self._pending.append(_Pending(call.context, call.step, asked, history, least))
         self.settle(stats, wait=False)
 
     def settle(self, stats: Stats, wait: bool = True) -> None:

@@ -77,9 +77,7 @@ class Stats:
         includes compiling, so a short first run may save less than nothing.
         """
         computed, forecast = self._timers["computed"], self._timers["forecast"]
-        if not computed.calls:
-            return 0.0
-        return computed.median * forecast.calls - forecast.seconds
+        return computed.median * forecast.calls - forecast.seconds if computed.calls else 0.0
 
     def start(self, kind: str, device: torch.device) -> Callable[[], None]:
         """Begin timing one call of `kind` ("computed" or "forecast") without waiting for the device.

@@ -35,7 +35,6 @@ class PlanRunner:
     Only forecasts that may overflow are checked; only these wait for the device.
 
     Args:
-        plan: the plan to run.
         backend: the operators' backend, see `lesa.ops.forecast`.
         guard: "warn" measures the errors of the plan's checks; "off" measures nothing.
     """
@@ -171,8 +170,7 @@ class PlanRunner:
 
     def _compare_sigmas(self, sigmas: tuple[float, ...]) -> None:
         gap = max(abs(a - b) for a, b in zip(sigmas, self.plan.sigmas, strict=True))
-        forecasts = self.plan.budget < self.plan.num_steps
-        if forecasts and gap > _SIGMA_TOLERANCE:
+        if self.plan.budget < self.plan.num_steps and gap > _SIGMA_TOLERANCE:
             self._tell(
                 f"the sigmas of this request differ from the plan's: by up to {gap:.3f} (another shift, spacing or "
                 "resolution), so forecasts will be less exact; make a plan for these sigmas"
@@ -259,12 +257,8 @@ class Adaptive(Relay):
         else:
             made = plan_for(self._source, self._budget, sigmas, impulse_response)
         if made.budget == made.num_steps:
-            warnings.warn(
-                f"lesa forecasts nothing in requests of {made.num_steps} steps: the budget covers all steps; use a "
-                "smaller budget=",
-                LesaWarning,
-                stacklevel=2,
-            )
+            what = f"lesa forecasts nothing in requests of {made.num_steps} steps: the budget covers all steps"
+            warnings.warn(f"{what}; use a smaller budget=", LesaWarning, stacklevel=2)
         return made
 
     def _serves(self, sigmas: Sequence[float], impulse_response: np.ndarray | None) -> bool:
@@ -293,10 +287,8 @@ class Adaptive(Relay):
         plan = self._plans.get(key)
         if plan is None:
             if not all(map(math.isfinite, request.sigmas)):
-                raise PlanError(
-                    f"sigmas={request.sigmas!r:.200} of the request are not finite: give finite sigmas, or check the "
-                    "scheduler's settings"
-                )
+                sigmas = f"sigmas={request.sigmas!r:.200} of the request"
+                raise PlanError(f"{sigmas} are not finite: give finite sigmas, or check the scheduler's settings")
             impulse_response = _response(request)
             own = self._serves(request.sigmas, impulse_response)
             plan = self._home if own else self._made(request.sigmas, impulse_response)
@@ -310,9 +302,8 @@ class Adaptive(Relay):
 def _response(request: Request) -> np.ndarray | None:
     """The impulse response of a request's scheduler; image-to-image skips its first steps."""
     scheduler = request.scheduler
-    if scheduler is None:
+    if scheduler is None or request.num_steps is None:
         return None
-    assert request.num_steps is not None
     return impulse_response_of(scheduler, len(scheduler.timesteps) - request.num_steps)
 
 
