@@ -291,7 +291,7 @@ def read(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any], dict
         if str(description.get("format")).startswith(start):
             raise kind.error(f"{str(path)!r} {advice}")
     raise kind.error(
-        f"{str(path)!r} is a safetensors file without a {kind.name} (its metadata names no format {kind.format!r}): "
+        f"{str(path)!r} is a safetensors file that holds no {kind.name} (no format {kind.format!r} in its metadata): "
         f"give a file written by {kind.writer}"
     )
 

@@ -427,7 +427,7 @@ def test_info_of_no_plan(tmp_path: Path, capsys: Any) -> None:
     path.write_bytes(b"nonsense")
     fails(["info", path], "cannot be read", tmp_path / "out", capsys)
     save_file({"weight": torch.zeros(2, dtype=torch.bfloat16)}, path)
-    fails(["info", path], "without a plan", tmp_path / "out", capsys)
+    fails(["info", path], "holds no plan", tmp_path / "out", capsys)
     path.rename(tmp_path / "other.safetensors")
     fails(["info", tmp_path], "has no file 'plan.safetensors'", tmp_path / "out", capsys)
 
