@@ -2,9 +2,10 @@
 
     python -m benchmarks.side_by_side --other ../before --results benchmarks/results/side-by-side.csv --rounds 5
 
-Each round runs a process for each checkout, the other one first in every second round. A row has the median over rounds
-of both, and their ratio. Fits run once in each checkout. The other checkout needs its own lesa/, nothing else of it is
-used. On an H200 it takes about 8 minutes; --only chooses "ops", "request" or "fit".
+A row has the medians of both and their ratio (of fits, the difference). Kernels: each round runs a process for each
+checkout. Requests: two processes take turns, request by request, 20 a round, and the ratio is the median of neighbours':
+hosts drift by more than what is to be seen. Fits run once in each. Of the other checkout only lesa/ is used. On an H200
+it takes about 8 minutes; --only chooses "ops", "request" or "fit".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +77,8 @@ def measure_ops() -> dict[str, float]:
     return found
 
 
-def measure_request() -> dict[str, float]:
-    """Milliseconds of one request of emoji-flux by the bundled plan of 10 computed steps, without checks."""
+def serve_requests() -> None:
+    """Run requests of emoji-flux without checks: for each line of input, a site, print the milliseconds of one."""
     import torch
 
     import lesa
@@ -85,21 +87,54 @@ def measure_request() -> dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = assets.load(device).to(torch.bfloat16)
     option = inspect.signature(lesa.enable).parameters["guard"].default
-    found = {}
-    for site, plan in (("output", assets.fitted_path(10)), ("hidden", assets.plan_path(7))):
-        lesa.enable(pipe, plan, guard="off" if option == "warn" else False)
-        times = []
-        for _ in range(24):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            noise = torch.Generator().manual_seed(0)
-            pipe("red apple", generator=noise, output_type="latent", **assets.REQUEST)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begin)
-        found[f"request, {site} site"] = 1e3 * statistics.median(times[4:])
-    return found
+    plans = {"output": assets.fitted_path(10), "hidden": assets.plan_path(7)}
+    enabled = ""
+    for line in sys.stdin:
+        if line.strip() != enabled:
+            enabled = line.strip()
+            lesa.enable(pipe, plans[enabled], guard="off" if option == "warn" else False)
+        begin = time.perf_counter()
+        noise = torch.Generator().manual_seed(0)
+        pipe("red apple", generator=noise, output_type="latent", **assets.REQUEST)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print(f"\n{1e3 * (time.perf_counter() - begin)}", flush=True)
+
+
+def paired_requests(checkouts: dict[str, Path], rounds: int) -> Iterator[tuple[str, float, float, float]]:
+    """Site, medians of both checkouts in ms, and the median ratio of neighbouring requests of the two in turn."""
+    servers = {
+        name: subprocess.Popen(
+            [sys.executable, str(Path(__file__)), "--measure", "request"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(checkout),
+        )
+        for name, checkout in checkouts.items()
+    }
+
+    def one(name: str, site: str) -> float:
+        server = servers[name]
+        assert server.stdin is not None and server.stdout is not None
+        server.stdin.write(f"{site}\n")
+        server.stdin.flush()
+        while True:  # libraries print, too
+            line = server.stdout.readline().strip()
+            if line.replace(".", "", 1).isdigit():
+                return float(line)
+            if server.poll() is not None:
+                raise RuntimeError(f"the requests of {name} ended")
+
+    for site in ("output", "hidden"):
+        times: dict[str, list[float]] = {name: [] for name in servers}
+        for i in range(rounds + 5):
+            for name in sorted(servers, reverse=bool(i % 2)):
+                times[name].append(one(name, site))
+        before, now = (np.array(times[name][5:]) for name in ("before", "now"))
+        yield site, float(np.median(before)), float(np.median(now)), float(np.median(now / before))
+    for server in servers.values():
+        server.kill()
 
 
 def measure_fit() -> dict[str, float]:
@@ -142,15 +177,19 @@ def measure_fit() -> dict[str, float]:
     return found
 
 
-MEASURES = {"ops": measure_ops, "request": measure_request, "fit": measure_fit}
+MEASURES = {"ops": measure_ops, "fit": measure_fit}
 UNITS = {"ops": "us", "request": "ms", "fit": "dB"}
+
+
+def environment(checkout: Path) -> dict[str, str]:
+    """Of a process that imports the lesa of a checkout."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(checkout), str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def ran(kind: str, checkout: Path) -> dict[str, float]:
     """What a process with the lesa of a checkout measures."""
-    path = os.pathsep.join([str(checkout), str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(Path(__file__)), "--measure", kind]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(checkout), check=False)
     if done.returncode:
         raise RuntimeError(f"{kind} in {checkout}: {done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -165,25 +204,34 @@ def main() -> None:
     parser.add_argument("--commit", default="")
     parser.add_argument("--measure", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.measure == "request":
+        serve_requests()
+        return
     if options.measure:
         print(json.dumps(MEASURES[options.measure]()))
         return
     from benchmarks.measuring import append_row, hardware
 
+    def add(kind: str, measure: str, before: float, now: float, ratio: float, rounds: int) -> None:
+        print(f"{measure:<28}{before:10.3f}{now:10.3f} {UNITS[kind]}  {ratio:8.4f}", flush=True)
+        if options.results:
+            cells = [measure, UNITS[kind], f"{before:.4f}", f"{now:.4f}", f"{ratio:.4f}", rounds]
+            append_row(options.results, COLUMNS, [*cells, hardware("cuda"), options.commit, time.strftime("%F")])
+
+    checkouts = {"before": options.other.resolve(), "now": ROOT}
     for kind in options.only:
+        if kind == "request":
+            for site, *figures in paired_requests(checkouts, 20 * options.rounds):
+                add(kind, f"request, {site} site", *figures, 20 * options.rounds)
+            continue
         rounds = 1 if kind == "fit" else options.rounds
         sides: dict[str, list[dict[str, float]]] = {"before": [], "now": []}
         for i in range(rounds):
-            order = [("before", options.other), ("now", ROOT)]
-            for name, checkout in order if i % 2 == 0 else order[::-1]:
-                sides[name].append(ran(kind, checkout.resolve()))
+            for name in sorted(sides, reverse=bool(i % 2)):
+                sides[name].append(ran(kind, checkouts[name]))
         for measure in sides["now"][0]:
             before, now = (statistics.median(one[measure] for one in sides[name]) for name in ("before", "now"))
-            ratio = now - before if kind == "fit" else now / before
-            print(f"{measure:<28}{before:10.3f}{now:10.3f} {UNITS[kind]}  {ratio:8.4f}", flush=True)
-            if options.results:
-                cells = [measure, UNITS[kind], f"{before:.4f}", f"{now:.4f}", f"{ratio:.4f}", rounds]
-                append_row(options.results, COLUMNS, [*cells, hardware("cuda"), options.commit, time.strftime("%F")])
+            add(kind, measure, before, now, now - before if kind == "fit" else now / before, rounds)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ CALLS: list[tuple[str, Callable[[World], Any]]] = [
     ("plan 'missing'", lambda w: load("missing")),
     ("damaged", lambda w: load(w / "damaged.safetensors")),
     ("holds statistics", lambda w: load(w / "statistics.safetensors")),
-    ("without a statistics", lambda w: Statistics.load(w / "plan.safetensors")),
+    ("holds no statistics", lambda w: Statistics.load(w / "plan.safetensors")),
     ("folder='.*file'", lambda w: save_pretrained(w / "file")),
     ("filename='a.bin'", lambda w: save_pretrained(w / "new", "a.bin")),
     ("name_or_path=5", lambda w: from_pretrained(5)),

@@ -182,7 +182,7 @@ def test_a_damaged_file_is_one_clear_error(tmp_path: Path) -> None:
 def test_another_safetensors_file_is_one_clear_error(metadata: Any, tmp_path: Path) -> None:
     path = tmp_path / "model"
     save_file({"a": torch.zeros(2, dtype=torch.bfloat16)}, path, metadata)  # a type that numpy does not know
-    with pytest.raises(BoxError, match=f"'{path}' .*without a box.*Box.save"):
+    with pytest.raises(BoxError, match=f"'{path}' .*holds no box.*Box.save"):
         Box.load(path)
 
 
