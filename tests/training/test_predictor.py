@@ -263,7 +263,7 @@ def test_file_round_trip_is_exact(tmp_path, dtype, alpha):
 
 def test_files_of_other_kinds_are_refused(tmp_path):
     path = trained(4).to_plan((0,), levels(4)).save(tmp_path / "plan.safetensors")
-    with pytest.raises(ValueError, match="without a predictor"):
+    with pytest.raises(ValueError, match="holds no predictor"):
         Predictor.load(path)
 
 

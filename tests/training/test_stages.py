@@ -450,7 +450,7 @@ def test_foreign_checkpoint(tmp_path: Path) -> None:
     for metadata in (None, old):
         save_file({"weight": torch.zeros(3)}, path, metadata)
         refused(
-            lambda: run_guided(predictors(Trajectories()), Trajectories(), FAST, path), "without a checkpoint", path
+            lambda: run_guided(predictors(Trajectories()), Trajectories(), FAST, path), "holds no checkpoint", path
         )
 
 
