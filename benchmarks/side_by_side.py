@@ -3,9 +3,9 @@
     python -m benchmarks.side_by_side --other ../before --results benchmarks/results/side-by-side.csv --rounds 5
 
 A row has the medians of both and their ratio (of fits, the difference). Kernels: each round runs a process for each
-checkout. Requests: two processes take turns, request by request, 20 per round, and the ratio is that of neighbours (its
-median): hosts drift by more than what is to be seen. Fits run once in each. Of the other checkout only lesa/ is used. On an H200
-it takes about 8 minutes; --only chooses "ops", "request" or "fit".
+checkout. Requests: two processes take turns, request by request, 20 per round, and the ratio is the median of those of
+neighbours, since hosts drift by more than what is to be seen. Fits run once in each. Of the other checkout only lesa/
+is used. On an H200 it takes about 8 minutes; --only chooses "ops", "request" or "fit".
 """
 
 from __future__ import annotations
