@@ -449,9 +449,7 @@ def test_foreign_checkpoint(tmp_path: Path) -> None:
     path, old = tmp_path / "model.safetensors", {"lesa": '{"identity": {"format": "lesa-training-2"}}'}
     for metadata in (None, old):
         save_file({"weight": torch.zeros(3)}, path, metadata)
-        refused(
-            lambda: run_guided(predictors(Trajectories()), Trajectories(), FAST, path), "holds no checkpoint", path
-        )
+        refused(lambda: run_guided(predictors(Trajectories()), Trajectories(), FAST, path), "holds no checkpoint", path)
 
 
 def test_checkpoint_of_another_training(tmp_path: Path) -> None:
