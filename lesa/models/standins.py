@@ -160,9 +160,10 @@ class Stands:
     def tap(self) -> tuple[Exchange, Tap]:
         """Exchange the last block for a computed step."""
         name = self._lists()[-1]
-        *others, block = _blocks(self._denoiser, name)
+        last = len(_blocks(self._denoiser, name)) - 1
+        block = _blocks(self._denoiser, name)[last]
         tap = self._keep("tap", (block,), lambda: Tap(block, self._layout))
-        return Exchange(self._denoiser, {f"{name}.{len(others)}": tap}), tap
+        return Exchange(self._denoiser, {f"{name}.{last}": tap}), tap
 
     def tail(self, feature: Tensor | None) -> tuple[Exchange, Tail]:
         """Exchange embedders and blocks for a forecast step that ends in the model's own head."""
