@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from commandline import fails, lines
 from diffusers import DiffusionPipeline
 from PIL import Image
 from pipelines import CASES_BY_NAME
@@ -62,12 +63,6 @@ def on(folder: Path, *more: Any) -> list[str]:
     return [str(a) for a in ("--pipeline", folder, "--height", 32, "--width", 32, "--max-sequence-length", 12, *more)]
 
 
-def lines(text: str) -> list[str]:
-    """What stays on a terminal after the progress bars."""
-    kept = [line.split("\r")[-1] for line in text.split("\n")]
-    return [line for line in kept if line.strip() and "%|" not in line]
-
-
 def expected(folder: Path, prompts: list[str], seed: int, plan: Path | None = None) -> list[Any]:
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -77,18 +72,6 @@ def expected(folder: Path, prompts: list[str], seed: int, plan: Path | None = No
     return pipe(
         prompts, height=32, width=32, max_sequence_length=12, num_inference_steps=STEPS, generator=generator
     ).images
-
-
-def fails(arguments: list[Any], message: str, out: Path, capsys: Any, code: int = 2) -> None:
-    """The exit code, one line that says what is wrong, nothing written."""
-    arguments = [str(argument) for argument in arguments]
-    assert cli.main([*arguments, "--out", str(out)] if arguments[0] != "info" else arguments) == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    [line] = lines(captured.err)
-    assert line.startswith(f"lesa {arguments[0]}: ")
-    assert message in line
-    assert not out.exists()
 
 
 @pytest.mark.parametrize("planned", [False, True])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import fails
 
 import lesa
 from lesa import assets
@@ -20,24 +21,6 @@ STEPS = 8
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "apple", "snow", "blue", "bird")
 SIGMAS = tuple(1 - t / STEPS for t in range(STEPS)) + (0.0,)
 N5 = assets.HERE / "emoji-flux-lesa-n5.safetensors"
-
-
-def lines(text: str) -> list[str]:
-    """What stays on a terminal after the progress bars."""
-    kept = [line.split("\r")[-1] for line in text.split("\n")]
-    return [line for line in kept if line.strip() and "%|" not in line]
-
-
-def fails(arguments: list[Any], message: str, out: Path, capsys: Any, code: int = 2) -> None:
-    """The exit code, one line that says what is wrong, nothing written."""
-    arguments = [str(argument) for argument in arguments]
-    assert cli.main([*arguments, "--out", str(out)] if arguments[0] != "info" else arguments) == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    [line] = lines(captured.err)
-    assert line.startswith(f"lesa {arguments[0]}: ")
-    assert message in line
-    assert not out.exists()
 
 
 def test_a_warning_is_one_line(tmp_path: Path, capsys: Any) -> None:
