@@ -288,7 +288,8 @@ def _surrogate(best: Candidate, error_gains: np.ndarray, trials: Trials) -> Surr
     if best.plan.site != "output":
         return None
     if best.measured is not None:
-        error_gains = interpolated_error_gains(best.measured.error_gains, best.computed, trials.statistics.num_steps)
+        response = trials.statistics.impulse_response
+        error_gains = interpolated_error_gains(best.measured.error_gains, best.computed, response)
     return trials.surrogate(error_gains).thinned()
 
 

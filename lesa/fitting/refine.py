@@ -179,7 +179,7 @@ class Refiner:
             measured = self._trials.run(probe.plan, first=1)
             bar.update()
         if np.isfinite(measured.error_gains[:, 1:]).any():  # else no computed step saw an error
-            gains = interpolated_error_gains(measured.error_gains, probe.computed, self._statistics.num_steps)
+            gains = interpolated_error_gains(measured.error_gains, probe.computed, self._statistics.impulse_response)
             known = self._schedules.error_gains
             self._schedules.learn(np.broadcast_to(gains.mean(2, keepdims=True), known.shape).copy())
 
@@ -270,7 +270,8 @@ class Refiner:
 
     def _error_gains(self, candidate: Candidate) -> np.ndarray:
         assert candidate.measured is not None
-        return interpolated_error_gains(candidate.measured.error_gains, candidate.computed, self._statistics.num_steps)
+        response = self._statistics.impulse_response
+        return interpolated_error_gains(candidate.measured.error_gains, candidate.computed, response)
 
     def _learn(self, candidate: Candidate) -> None:
         """Take the error gains measured with a candidate for the surrogate's."""

@@ -22,7 +22,7 @@ from ..plans.plan import Plan
 from ..plans.rows import ANY_CONTEXT, MAX_READS, Expected, PlanError, Row
 from .search import search
 from .statistics import GUIDED, Statistics, flow_impulse_response
-from .surrogate import Segments, Surrogate
+from .surrogate import Segments, Surrogate, carry
 
 FITTED = "fitted"
 ENOUGH = 4  # requests, to estimate a standard deviation
@@ -277,10 +277,15 @@ def linear_extrapolation(computed: Sequence[int], contexts: int, num_steps: int)
 
 
 def prior_error_gains(statistics: Statistics, requests: int) -> np.ndarray:
-    """Error gains [C, T, P] of P requests without a measurement: like those of predicting the noise, 1 / sigma."""
-    sigma = np.maximum(np.asarray(statistics.sigmas[:-1]), _TINY_SIGMA)
-    gains = np.minimum(1.0 / sigma, _STEEPEST)[None, :, None]
-    return np.broadcast_to(gains, (len(statistics.contexts), len(sigma), requests)).copy()
+    """Error gains [C, T, P] of P requests without a measurement: like those of predicting the noise, 1 / sigma.
+
+    Sigma is the one in units of the final sample: what one unit of all outputs still to come does to that, whatever
+    the model predicts. With x = sqrt(a) x_0 + sqrt(1 - a) noise it is sqrt((1 - a) / a), along a flow sigma itself.
+    """
+    impulse_response = statistics.impulse_response
+    sigma = np.abs(impulse_response[-1, ::-1].cumsum()[::-1])
+    gains = carry(impulse_response)[:-1] * np.minimum(1.0 / np.maximum(sigma, _TINY_SIGMA), _STEEPEST)
+    return np.broadcast_to(gains[None, :, None], (len(statistics.contexts), len(sigma), requests)).copy()
 
 
 def plan_from_weights(

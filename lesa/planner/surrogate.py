@@ -21,6 +21,10 @@ where the error d_j at a computed step is that of an earlier target. So d = (1 -
 triangular. The only features left are the C N outputs at computed steps and the N displacements u: whatever the number
 of steps, Gram matrices of (C + 1) N are enough.
 
+A sampler may scale its samples as it likes. So errors are counted in units of the final sample: those at step m are
+multiplied by what the scheduler alone makes of them until the end, R[T, i] / R[m, i] for i < m (`carry`), and error
+gains are divided by it. Then a scaled sampler has the same objective.
+
 What is optimised are numbers B[k, c, j], added to the weights of all rows of segment k (the forecast steps after the
 k-th computed one), which are close together. The same step of Gauss-Newton serves the model and a measured request,
 since both come down to inner products: an `Outcome`.
@@ -69,6 +73,10 @@ class Outcome:
     def objective(self) -> float:
         """The mean logarithm of the cost: decibels, in which each request weighs the same."""
         return _objective(self.error)
+
+    def scaled(self, by: np.ndarray) -> Outcome:
+        """The outcome with the errors of the targets multiplied by numbers [Q]."""
+        return replace(self, along=self.along * by[:, None, None], error=self.error * by[:, None] ** 2)
 
 
 @dataclass(frozen=True)
@@ -163,6 +171,11 @@ class Surrogate:
         """T, the number of steps of a request."""
         return len(self.impulse_response) - 1
 
+    @cached_property
+    def carry(self) -> np.ndarray:
+        """[T + 1], see `carry`."""
+        return carry(self.impulse_response)
+
     @property
     def requests(self) -> int:
         """P, how many requests."""
@@ -191,7 +204,9 @@ class Surrogate:
         gram = np.einsum("pccij->ij", blocks) / (P * C)
         every = learned(weights, sigmas[:-1], others[:-1], gram)
         grams = (every @ blocks @ every.T).swapaxes(2, 3).reshape(P, C * len(every), -1)
-        return replace(self, grams=grams, impulse_response=impulse_response, error_gains=weights @ self.error_gains)
+        before, after = self.carry[:-1, None], carry(impulse_response)[:-1, None]
+        gains = after * (weights @ (self.error_gains / before))
+        return replace(self, grams=grams, impulse_response=impulse_response, error_gains=gains)
 
     def thinned(self, most: int = 8) -> Surrogate:
         """At most so many of the requests, evenly spaced: a plan that carries them stays small."""
@@ -206,13 +221,14 @@ class Surrogate:
         Args:
             computed: the schedule.
             weights: [C, T, T], the rows that led to `outcome`.
-            outcome: at those rows.
+            outcome: at those rows, in the sampler's units.
             damping: of the change of each segment's displacement, relative to the normal matrix.
 
         Returns:
             [C, T, T], other rows.
         """
         segments = Segments(self, computed)
+        outcome = outcome.scaled(segments.carry)
         change = segments.change(outcome, segments.carried(segments.evaluate(segments.reads(weights))), damping)
         return segments.with_change(weights, change)
 
@@ -224,7 +240,7 @@ class Surrogate:
 
 
 class Segments:
-    """A surrogate on one schedule.
+    """A surrogate on one schedule, with errors in units of the final sample.
 
     Args:
         model: the surrogate.
@@ -237,9 +253,12 @@ class Segments:
         guidance = model.guidance
         ends = (*steps[1:], T)
         self._C, self._N, self._steps, self._guidance = C, N, np.array(steps), guidance
-        self._grams, self._error_gains, self._one = model.grams, model.error_gains[:, steps], np.eye(N)
+        self.carry = model.carry[list(ends)]  # [Q]
+        self._grams, self._one = model.grams, np.eye(N)
+        self._error_gains = model.error_gains[:, steps] / model.carry[steps, None]
         self._error_gains[:, 0] = 0.0  # the first computed step sees the sample as it is
-        impulse_response = model.impulse_response[list(ends)] * (np.arange(T) < np.array(ends)[:, None])
+        earlier = np.arange(T) < np.array(ends)[:, None]
+        impulse_response = self.carry[:, None] * model.impulse_response[list(ends)] * earlier
         # What computed steps make of earlier errors reaches the targets.
         guided_gains = (guidance @ self._error_gains.reshape(C, -1)).reshape(N, -1)
         self._answers = guided_gains.T[:, None] * impulse_response[:, steps]
@@ -277,7 +296,7 @@ class Segments:
         return (evaluation.onward @ self._spans).transpose(1, 0, 2)
 
     def outcome(self, evaluation: Evaluation) -> Outcome:
-        """The predicted outcome, with v^_(c, j) = v_(c, j) + s[c, j] d_j as its basis."""
+        """The predicted outcome in units of the final sample, with v^_(c, j) = v_(c, j) + s[c, j] d_j as its basis."""
         C, N = self._C, self._N
         error_gains = self._error_gains.reshape(C * N, -1).T
         before = np.tile(np.arange(-1, N - 1), C)  # the target at each one's step; any where the gain is 0
@@ -290,7 +309,7 @@ class Segments:
         """[C, N, N], of the weights of context c and segment k on computed step j: a damped step of Gauss-Newton.
 
         Args:
-            outcome: predicted or measured.
+            outcome: predicted, or measured and scaled by `carry`.
             carried: at the same rows.
             damping: of the change of each segment's displacement, relative to the normal matrix.
         """
@@ -354,21 +373,51 @@ class Segments:
         return np.concatenate([rows[:, :, own], rows @ truth.T], 2)
 
 
-def interpolated_error_gains(measured: np.ndarray, computed: Sequence[int], num_steps: int) -> np.ndarray:
+def carry(impulse_response: np.ndarray) -> np.ndarray:
+    """What the scheduler alone makes of an error in each sample until the end, the denoiser's outputs given.
+
+    An impulse of step i is R[m, i] in the sample at step m > i and R[T, i] in the final one. Where the scheduler keeps
+    only the last sample these have one ratio for all i < m; multistep ones nearly so.
+
+    Args:
+        impulse_response: R [T + 1, T].
+
+    Returns:
+        [T + 1], that of step 0, which no impulse reaches, as that of step 1. All 1 for Euler steps along a flow, and
+        for schedulers that throw each sample away (those of models that predict the sample itself).
+    """
+    steps = impulse_response.shape[1]
+    earlier = np.tri(steps + 1, steps, -1)[1:]
+    then, last = ((earlier * response**2).sum(1) for response in (impulse_response[1:], impulse_response[-1:]))
+    if not (np.minimum(then, last) > _TINY).all():
+        return np.ones(steps + 1)
+    ratio = np.sqrt(last / then)
+    return np.concatenate([ratio[:1], ratio])
+
+
+def interpolated_error_gains(measured: np.ndarray, computed: Sequence[int], impulse_response: np.ndarray) -> np.ndarray:
     """Error gains [C, T, P] of all steps, interpolated from those measured at the computed ones [C, N, P].
 
     A computed step whose sample has no error, such as the first one, has no gain (NaN) and is left out; without any
-    other, gains are 0. They are clipped to -8 and 8: beyond, a first-order model means nothing.
+    other, gains are 0. In units of the final sample they are interpolated, and clipped to -8 and 8: beyond, a
+    first-order model means nothing.
+
+    Args:
+        measured: in the sampler's units.
+        computed: the schedule.
+        impulse_response: [T + 1, T] of the scheduler.
     """
     C, _, P = measured.shape
-    error_gains = np.zeros((C, num_steps, P))
-    steps, every = np.array(computed[1:]), np.arange(num_steps)
+    scale = carry(impulse_response)[:-1]
+    own = np.clip(measured / scale[list(computed)][:, None], -8.0, 8.0)
+    error_gains = np.zeros((C, len(scale), P))
+    steps, every = np.array(computed[1:]), np.arange(len(scale))
     for c in range(C):
         for p in range(P):
             known = np.isfinite(measured[c, 1:, p])
             if known.any():
-                error_gains[c, :, p] = np.interp(every, steps[known], np.clip(measured[c, 1:, p][known], -8.0, 8.0))
-    return error_gains
+                error_gains[c, :, p] = np.interp(every, steps[known], own[c, 1:, p][known])
+    return scale[:, None] * error_gains
 
 
 def _cost(error: np.ndarray) -> np.ndarray:

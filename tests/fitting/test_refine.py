@@ -123,13 +123,27 @@ def test_without_runs_one_call_tells_how_the_denoiser_answers(trials: Trials) ->
     best = Refiner(counted, schedules, 3, 0).run()
     [probe] = counted.plans
     assert probe.computed == exact and best.measured is None
-    told = interpolated_error_gains(trials.run(probe).error_gains, exact, 8)
+    told = interpolated_error_gains(trials.run(probe).error_gains, exact, trials.statistics.impulse_response)
     assert np.array_equal(schedules.error_gains, np.repeat(told[:, :, :1], 2, 2)), "of the first request, for all"
     assert not np.allclose(schedules.error_gains, prior) and not np.allclose(schedules.error_gains, told)
     other = ScheduleSearch(trials, 3, 60, 0)
     other.learn(schedules.error_gains)
     assert best.computed == other.climb(other.starts())
     assert best.weights is not None and np.array_equal(best.weights, other.rows(best.computed))
+
+
+def test_the_search_does_not_see_how_samples_are_scaled(trials: Trials, seed: int) -> None:
+    """A sampler that scales its sample anew at each step, as DDIM does: the same gains in its units, the same plan."""
+    scale = np.exp(np.random.default_rng(seed).normal(size=9))
+    scale[-1] = 1.0
+    known = trials.statistics
+    scaled = replace(known, impulse_response=scale[:, None] * known.impulse_response)
+    other = Trials(trials.calls, scaled, trials.references, trials.seconds)
+    plain, same = ScheduleSearch(trials, 4, 60, 0), ScheduleSearch(other, 4, 60, 0)
+    np.testing.assert_allclose(same.error_gains[:, 1:] * scale[1:-1, None], plain.error_gains[:, 1:], rtol=1e-9)
+    found = plain.climb(plain.starts())
+    assert same.climb(same.starts()) == found and found not in plain.starts()
+    np.testing.assert_allclose(same.rows(found), plain.rows(found), atol=1e-6)
 
 
 @pytest.mark.parametrize("budget", [1, 8])

@@ -8,7 +8,7 @@ import torch
 from written import CONTEXTS, LENGTH, REQUESTS, STEPS, features, model, shifted
 
 from lesa.planner.statistics import flow_impulse_response, interpolation
-from lesa.planner.surrogate import Outcome, Segments, Surrogate, interpolated_error_gains
+from lesa.planner.surrogate import Outcome, Segments, Surrogate, carry, interpolated_error_gains
 
 T, L, P = 9, 40, 3
 COMPUTED = (0, 1, 3, 6)
@@ -47,9 +47,9 @@ def world(contexts, generator):
 
 
 def predicted(surrogate, computed, weights):
-    """The outcome of rows [C, T, T]."""
+    """The outcome of rows [C, T, T], in the sampler's units."""
     segments = Segments(surrogate, computed)
-    return segments.outcome(segments.evaluate(segments.reads(weights)))
+    return segments.outcome(segments.evaluate(segments.reads(weights))).scaled(1 / segments.carry)
 
 
 def some_rows(contexts, generator):
@@ -141,15 +141,19 @@ def test_everything_computed_has_no_error_and_no_step(generator):
     np.testing.assert_array_equal(surrogate.step(computed, weights, outcome, 0.1), weights)
 
 
-def test_slopes_between_computed_steps_are_interpolated_and_cut():
-    measured = np.zeros((1, 4, 1))
+def test_gains_between_computed_steps_are_interpolated_and_cut():
+    measured, flow = np.zeros((1, 4, 1)), flow_impulse_response(np.linspace(1, 0, 9))
     measured[0, :, 0] = [5.0, 1.0, 2.0, 100.0]
-    error_gains = interpolated_error_gains(measured, (0, 2, 4, 6), 8)[0, :, 0]
+    error_gains = interpolated_error_gains(measured, (0, 2, 4, 6), flow)[0, :, 0]
     np.testing.assert_allclose(error_gains, [1.0, 1.0, 1.0, 1.5, 2.0, 5.0, 8.0, 8.0])
+    # Samples that are scaled: cut and interpolated in units of the final one.
+    scale = np.array([2.0, 2.0, 3.0, 0.5, 10.0, 0.1, 7.0, 1.0, 1.0])
+    scaled = interpolated_error_gains(measured / scale[[0, 2, 4, 6], None], (0, 2, 4, 6), scale[:, None] * flow)
+    np.testing.assert_allclose(scaled[0, :, 0], error_gains / scale[:-1])
     measured[0, 2, 0] = np.nan
-    error_gains = interpolated_error_gains(measured, (0, 2, 4, 6), 8)[0, :, 0]
+    error_gains = interpolated_error_gains(measured, (0, 2, 4, 6), flow)[0, :, 0]
     np.testing.assert_allclose(error_gains, [1.0, 1.0, 1.0, 2.75, 4.5, 6.25, 8.0, 8.0])
-    assert not interpolated_error_gains(measured[:, :1], (0,), 8).any()
+    assert not interpolated_error_gains(measured[:, :1], (0,), flow).any()
 
 
 def test_objective_is_the_mean_logarithm():
@@ -182,6 +186,55 @@ def test_any_response_and_any_features(generator):
     np.testing.assert_allclose(outcome.basis, basis @ basis.transpose(0, 2, 1) / L, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(outcome.along, np.einsum("qpl,pml->qpm", errors, basis) / L, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(outcome.error, (errors**2).mean(2), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_a_sampler_may_scale_its_samples(contexts, generator):
+    """Errors at step m times c_m and gains divided by it: another way to write the same sampler."""
+    surrogate, _, _ = world(contexts, generator)
+    scale = np.exp(2 * torch.randn(T + 1, generator=generator).double().numpy())
+    scaled = replace(
+        surrogate,
+        impulse_response=scale[:, None] * surrogate.impulse_response,
+        error_gains=surrogate.error_gains / scale[:-1, None],
+    )
+    weights = some_rows(contexts, generator)
+    segments, other = Segments(surrogate, COMPUTED), Segments(scaled, COMPUTED)
+    plain, same = segments.evaluate(segments.reads(weights)), other.evaluate(other.reads(weights))
+    np.testing.assert_allclose(same.error, scale[-1] ** 2 * plain.error, rtol=1e-8, atol=1e-12)
+    assert same.objective == pytest.approx(plain.objective + 2 * np.log(scale[-1]))
+    rows, objective = surrogate.optimise(COMPUTED, weights)
+    others, promised = scaled.optimise(COMPUTED, weights)
+    np.testing.assert_allclose(others, rows, rtol=1e-5, atol=1e-7)
+    assert promised == pytest.approx(objective + 2 * np.log(scale[-1]))
+    measured = predicted(surrogate, COMPUTED, weights)
+    step = scaled.step(COMPUTED, weights, measured.scaled(scale[[*COMPUTED[1:], T]]), 0.1)
+    np.testing.assert_allclose(step, surrogate.step(COMPUTED, weights, measured, 0.1), rtol=1e-6, atol=1e-8)
+    sigmas, elsewhere = np.linspace(1, 0, T + 1), np.linspace(1, 0, 6)
+    again = np.exp(torch.randn(6, generator=generator).double().numpy())
+    known, there = flow_impulse_response(elsewhere), again[:, None] * flow_impulse_response(elsewhere)
+    expected = surrogate.at(sigmas, elsewhere, known).error_gains / again[:-1, None]
+    found = scaled.at(sigmas, elsewhere, there).error_gains
+    # No impulse reaches step 0, so its own scale is not known; nor is its gain used there.
+    later = interpolation(sigmas[:-1], elsewhere[:-1])[:, 0] == 0
+    assert later.sum() > 2
+    ratio = scale[-1] / again[-1]
+    np.testing.assert_allclose(found[:, later], expected[:, later] / ratio, rtol=1e-9)
+
+
+def test_what_the_scheduler_carries_to_the_end():
+    """1 for Euler steps along a flow, the ratio of scales for DDIM, 1 where nothing is carried."""
+    flow = flow_impulse_response(shifted(STEPS, 3.0))
+    np.testing.assert_array_equal(carry(flow), np.ones(STEPS + 1))
+    alpha = np.linspace(0.05, 0.99, STEPS + 1)
+    sigma, response = np.sqrt(1 - alpha), np.zeros((STEPS + 1, STEPS))
+    for t in range(STEPS):
+        ratio = np.sqrt(alpha[t + 1] / alpha[t])
+        response[t + 1] = ratio * response[t]
+        response[t + 1, t] = sigma[t + 1] - ratio * sigma[t]
+    np.testing.assert_allclose(carry(response)[1:], np.sqrt(alpha[-1] / alpha[1:]), rtol=1e-12)
+    forgetting = np.tril(np.triu(np.ones((STEPS + 1, STEPS)), -1), -1)
+    np.testing.assert_array_equal(carry(forgetting), np.ones(STEPS + 1))
 
 
 def test_weights_of_the_newest_steps_alone_may_be_varied(generator):
