@@ -83,16 +83,16 @@ def fewer(bench: methods.Bench, rows: Rows, task: Task) -> None:
 
 
 def forecasters(bench: methods.Bench, rows: Rows, task: Task) -> None:
-    """Every rule at the output site on the paper's and the searched schedule; closed forms at the hidden site too."""
+    """Every rule at the output site on the paper's, the searched and its own schedule; closed forms at hidden too."""
     cases = [(name, kind, "output") for kind in ("paper", "searched") for name in methods.RULES]
     cases += [(name, "paper", "hidden") for name in methods.CLOSED]
-    if bench.settings.steps == 50 and task.budget in methods.L2P_SCHEDULES:
-        cases += [(name, "l2p", "output") for name in ("l2p", "l2p-released")]
+    for kind in (own for own in methods.OWN if bench.has(own, task.budget)):
+        cases += [(name, kind, "output") for name in methods.OWN[kind] if name in methods.RULES]
     for name, kind, site in cases:
         identity = (task.guidance, name, kind, site, "", task.budget)
         if rows.wanted(*identity):
             plan = bench.forecaster(name, kind, site, task.guidance, task.budget)
-            cost = (methods.FITTING,) if name not in methods.CLOSED or kind == "searched" else ()
+            cost = (methods.FITTING,) if name not in methods.CLOSED or kind in ("searched", "dpcache") else ()
             rows.add(identity, bench.figures(task.guidance, bench.images(task.guidance, plan)), *cost)
 
 

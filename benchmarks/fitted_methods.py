@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from lesa import assets, metrics
 from lesa.forecasters import LEARNED
 from lesa.forecasters import plan_of as forecaster_plan
 from lesa.models.pipeline import run
-from lesa.planner.search import search
+from lesa.planner.search import dpcache, search
 from lesa.planner.statistics import GUIDED, Statistics
 from lesa.plans import schedule
 from lesa.plans.plan import Plan
@@ -39,7 +39,20 @@ CLOSED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "hermite-2": ("hermite-2", {}),
     "chebyshev-4": ("chebyshev-4", {}),
     "chebyshev-4 (blend 0.5)": ("chebyshev-4", {"blend": 0.5}),
+    "rational-1": ("rational-1", {}),
+    "foca": ("foca", {}),
 }
+# The schedules that rules were published with, each with its rules. DMD and FoCa have none of their own: cache-dit
+# decides while it runs.
+OWN = {
+    "l2p": ("l2p", "l2p-released"),
+    "fora": ("reuse",),
+    "taylorseer": ("taylor-1", "taylor-2", "rational-1"),
+    "spectrum": ("chebyshev-4", "chebyshev-4 (blend 0.5)"),
+    "dpcache": ("taylor-1",),
+    "dpcache (published)": ("taylor-1",),
+}
+_GROWTHS = (0.75, 3.0, *(i / 4 for i in range(1, 41)))  # of Spectrum's windows, the published first
 RULES = {**CLOSED, **{name: (name, {}) for name in LEARNED}}
 FITTING = 8
 
@@ -150,15 +163,22 @@ class Bench:
         return float(psnr.mean()), float(psnr.std(ddof=1) / len(psnr) ** 0.5), float(similar.mean())
 
     def schedule(self, name: str, guidance: int, budget: int) -> tuple[int, ...]:
-        """The computed steps of the paper, of L2P, or searched."""
-        if name == "l2p":
-            return L2P_SCHEDULES[budget]
+        """The computed steps of the paper, of one of `OWN`, or searched."""
+        steps = self.settings.steps
         if name == "paper":
-            steps = self.settings.steps
             found = (schedule.paper(steps, interval) for interval in _intervals(steps))
             return next(computed for computed in found if len(computed) == budget)
+        if name in OWN and name != "dpcache":
+            return own_schedules(name, steps)[budget]
         known = self.statistics(guidance)
-        return search(known.gram("output", GUIDED), known.impulse_response[-1], budget)
+        gram = known.gram("output", GUIDED)
+        return dpcache(gram, budget) if name == "dpcache" else search(gram, known.impulse_response[-1], budget)
+
+    def has(self, name: str, budget: int) -> bool:
+        """Whether one of `OWN` has a schedule of this budget; DPCache's reaches over gaps of at most 8."""
+        if name == "dpcache":
+            return budget >= 3 and 2 + 8 * (budget - 2) >= self.settings.steps
+        return budget in own_schedules(name, self.settings.steps)
 
     def forecaster(self, name: str, schedule_name: str, site: str, guidance: int, budget: int) -> Plan:
         """The plan of one of `RULES`."""
@@ -197,6 +217,24 @@ class Bench:
         prompts = assets.fitting_prompts()[: self.settings.recorded[guidance]]
         folder = self.scratch / f"recording-{guidance}-{len(prompts)}-{self.settings.steps}"
         return record(self.pipe, prompts, folder, request=self.request(guidance), batch=25)
+
+
+def own_schedules(name: str, steps: int) -> Mapping[int, tuple[int, ...]]:
+    """The published schedules of one of `OWN` that needs no statistics, by budget; of several of a budget the first."""
+    if name == "l2p":
+        return L2P_SCHEDULES if steps == 50 else {}
+    if name == "dpcache (published)":
+        return schedule.DPCACHE_40 if steps == 40 else {}
+    made: Mapping[str, tuple[Callable[..., tuple[int, ...]], Iterable[float]]] = {
+        "fora": (schedule.fora, range(1, steps + 1)),
+        "taylorseer": (schedule.taylorseer, range(1, steps + 1)),
+        "spectrum": (schedule.spectrum, _GROWTHS),
+    }
+    make, values = made[name]
+    found: dict[int, tuple[int, ...]] = {}
+    for computed in (make(steps, value) for value in values):
+        found.setdefault(len(computed), computed)
+    return found
 
 
 def trained_generations(plan: Plan) -> float:

@@ -22,14 +22,17 @@ from .plans.rows import ANY_CONTEXT, MAX_READS, Row
 from .plans.schedule import check
 
 __all__ = [
-    *("FORECASTERS", "LEARNED", "check_rows", "chebyshev", "hermite", "l2p", "l2p_released", "l2p_table"),
-    *("plan_of", "regression", "reuse", "rows_of", "taylor"),
+    *("FORECASTERS", "LEARNED", "check_rows", "chebyshev", "dmd", "foca", "hermite", "l2p", "l2p_released"),
+    *("l2p_table", "plan_of", "rational", "regression", "reuse", "rows_of", "taylor"),
 ]
 
-LEARNED = ("regression", "l2p", "l2p-released")  # these need a Gram matrix
-FORECASTERS = ("reuse", "taylor-<order>", "hermite-<order>", "chebyshev-<degree>", *LEARNED)
+LEARNED = ("regression", "l2p", "l2p-released", "dmd")  # these need a Gram matrix
+FORECASTERS = (
+    *("reuse", "taylor-<order>", "hermite-<order>", "chebyshev-<degree>", "rational-<order>", "foca"),
+    *LEARNED,
+)
 
-_NUMBERED = re.compile(r"(taylor|hermite|chebyshev)-(\d+)")
+_NUMBERED = re.compile(r"(taylor|hermite|chebyshev|rational)-(\d+)")
 _TOWARDS = re.compile(r"reuse|taylor-(\d+)")
 
 
@@ -50,7 +53,7 @@ def plan_of(
         computed: computed steps, ascending, 0 among them.
         sigmas: T + 1 noise levels, the final 0 included.
         site: "hidden" or "output".
-        gram: for "regression" and "l2p": [T, T] of the same site, one for all contexts or one for each by name.
+        gram: for those in `LEARNED`: [T, T] of the same site, one for all contexts or one for each by name.
         options: keywords of the rule's function, e.g. {"scale": 0.7} or {"towards": "taylor-1"}.
         provenance: further fields of `Plan`, e.g. `timesteps`, `denoiser`.
 
@@ -78,7 +81,7 @@ def rows_of(
         forecaster: see `plan_of`.
         computed: computed steps, ascending, 0 among them.
         num_steps: T, steps of a request.
-        gram: [T, T], for "regression" and "l2p".
+        gram: [T, T], for those in `LEARNED`.
         options: keywords of the rule's function.
 
     Returns:
@@ -115,7 +118,7 @@ def check_rows(
 def _rule(forecaster: str, num_steps: int, gram: Any, options: dict[str, Any]) -> Callable[[Sequence[int], int], Row]:
     """The function of (past, step) that `forecaster` names."""
     match = _NUMBERED.fullmatch(forecaster)
-    if match is None and forecaster not in ("reuse", *LEARNED):
+    if match is None and forecaster not in ("reuse", "foca", *LEARNED):
         expected = ", ".join(map(repr, FORECASTERS))
         raise ValueError(f"forecaster={forecaster!r}: expected one of {expected}, e.g. 'taylor-2'")
     if forecaster in LEARNED and gram is None:
@@ -124,15 +127,17 @@ def _rule(forecaster: str, num_steps: int, gram: Any, options: dict[str, Any]) -
         number = int(match[2])
         if match[1] == "chebyshev":
             return lambda past, step: chebyshev(past, step, num_steps, number, **options)
-        numbered = taylor if match[1] == "taylor" else hermite
-        return lambda past, step: numbered(past, step, number, **options)
+        numbered: dict[str, Callable[..., Row]] = {"taylor": taylor, "hermite": hermite, "rational": rational}
+        return lambda past, step: numbered[match[1]](past, step, number, **options)
     if forecaster == "reuse":
         return lambda past, step: reuse(past, step, **options)
+    if forecaster == "foca":
+        return lambda past, step: foca(past, step, **options)
     if forecaster == "l2p-released":
         table = l2p_table(gram, **options)
         return lambda past, step: l2p_released(past, step, table)
-    learned = regression if forecaster == "regression" else l2p
-    return lambda past, step: learned(past, step, gram, **options)
+    learned: dict[str, Callable[..., Row]] = {"regression": regression, "l2p": l2p, "dmd": dmd}
+    return lambda past, step: learned[forecaster](past, step, gram, **options)
 
 
 def reuse(past: Sequence[int], step: int) -> Row:
@@ -238,6 +243,69 @@ def chebyshev(
     linear = taylor(steps, step, order=1)
     weights[-len(linear.steps) :] += (1.0 - blend) * np.array(linear.weights)
     return Row(steps, tuple(weights.tolist()))
+
+
+def rational(past: Sequence[int], step: int, order: int = 1, spread: float = 0.55) -> Row:
+    """Barycentric interpolation on a bounded phase, evaluated at the step (ResilPhase, arXiv 2606.26769).
+
+    The newest steps s_j and t are mapped to z = tanh(spread * (s - m) / r) with m the mean of the s_j and r the
+    largest |s_j - m|. With w_j = 1 / prod_k (z_j - z_k) the weights are w_j / (z - z_j), divided by their sum: the
+    polynomial of degree `order` in z. The phase of t stays below 1, so that far forecasts level off. As in the
+    released code for FLUX, where the feature is what all blocks add to their input; order 1 and 0.55 are its values.
+
+    Args:
+        past, step: see `reuse`.
+        order: degree in the phase, 0 (reuse) to 15; lower where `past` has too few steps.
+        spread: of the phase, above 0, at most 5; towards 0 the phase is the step, and order 1 is Taylor's.
+
+    Returns:
+        A row over the newest `order + 1` steps of `past`; the weights sum to one.
+
+    Raises:
+        ValueError: `past` is empty, out of order, or reaches `step`; `order` or `spread` is outside its range.
+    """
+    _check_order(order)
+    if not 0 < spread <= 5:
+        raise ValueError(f"spread={spread}: expected a number above 0, at most 5; published 0.55")
+    _check_past(past, step)
+    steps = tuple(past[-order - 1 :])
+    centred = np.array([*steps, step]) - sum(steps) / len(steps)
+    phase = np.tanh(spread * centred / (np.abs(centred[:-1]).max() or 1.0))
+    apart = phase[:-1, None] - phase[:-1]
+    np.fill_diagonal(apart, 1.0)
+    weights = 1.0 / (apart.prod(axis=1) * (phase[-1] - phase[:-1]))
+    return Row(steps, tuple((weights / weights.sum()).tolist()))
+
+
+def foca(past: Sequence[int], step: int) -> Row:
+    """The feature's path as an ODE, BDF2 predictor and Heun corrector (FoCa, arXiv 2508.16211).
+
+    Step by step from t = k to k + 1, where F_k and F_{k-1} may be forecasts:
+    P = 4/3 F_k - 1/3 F_{k-1} + 2/3 F'_k and F_{k+1} = F_k + 1/2 (F'_j + P'), P' = (3 P - 4 F_k + F_{k-1}) / 2.
+    The authors' code is not public. Read into the paper's equations 7 and 8, as independent code does: F'_k is
+    F_k - F_{k-1}, which makes P' the same; F'_j = (F_{s_j} - F_{s_{j-1}}) / (s_j - s_{j-1}). After x steps
+    F^_t = F_{s_j} + x F'_j + (1 - 2^-x) (F_{s_j} - F_{s_j - 1} - F'_j). Exact on sequences linear in the step.
+
+    Args:
+        past, step: see `reuse`.
+
+    Returns:
+        A row over the newest 16 steps of `past`, ascending; the weights of older ones are added to the oldest of them.
+
+    Raises:
+        ValueError: `past` is empty, out of order, or reaches `step`.
+    """
+    _check_past(past, step)
+    unit, column = np.eye(len(past)), {s: j for j, s in enumerate(past)}
+    slope, before, newest = np.zeros(len(past)), unit[0], unit[0]  # of F_k, in features of `past`
+    for t in range(past[0] + 1, step + 1):
+        if t in column:
+            j = column[t]
+            slope = (unit[j] - unit[j - 1]) / (t - past[j - 1])
+            before, newest = newest, unit[j]
+        else:
+            before, newest = newest, newest + (slope + newest - before) / 2.0
+    return _newest_reads(past, newest)
 
 
 def regression(
@@ -374,9 +442,55 @@ def l2p_released(past: Sequence[int], step: int, table: np.ndarray) -> Row:
             composed[j, column[j]] = 1.0
         else:
             composed[j] = table[j, :j] @ composed[:j]
-    weights = composed[step, -MAX_READS:].copy()
-    weights[0] += composed[step, :-MAX_READS].sum()
-    return Row(tuple(past[-MAX_READS:]), tuple(weights.tolist()))
+    return _newest_reads(past, composed[step])
+
+
+def dmd(past: Sequence[int], step: int, gram: ArrayLike, history: int = 6, cutoff: float = 1e-4) -> Row:
+    """Dynamic mode decomposition of the newest computed features (cache-dit 1.5; Prony 1795, Schmid 2010).
+
+    With X = (F_{s_1}, ..., F_{s_{n-1}}) and Y = (F_{s_2}, ..., F_{s_n}) the operator Y X^+ has eigenvalues lambda and
+    modes Phi; F^_t = Re Phi lambda^k b with b = Phi^+ F_{s_n} and k = (t - s_n) / gap. Exact on sums of up to n - 1
+    exponentials. An operator knows one gap only, so the newest evenly spaced steps are fitted, as in the published
+    code. Where these are fewer than 4 the row is Taylor's of order 1, and where the fit fails it is reuse. There each
+    request is fitted to itself; here all are by the mean of their inner products. Its ridge of 1e-8 is left out.
+
+    Args:
+        past, step: see `reuse`.
+        gram: [T, T], symmetric, mean of F_i * F_j; only the fitted steps are read.
+        history: how many of the newest steps may be fitted, 4 to 16.
+        cutoff: singular values of X below this share of the largest are noise, above 0 and below 1.
+
+    Returns:
+        A row over the fitted steps but the oldest, ascending; without a fit over the newest two or one.
+
+    Raises:
+        ValueError: `past` is empty, out of order, or reaches `step`; `gram` does not cover the steps or is not finite;
+            an option is outside its range.
+    """
+    if not 4 <= history <= MAX_READS:
+        raise ValueError(f"history={history}: expected 4 to {MAX_READS}; published 6")
+    if not 0 < cutoff < 1:
+        raise ValueError(f"cutoff={cutoff}: expected a number between 0 and 1; published 1e-4")
+    _check_past(past, step)
+    steps = tuple(past[-history:])
+    while len(steps) > 2 and len({b - a for a, b in pairwise(steps)}) > 1:
+        steps = steps[1:]
+    inner = _block(gram, steps)
+    if len(steps) < 4:
+        return taylor(past, step, order=1)
+    values, vectors = np.linalg.eigh(inner[:-1, :-1])
+    if values[-1] <= 0.0:
+        return reuse(past, step)
+    keep = values > cutoff**2 * values[-1]
+    basis = vectors[:, keep] / np.sqrt(values[keep])  # X basis = U, the left singular vectors of X
+    roots, modes = np.linalg.eig(basis.T @ inner[:-1, 1:] @ basis)
+    modes = basis @ modes  # Phi = Y modes
+    values, vectors = np.linalg.eigh(inner[1:, 1:])
+    half = np.sqrt(values.clip(min=0.0))[:, None] * vectors.T  # |half c| = |Y c|
+    amplitudes = np.linalg.lstsq(half @ modes, half[:, -1].astype(complex), rcond=None)[0]
+    ahead = roots.astype(complex) ** ((step - steps[-1]) / (steps[1] - steps[0]))
+    weights = (modes @ (ahead * amplitudes)).real
+    return Row(steps[1:], tuple(weights.tolist())) if np.isfinite(weights).all() else reuse(past, step)
 
 
 def _check_past(past: Sequence[int], step: int) -> None:
@@ -385,10 +499,22 @@ def _check_past(past: Sequence[int], step: int) -> None:
         raise ValueError(f"past={tuple(past)}: expected ascending computed steps before step {step}")
 
 
-def _from_differences(past: Sequence[int], step: int, order: int, factor: Callable[[int, int], float]) -> Row:
-    """The row of sum_i factor(i, x) D^i over the recursive differences D^i, with factor(0, x) = 1."""
+def _check_order(order: int) -> None:
+    """Refuse an order that a row cannot have."""
     if not 0 <= order < MAX_READS:
         raise ValueError(f"order={order}: expected 0 to {MAX_READS - 1}; a row reads at most {MAX_READS} steps")
+
+
+def _newest_reads(past: Sequence[int], weights: np.ndarray) -> Row:
+    """The row of one weight for each step of `past`; what is older than the newest 16 goes to the oldest of them."""
+    kept = weights[-MAX_READS:].copy()
+    kept[0] += weights[:-MAX_READS].sum()
+    return Row(tuple(past[-MAX_READS:]), tuple(kept.tolist()))
+
+
+def _from_differences(past: Sequence[int], step: int, order: int, factor: Callable[[int, int], float]) -> Row:
+    """The row of sum_i factor(i, x) D^i over the recursive differences D^i, with factor(0, x) = 1."""
+    _check_order(order)
     _check_past(past, step)
     steps = tuple(past[-order - 1 :])
     # For each computed step the weights of all features in its D^i.

@@ -15,11 +15,14 @@ from lesa.forecasters import (
     LEARNED,
     chebyshev,
     check_rows,
+    dmd,
+    foca,
     hermite,
     l2p,
     l2p_released,
     l2p_table,
     plan_of,
+    rational,
     regression,
     reuse,
     rows_of,
@@ -204,6 +207,142 @@ def test_chebyshev_reads_the_newest_16_and_vanishes_under_a_heavy_ridge():
     assert all(math.isfinite(w) for w in chebyshev((0,), 3, 4, degree=8, ridge=0.0).weights)
 
 
+def phases(past: list[int], step: float, spread: float) -> float:
+    """ResilPhase's balanced mapping of a step."""
+    mean = sum(past) / len(past)
+    return math.tanh(spread * (step - mean) / max(abs(s - mean) for s in past))
+
+
+@pytest.mark.parametrize(("order", "spread"), [(1, 0.55), (2, 0.55), (4, 1.5)])
+def test_rational_is_the_published_quotient(order, spread, seed):
+    features = random_features(seed, 50, 3, 4)
+    for step in (5, 12, 31, 49):
+        past = [s for s in COMPUTED if s < step][-order - 1 :]
+        z, target = [phases(past, s, spread) for s in past], phases(past, step, spread)
+        shares = [1 / math.prod(a - b for b in z if b != a) / (target - a) for a in z]
+        expected = sum(share * features[s] for share, s in zip(shares, past, strict=True)) / sum(shares)
+        row = rational([s for s in COMPUTED if s < step], step, order, spread)
+        assert row.steps == tuple(past) and row.bias == 0.0
+        size = sum(map(abs, row.weights))
+        assert math.isclose(math.fsum(row.weights), 1.0, rel_tol=0, abs_tol=1e-13 * size)
+        torch.testing.assert_close(apply(row, features), expected, rtol=0, atol=1e-12 * size)
+
+
+def test_rational_is_exact_on_polynomials_in_the_phase():
+    past, step = [2, 3, 9, 16], 20
+    row = rational(past, step, 3)
+    for degree in range(4):
+        found = sum(w * phases(past, s, 0.55) ** degree for s, w in zip(row.steps, row.weights, strict=True))
+        assert found == pytest.approx(phases(past, step, 0.55) ** degree, abs=1e-12)
+
+
+def test_rational_is_taylor_at_a_narrow_spread_and_levels_off_at_a_wide_one():
+    assert rational((0, 1, 9), 14, 1, spread=1e-5).weights == pytest.approx(taylor((0, 1, 9), 14, 1).weights, abs=1e-8)
+    # Order 1 on (0, 2): the phases are -b, b and tanh(0.55 (t - 1)), at most 1, with b = tanh(0.55).
+    b = math.tanh(0.55)
+    assert rational((0, 2), 3).weights[1] == pytest.approx((math.tanh(1.1) + b) / (2 * b), abs=1e-14)
+    assert rational((0, 2), 99).weights[1] == pytest.approx((1 + b) / (2 * b), abs=1e-14)
+    assert rational((0, 4), 7, 0) == reuse((0, 4), 7) and rational((4,), 7, 3) == reuse((4,), 7)
+
+
+def foca_direct(features: torch.Tensor, computed: list[int], step: int) -> torch.Tensor:
+    """FoCa's equations 7 and 8, one step at a time, on the features and forecasts themselves."""
+    known: dict[int, torch.Tensor] = {}
+    for t in range(step + 1):
+        if t in computed:
+            known[t] = features[t]
+            continue
+        newest, before = known[t - 1], known.get(t - 2, known[t - 1])
+        done = [s for s in computed if s < t]
+        anchor = 0 * newest
+        if len(done) > 1:
+            anchor = (features[done[-1]] - features[done[-2]]) / (done[-1] - done[-2])
+        predicted = 4 / 3 * newest - 1 / 3 * before + 2 / 3 * (newest - before)
+        slope = (3 * predicted - 4 * newest + before) / 2
+        known[t] = newest + (anchor + slope) / 2
+    return known[step]
+
+
+def test_foca_is_the_published_recursion(seed):
+    features = random_features(seed, 50, 3, 4)
+    for step in sorted(set(range(50)) - set(COMPUTED)):
+        past = [s for s in COMPUTED if s < step]
+        row = foca(past, step)
+        size = sum(map(abs, row.weights))
+        assert row.steps == tuple(past) and math.isclose(math.fsum(row.weights), 1.0, rel_tol=0, abs_tol=1e-13 * size)
+        torch.testing.assert_close(apply(row, features), foca_direct(features, past, step), rtol=0, atol=1e-12 * size)
+
+
+def test_foca_rows_worked_out_by_hand():
+    """Steps 0 and 2: step 1 is reuse, so step 3 is F_2 + 1/2 ((F_2 - F_0) / 2 + F_2 - F_0), 3/4 of F_2 - F_0 on."""
+    assert foca((0,), 3) == Row((0,), (1.0,))
+    assert foca((0, 1), 3) == taylor((0, 1), 3, 1) == Row((0, 1), (-2.0, 3.0))
+    assert foca((0, 2), 3) == Row((0, 2), (-0.75, 1.75))
+    assert foca((0, 2), 4) == Row((0, 2), (-1.375, 2.375))
+    # Steps 0, 1 and 4: step 3 was 3 F_1 - 2 F_0, so F_4 - F_3 = F_4 - 3 F_1 + 2 F_0; the slope is (F_4 - F_1) / 3.
+    assert foca((0, 1, 4), 5).weights == pytest.approx((1.0, -1.5 - 1 / 6, 1.5 + 1 / 6), abs=1e-14)
+
+
+def test_foca_is_exact_on_linear_sequences_and_reads_16_steps():
+    sequence = 3.0 - 0.25 * torch.arange(50, dtype=torch.float64)
+    for step in (4, 8, 15, 36, 49):
+        row = foca([s for s in COMPUTED if s < step], step)
+        torch.testing.assert_close(apply(row, sequence), sequence[step], rtol=1e-11, atol=1e-11)
+    row, whole = foca(range(0, 40, 2), 41), foca(range(8, 40, 2), 41)
+    assert row.steps == tuple(range(8, 40, 2)) and math.fsum(row.weights) == pytest.approx(1.0, abs=1e-12)
+    assert row.weights[-1] == whole.weights[-1]
+
+
+def dmd_direct(features: np.ndarray, fitted: list[int], step: int, cutoff: float = 1e-4) -> np.ndarray:
+    """cache-dit's calibrator on the features: singular values of X, modes of the operator, amplitudes of the newest."""
+    x, y = features[fitted[:-1]].T, features[fitted[1:]].T
+    left, sizes, right = np.linalg.svd(x, full_matrices=False)
+    rank = int((sizes > cutoff * sizes[0]).sum())
+    mapped = y @ right[:rank].T / sizes[:rank]
+    roots, vectors = np.linalg.eig(left[:, :rank].T @ mapped)
+    modes = mapped @ vectors
+    amplitudes = np.linalg.lstsq(modes, features[fitted[-1]].astype(complex), rcond=None)[0]
+    horizon = (step - fitted[-1]) / (fitted[1] - fitted[0])
+    return (modes @ (roots.astype(complex) ** horizon * amplitudes)).real
+
+
+@pytest.mark.parametrize("fitted", [(2, 3, 4, 5), (1, 4, 7, 10, 13), (0, 2, 4, 6, 8, 10)])
+def test_dmd_is_the_published_fit(features, fitted):
+    for step in (fitted[-1] + 1, fitted[-1] + 4):
+        row = dmd(fitted, step, gram_of(features))
+        assert row.steps == fitted[1:] and row.bias == 0.0
+        expected = dmd_direct(features, list(fitted), step)
+        found = np.array(row.weights) @ features[list(row.steps)]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("roots", [(0.9,), (0.8, 1.02), (0.7, 0.95 * np.exp(0.2j))])
+def test_dmd_is_exact_on_sums_of_exponentials(roots, seed):
+    shapes = np.random.default_rng(seed).normal(size=(2, len(roots), 200))
+    sequence = (np.array(roots) ** np.arange(T)[:, None] @ (shapes[0] + 1j * shapes[1])).real
+    for step in (12, 13, 18):
+        row = dmd((1, 3, 5, 7, 9, 11), step, gram_of(sequence))
+        found = np.array(row.weights) @ sequence[list(row.steps)]
+        np.testing.assert_allclose(found, sequence[step], rtol=0, atol=1e-6 * np.abs(sequence).max())
+
+
+def test_dmd_fits_the_newest_evenly_spaced_steps(features):
+    gram = gram_of(features)
+    assert dmd((0, 1, 2, 6, 9, 12, 15), 17, gram) == dmd((6, 9, 12, 15), 17, gram)
+    assert dmd((0, 3, 6, 9, 12, 15), 17, gram, history=4) == dmd((6, 9, 12, 15), 17, gram)
+    for past in ((4,), (0, 1, 2), (0, 1, 2, 9, 12, 15), (0, 4, 8, 13)):
+        assert dmd(past, 17, gram) == taylor(past, 17, 1)
+    # Later features are not read: the fit needs no more than the request has computed.
+    later = gram.copy()
+    later[16:] = later[:, 16:] = 0.0
+    assert dmd((6, 9, 12, 15), 17, later) == dmd((6, 9, 12, 15), 17, gram)
+
+
+def test_dmd_of_nothing_and_of_one_feature_over_and_over():
+    assert dmd((0, 1, 2, 3), 6, np.zeros((T, T))) == reuse((0, 1, 2, 3), 6)
+    assert math.fsum(dmd((0, 1, 2, 3), 6, np.ones((T, T))).weights) == pytest.approx(1.0, abs=1e-9)
+
+
 def test_known_rows():
     assert taylor((0, 1, 2, 3), 5, 1) == Row((2, 3), (-2.0, 3.0))
     assert taylor((0, 1, 2, 3), 4, 2) == Row((1, 2, 3), (0.5, -2.0, 2.5))
@@ -238,9 +377,20 @@ def test_bad_arguments_are_named(past, step, order, named):
         (lambda: chebyshev((0,), 3, 50, degree=16), "degree=16"),
         (lambda: chebyshev((0,), 3, 50, ridge=-0.1), "ridge=-0.1"),
         (lambda: chebyshev((0,), 3, 50, blend=1.5), "blend=1.5"),
+        (lambda: rational((0, 3), 3), "past="),
+        (lambda: rational((0,), 3, order=16), "order=16"),
+        (lambda: rational((0,), 3, spread=0.0), "spread=0.0"),
+        (lambda: rational((0,), 3, spread=math.nan), "spread=nan"),
+        (lambda: foca((), 3), r"past=\(\)"),
+        (lambda: foca((3, 1), 4), "past="),
+        (lambda: dmd((0, 3), 3, np.eye(T)), "past="),
+        (lambda: dmd((0, 1, 2, 3), 4, np.eye(T), history=3), "history=3"),
+        (lambda: dmd((0, 1, 2, 3), 4, np.eye(T), cutoff=0.0), "cutoff=0.0"),
+        (lambda: dmd((0, 1, 2, 3), 4, np.eye(3)), "gram covers 3 steps"),
+        (lambda: dmd((0, 1, 2, 3), 4, np.full((T, T), np.nan)), "gram holds"),
     ],
 )
-def test_bad_arguments_of_hermite_and_chebyshev_are_named(call, named):
+def test_bad_arguments_of_closed_forms_and_dmd_are_named(call, named):
     with pytest.raises(ValueError, match=named):
         call()
 
@@ -270,7 +420,10 @@ def test_plan_of_checks_the_schedule():
         plan_of("reuse", (1,), (1.0, 0.5, 0.0))
 
 
-NAMES = ("reuse", "taylor-1", "taylor-3", "hermite-2", "chebyshev-4", "regression", "l2p", "l2p-released")
+NAMES = (
+    *("reuse", "taylor-1", "taylor-3", "hermite-2", "chebyshev-4", "rational-1", "foca"),
+    *("regression", "l2p", "l2p-released", "dmd"),
+)
 
 
 def test_every_rule_is_named_in_the_tests():
@@ -301,6 +454,7 @@ def test_options_reach_the_rule():
     assert rows_of("chebyshev-3", COMPUTED, 50, ridge=1.0, blend=0.5)[12] == chebyshev(
         COMPUTED[:5], 12, 50, 3, ridge=1.0, blend=0.5
     )
+    assert rows_of("rational-2", COMPUTED, 50, spread=1.0)[12] == rational(COMPUTED[:5], 12, 2, spread=1.0)
     plan = plan_of("hermite-2", (0, 1), (1.0, 0.6, 0.3, 0.0), options={"scale": 0.7})
     assert plan.rows_of("any")[2] == hermite((0, 1), 2, 2, scale=0.7)
 
@@ -309,15 +463,15 @@ def test_options_reach_the_rule():
 def test_plan_of_learned_rules_serves_the_contexts_of_its_statistics(name, seed):
     sigmas = [1 - i / 12 for i in range(13)]
     grams = {context: gram_of(random_features(seed + i, 12, 40)) for i, context in enumerate(("cond", "uncond"))}
-    plan = plan_of(name, (0, 1, 4, 8), sigmas, "output", grams)
+    plan = plan_of(name, (0, 2, 4, 6), sigmas, "output", grams)
     assert set(plan.rows) == {"cond", "uncond"} and plan.rows["cond"] != plan.rows["uncond"]
     for context, gram in grams.items():
-        assert plan.rows[context] == rows_of(name, (0, 1, 4, 8), 12, gram)
-        assert plan_of(name, (0, 1, 4, 8), sigmas, "output", gram).rows == {"*": plan.rows[context]}
+        assert plan.rows[context] == rows_of(name, (0, 2, 4, 6), 12, gram)
+        assert plan_of(name, (0, 2, 4, 6), sigmas, "output", gram).rows == {"*": plan.rows[context]}
     with pytest.raises(ValueError, match=f"'{name}' needs gram"):
-        plan_of(name, (0, 1, 4, 8), sigmas)
+        plan_of(name, (0, 2, 4, 6), sigmas)
     with pytest.raises(ValueError, match="gram names no context"):
-        plan_of(name, (0, 1, 4, 8), sigmas, gram={})
+        plan_of(name, (0, 2, 4, 6), sigmas, gram={})
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""When to compute: the schedule of least displacement error for a budget, by dynamic programming on a Gram matrix.
+"""When to compute: the schedule of least error for a budget, by dynamic programming on a Gram matrix.
+
+`search` counts the displacement of the final sample, `dpcache` the errors of the forecasts.
 
 Between two computed steps q < n the sample should move by D = sum_t h_t F_t, q < t < n, where h is the impulse
 response of the final sample to each step's output. The forecasts F_q + c_t (F_q - F_p), p the computed step before q,
@@ -35,7 +37,58 @@ def search(gram: ArrayLike, impulse_response: ArrayLike, budget: int, *, ridge: 
     """
     gram, impulse_response = _checked(gram, impulse_response, ridge)
     budget = whole("budget", budget, 1, len(impulse_response))
-    costs = _costs(gram, impulse_response, ridge)
+    return _cheapest(_costs(gram, impulse_response, ridge), budget)
+
+
+def dpcache(gram: ArrayLike, budget: int, *, gap: int = 8) -> tuple[int, ...]:
+    """DPCache's schedule of exactly `budget` computed steps (arXiv 2602.22654), calibrated on recorded requests.
+
+    Its rule is "taylor-1": F^_t = F_q + (t - q) / (q - p) (F_q - F_p), p and q the last two computed steps. The cost of
+    the segment (p, q, n) is the sum of the errors of the steps between q and n, and steps 0, 1 and 2 are computed. The
+    errors are root mean squares, since a Gram matrix does not hold the published mean absolute errors. Otherwise as in
+    SGLang: the search over pairs is exact, gaps are at most 8. The authors' own code has order 2, gaps of up to 0.3 T
+    and a search that keeps one predecessor only, and it also counts the error at n.
+
+    Args:
+        gram: [T, T], mean of F_i * F_j, e.g. `Statistics.gram("output", GUIDED)`.
+        budget: computed steps, 3 (or T, if smaller) to T.
+        gap: the largest distance between computed steps, and from the last of them to T, at least 1.
+
+    Returns:
+        The computed steps, ascending; of several best schedules the one with the earliest steps.
+
+    Raises:
+        ValueError: a shape or value is out of place, or so few steps cannot reach so far.
+    """
+    g = _checked_gram(gram)
+    total = len(g)
+    first = min(3, total)
+    budget, gap = whole("budget", budget, first, total), whole("gap", gap, 1)
+    if first - 1 + (budget - first + 1) * gap < total:
+        least = first + -(-(total - first + 1) // gap) - 1
+        raise ValueError(f"budget={budget}: at gaps of at most {gap}, {total} steps need {least}; or give a larger gap")
+    costs = _line_costs(g)
+    for q, cost in enumerate(costs):
+        cost[1 if q < first - 1 else gap :] = np.inf
+    return _cheapest(costs, budget)
+
+
+def _line_costs(gram: np.ndarray) -> list[np.ndarray]:
+    """For each q the summed errors of "taylor-1" in (p, q, n), [n - q - 1, p]; q = 0 has one column, which is free."""
+    norms = gram.diagonal()
+    costs = [np.zeros((len(gram), 1))]
+    for q in range(1, len(gram)):
+        p, t = np.arange(q), np.arange(q + 1, len(gram))[:, None]
+        back = (t - q) / (q - p)  # the weight of -F_p
+        ahead = 1.0 + back
+        square = norms[t] + ahead**2 * norms[q] + back**2 * norms[p]
+        square += 2.0 * (back * gram[t, p] - ahead * gram[t, q] - ahead * back * gram[q, p])
+        costs.append(_prefix(np.sqrt(square.clip(min=0.0)), 0))
+    return costs
+
+
+def _cheapest(costs: list[np.ndarray], budget: int) -> tuple[int, ...]:
+    """The schedule of the lowest sum of costs."""
     table = _table(costs, budget)
     # From the start: at each step the earliest of the best next ones.
     steps, p, q = [0], 0, 0
@@ -96,24 +149,34 @@ def _prefix(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _checked(gram: ArrayLike, impulse_response: ArrayLike, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """The inputs as float64, the Gram matrix as if F_0 had been taken off every feature.
-
-    All weights sum to one, so this changes no cost; but rounding errors then scale with differences of features.
-    """
-    g, h = np.asarray(gram, np.float64), np.asarray(impulse_response, np.float64)
-    if g.ndim != 2 or g.shape[0] != g.shape[1] or not len(g):
-        raise ValueError(f"gram has shape {g.shape}: expected [T, T], the inner products of T features")
+    """The inputs of `search` as float64."""
+    g, h = _checked_gram(gram), np.asarray(impulse_response, np.float64)
     if h.shape != (len(g),):
         hint = "; of a matrix [T + 1, T] give the last row" if h.ndim == 2 else ""
         raise ValueError(f"impulse_response has shape {h.shape}: expected [{len(g)}], one number a step of gram{hint}")
-    for name, value in (("gram", g), ("impulse_response", h)):
-        if not np.isfinite(value).all():
-            where = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
-            raise ValueError(f"{name} holds {value[where]} at {where}: expected finite numbers; record it again")
+    _check_finite("impulse_response", h)
+    if not 0.0 <= ridge < np.inf:
+        raise ValueError(f"ridge={ridge}: expected a finite number of at least 0")
+    return g, h
+
+
+def _checked_gram(gram: ArrayLike) -> np.ndarray:
+    """The Gram matrix as float64, as if F_0 had been taken off every feature.
+
+    All weights sum to one, so this changes no cost; but rounding errors then scale with differences of features.
+    """
+    g = np.asarray(gram, np.float64)
+    if g.ndim != 2 or g.shape[0] != g.shape[1] or not len(g):
+        raise ValueError(f"gram has shape {g.shape}: expected [T, T], the inner products of T features")
+    _check_finite("gram", g)
     gap = float(np.abs(g - g.T).max())
     if gap > 1e-5 * float(np.abs(g).max()):
         raise ValueError(f"gram differs from its transpose by up to {gap:g}: expected a symmetric matrix")
-    if not 0.0 <= ridge < np.inf:
-        raise ValueError(f"ridge={ridge}: expected a finite number of at least 0")
     g = (g + g.T) / 2.0
-    return g - g[0] - g[:, :1] + g[0, 0], h
+    return g - g[0] - g[:, :1] + g[0, 0]
+
+
+def _check_finite(name: str, value: np.ndarray) -> None:
+    if not np.isfinite(value).all():
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
+        raise ValueError(f"{name} holds {value[where]} at {where}: expected finite numbers; record it again")

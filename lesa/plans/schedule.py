@@ -13,6 +13,14 @@ from typing import SupportsIndex
 _ROUNDING = 1e-6
 _SHORT = 16  # requests below this many steps are the distilled, few-step models'
 
+# DPCache's schedules of 40 steps by their budget, as SGLang found them for Qwen-Image-2.1 (in the repository
+# fractalyze/frontier-benchmark). Their rule is "taylor-1": order 1, from the last two computed steps.
+# `lesa.planner.search.dpcache` finds such schedules for other models.
+DPCACHE_40 = {
+    12: (0, 1, 2, 4, 6, 9, 13, 18, 23, 29, 34, 38),
+    20: (0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 17, 20, 23, 27, 31, 34, 36, 38, 39),
+}
+
 
 def uniform(num_steps: int, interval: int, warmup: int = 4, origin: int = 2) -> tuple[int, ...]:
     """Compute the first steps, then every `interval`-th, counted from `origin`.
@@ -62,6 +70,75 @@ def paper(num_steps: int, interval: int) -> tuple[int, ...]:
     if 2 * interval >= num_steps:
         return uniform(num_steps, interval, warmup=1, origin=0)
     return uniform(num_steps, interval, warmup=2, origin=1)
+
+
+def fora(num_steps: int, interval: int) -> tuple[int, ...]:
+    """FORA's schedule (arXiv 2407.01425): step 0, and every N-th counted back from the last step.
+
+    As in its code for DiT, where steps count down to 0. Others' versions count from step 0 instead, which is
+    `uniform(num_steps, interval, warmup=1, origin=0)`. It goes with "reuse"; published N: 3.
+
+    Args:
+        num_steps, interval: see `paper`.
+
+    Returns:
+        The computed steps, ascending, step 0 and the last step among them.
+
+    Raises:
+        ValueError: an argument is no whole number or outside its range.
+    """
+    num_steps = whole("num_steps", num_steps, 1)
+    interval = whole("interval", interval, 1, num_steps)
+    return tuple(sorted({0, *range(num_steps - 1, -1, -interval)}))
+
+
+def taylorseer(num_steps: int, interval: int, warmup: int = 3) -> tuple[int, ...]:
+    """TaylorSeer's schedule (arXiv 2503.06923): the first steps, then every N-th counted from the last of them.
+
+    As in its code: warmup 3 for FLUX (N = 6, order 1), 2 for DiT (N = 4, order 4), 1 for HunyuanVideo and HiDream.
+    ResilPhase's code for FLUX has the same schedule as TaylorSeer's.
+
+    Args:
+        num_steps, interval: see `paper`.
+        warmup: how many steps at the start are all computed, 1 to `num_steps`.
+
+    Returns:
+        The computed steps, ascending, step 0 among them.
+
+    Raises:
+        ValueError: an argument is no whole number or outside its range.
+    """
+    return uniform(num_steps, interval, warmup, whole("warmup", warmup, 1) - 1)
+
+
+def spectrum(num_steps: int, growth: float = 0.75, window: float = 2.0, warmup: int = 5) -> tuple[int, ...]:
+    """Spectrum's schedule (arXiv 2603.01623): the first steps, then at distances that grow.
+
+    The next computed step is floor(window) later, after which the window grows. As in its code, where a growth of 0.75
+    and 3 gives 14 and 10 computed of 50. It goes with "chebyshev-4".
+
+    Args:
+        num_steps: T, steps of a request, at least 1.
+        growth: of the window at each step computed after the first ones, at least 0.
+        window: the first distance, at least 1.
+        warmup: how many steps at the start are all computed, at least 1.
+
+    Returns:
+        The computed steps, ascending, step 0 among them.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    num_steps = whole("num_steps", num_steps, 1)
+    if not 0 <= growth < math.inf:
+        raise ValueError(f"growth={growth}: expected a finite number of at least 0; published 0.75 and 3")
+    if not 1 <= window < math.inf:
+        raise ValueError(f"window={window}: expected a finite number of at least 1; published 2")
+    steps = list(range(min(whole("warmup", warmup, 1), num_steps)))
+    while steps[-1] + math.floor(window) < num_steps:
+        steps.append(steps[-1] + math.floor(window))
+        window = round(window + growth, 3)
+    return tuple(steps)
 
 
 def spaced(num_steps: int, budget: int, power: float = 1.0) -> tuple[int, ...]:

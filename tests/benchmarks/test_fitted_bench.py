@@ -23,6 +23,7 @@ from lesa.training.predictor import Predictor
 
 STEPS, BUDGET = 16, 6
 KINDS = (("paper", "output"), ("searched", "output"), ("paper", "hidden"))
+OWN = {("reuse", "fora", "output"), ("chebyshev-4 (blend 0.5)", "spectrum", "output")}
 SOLVERS = {"euler": "6", "heun": "7", "dpm++": "6", "unipc": "6"}  # and their denoiser calls
 
 
@@ -62,6 +63,7 @@ def test_a_tiny_run_measures_every_kind_of_row_once(tiny, tmp_path, capsys):
     assert len(found) == len(rows)
     closed = [(name, *kind) for name in fitted_methods.CLOSED for kind in KINDS]
     wanted = {(g, *row, "", "6") for g in "13" for row in [*closed, *(("regression", *kind) for kind in KINDS[:2])]}
+    wanted |= {(g, *row, "", "6") for g in "13" for row in OWN}
     wanted |= {(g, "lesa", "paper", "hidden", "", "6") for g in "13"} | {("1", "lesa", "searched", "hidden", "", "6")}
     wanted |= {(g, "lesa.fit", "fitted", "output", "quick", "6") for g in "13"}
     for g in "13":
@@ -103,6 +105,25 @@ def test_the_reference_is_the_full_request(tiny, tmp_path):
     # guidance does something, and is in the statistics
     assert bench.figures(3, bench.images(1))[0] < near
     assert bench.statistics(3).guidance == (3.0, -2.0)
+
+
+def test_rules_have_the_schedules_they_were_published_with(tiny, tmp_path):
+    def bench(steps):
+        return fitted_methods.Bench(
+            fitted_methods.Settings("cpu", tmp_path, 2, steps, 2, 8, (), {1: 0}, tmp_path / "rows.csv", (), 0.0)
+        )
+
+    own, whole = fitted_methods.own_schedules, bench(50)
+    kinds = ("l2p", "fora", "taylorseer", "spectrum", "dpcache", "dpcache (published)")
+    assert tuple(fitted_methods.OWN) == kinds
+    for budget, has in {13: "00011", 10: "11111", 8: "11111", 6: "11100"}.items():
+        assert [str(int(whole.has(kind, budget))) for kind in kinds[:-1]] == list(has)
+    assert own("taylorseer", 50)[10] == schedule.taylorseer(50, 6) and own("fora", 50)[10] == schedule.fora(50, 6)
+    assert own("spectrum", 50)[10] == schedule.spectrum(50, 3.0) and own("spectrum", 50)[14] == schedule.spectrum(50)
+    assert not whole.has("dpcache (published)", 12) and not own("l2p", 40)
+    assert bench(40).schedule("dpcache (published)", 1, 12) == schedule.DPCACHE_40[12]
+    computed = bench(STEPS).schedule("dpcache", 1, BUDGET)
+    assert len(computed) == BUDGET and computed[:3] == (0, 1, 2) and np.diff((*computed, STEPS)).max() <= 8
 
 
 def test_one_failure_is_told_and_the_rest_is_measured(tiny, tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from lesa.planner.search import search
+from lesa.forecasters import taylor
+from lesa.planner.search import dpcache, search
 
 
 def problem(seed, steps):
@@ -102,3 +103,51 @@ def test_bad_inputs_are_named(gram, impulse_response, options, message):
 def test_bad_budgets_are_named(budget, message):
     with pytest.raises(ValueError, match=message):
         search(GOOD, np.ones(4), budget)
+
+
+def line_cost(features, computed):
+    """What DPCache counts: the error of the order-1 forecast of every step, root mean squares from the features."""
+    total = 0.0
+    for t in sorted(set(range(len(features))) - set(computed)):
+        row = taylor([s for s in computed if s < t], t, order=1)
+        total += np.sqrt(np.mean((np.array(row.weights) @ features[list(row.steps)] - features[t]) ** 2))
+    return total
+
+
+@pytest.mark.parametrize(("steps", "budget", "gap"), [(9, 4, 8), (12, 5, 4), (12, 6, 3), (14, 5, 8)])
+def test_no_schedule_of_dpcache_is_better(seed, steps, budget, gap):
+    features = np.random.default_rng([seed, steps]).normal(size=(steps, 6)).cumsum(0).cumsum(0)
+    allowed = [s for s in schedules(steps, budget, first=3) if np.diff((*s, steps)).max() <= gap]
+    costs = {s: line_cost(features, s) for s in allowed}
+    assert dpcache(features @ features.T / 6, budget, gap=gap) == min(costs, key=costs.get)
+
+
+def test_dpcache_worked_out_by_hand():
+    # F = 0, 0, 0, 0, 1, 2, 3: after step 2 nothing moves until 4; steps 3 and 4 give the line, and nothing is missed.
+    line = np.maximum(0.0, np.arange(7.0) - 3.0)[:, None]
+    assert dpcache(line @ line.T, 5) == (0, 1, 2, 3, 4)
+    # With one step less: (0, 1, 2, 4) has the slope (1 - 0) / 2 and misses 0.5 and 1; with 3 it is 1 + 2 + 3, with 5
+    # it is 1 at step 4 and 1/3 at step 6, with 6 it is 1 + 2.
+    assert [line_cost(line, (0, 1, 2, s)) for s in (3, 4, 5, 6)] == pytest.approx([6.0, 1.5, 4 / 3, 3.0])
+    assert dpcache(line @ line.T, 4) == (0, 1, 2, 5)
+
+
+def test_dpcache_of_every_step_and_of_few():
+    for steps in (1, 2, 3, 5):
+        assert dpcache(np.eye(steps), steps) == tuple(range(steps))
+
+
+@pytest.mark.parametrize(
+    ("gram", "budget", "gap", "named"),
+    [
+        (np.eye(20), 2, 8, "budget=2"),
+        (np.eye(20), 21, 8, "budget=21"),
+        (np.eye(20), 4, 8, "budget=4: .* need 5"),
+        (np.eye(20), 5, 0, "gap=0"),
+        (np.ones((4, 3)), 3, 8, "gram has shape"),
+        (np.full((4, 4), np.inf), 3, 8, "gram holds inf"),
+    ],
+)
+def test_bad_inputs_of_dpcache_are_named(gram, budget, gap, named):
+    with pytest.raises(ValueError, match=named):
+        dpcache(gram, budget, gap=gap)

@@ -4,16 +4,20 @@ import numpy as np
 import pytest
 
 from lesa.plans.schedule import (
+    DPCACHE_40,
     ONE_STAGE,
     PAPER_STAGES,
     Stage,
     check,
     check_stages,
+    fora,
     paper,
     paper_stages,
     published,
     spaced,
+    spectrum,
     stage_of,
+    taylorseer,
     uniform,
 )
 
@@ -75,6 +79,71 @@ def test_uniform_names_the_bad_argument(arguments, named):
 def test_paper_refuses_impossible_intervals(num_steps, interval):
     with pytest.raises(ValueError, match="expected a whole number"):
         paper(num_steps, interval)
+
+
+def counted(num_steps, interval, warmup):
+    """TaylorSeer's released counter: full at the first steps and after interval - 1 forecasts."""
+    steps, counter = [], 0
+    for t in range(num_steps):
+        if t < warmup or counter == interval - 1:
+            steps.append(t)
+            counter = 0
+        else:
+            counter += 1
+    return tuple(steps)
+
+
+def windowed(num_steps, growth, window, warmup):
+    """Spectrum's released counter: full where the steps since the last full one are a multiple of the window."""
+    steps, cached = [], 0
+    for t in range(num_steps):
+        actual = t < warmup
+        if not actual and (cached + 1) % int(window) == 0:
+            actual, window = True, round(window + growth, 3)
+        cached = 0 if actual else cached + 1
+        steps += [t] * actual
+    return tuple(steps)
+
+
+@pytest.mark.parametrize("num_steps", [3, 20, 50])
+def test_schedules_are_those_of_the_released_counters(num_steps):
+    for interval in range(1, num_steps + 1):
+        # FORA's steps count down: T - 1 and the multiples of N are computed.
+        down = [t for t in range(num_steps) if t == 0 or (num_steps - 1 - t) % interval == 0]
+        assert fora(num_steps, interval) == tuple(down)
+        for warmup in (1, 2, 3):
+            assert taylorseer(num_steps, interval, warmup) == counted(num_steps, interval, warmup)
+    for growth in (0.0, 0.1, 0.75, 3.0):
+        for window, warmup in ((1.0, 1), (2.0, 5), (2.5, 3)):
+            assert spectrum(num_steps, growth, window, warmup) == windowed(num_steps, growth, window, warmup)
+
+
+def test_published_counts_and_lists():
+    assert taylorseer(50, 6) == (0, 1, 2, 8, 14, 20, 26, 32, 38, 44)
+    assert fora(50, 6) == (0, 1, 7, 13, 19, 25, 31, 37, 43, 49)
+    assert (len(spectrum(50)), len(spectrum(50, 3.0))) == (14, 10)
+    assert spectrum(50, 3.0) == (0, 1, 2, 3, 4, 6, 11, 19, 30, 44)
+    for budget, computed in DPCACHE_40.items():
+        assert len(computed) == budget and check(computed, 40)[:3] == (0, 1, 2)
+        assert np.diff((*computed, 40)).max() <= 8
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: fora(0, 1), "num_steps=0"),
+        (lambda: fora(50, 51), "interval=51"),
+        (lambda: taylorseer(50, 0), "interval=0"),
+        (lambda: taylorseer(50, 5, 0), "warmup=0"),
+        (lambda: taylorseer(2, 1), "warmup=3"),
+        (lambda: spectrum(50, -1.0), "growth=-1.0"),
+        (lambda: spectrum(50, window=0.5), "window=0.5"),
+        (lambda: spectrum(50, warmup=0), "warmup=0"),
+    ],
+)
+def test_published_schedules_name_the_bad_argument(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()
 
 
 def test_spaced_and_published_schedules():
