@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from .plans.plan import Plan
 from .plans.rows import ANY_CONTEXT, MAX_READS, Row
-from .plans.schedule import check
+from .plans.schedule import check, noise_levels
 
 __all__ = [
     *("FORECASTERS", "LEARNED", "check_rows", "chebyshev", "dmd", "foca", "hermite", "l2p", "l2p_released"),
@@ -63,13 +63,14 @@ def plan_of(
     Raises:
         ValueError: the name is unknown, its Gram matrix is missing, or a value is out of range.
     """
+    sigmas = noise_levels(sigmas)
     num_steps, steps = len(sigmas) - 1, tuple(computed)
     shared = not isinstance(gram, Mapping) or forecaster not in LEARNED
     grams: Mapping[str, Any] = {ANY_CONTEXT: gram} if shared else gram  # type: ignore[assignment]
     if not grams:
         raise ValueError("gram names no context: give one [T, T] matrix, or a mapping from context to matrix")
     rows = {context: rows_of(forecaster, steps, num_steps, one, **(options or {})) for context, one in grams.items()}
-    return Plan(steps, tuple(sigmas), rows, site=site, forecaster=forecaster, **provenance)
+    return Plan(steps, sigmas, rows, site=site, forecaster=forecaster, **provenance)
 
 
 def rows_of(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -14,13 +16,23 @@ import numpy as np
 import torch
 
 from ..models.layouts import check_fit
+from ..models.pipeline import PART
 from ..planner.build import ENOUGH
-from ..planner.statistics import Statistics
+from ..planner.statistics import Statistics, apart_from_flow, guidance_of
 from ..plans import storage
 from ..plans.plan import Plan
 from ..plans.rows import LesaWarning, PlanError
+from ..plans.schedule import noise_levels
+from ..runtime.clock import sigmas_of
 
 _SAME = 1e-4  # of sigma, as between requests of one kind
+_TINY = 1e-30
+_GIVE = "give scheduler=, the diffusers scheduler of the loop, or sigmas=, its T + 1 noise levels"
+# Shares of the sample's change that a model of it leaves unexplained. Samplers of higher order along a flow leave 0.1,
+# bfloat16 samples 0.1 in 50 steps; what is no flow 0.3 and more.
+_FLOW = 0.25
+_CERTAIN, _UNCERTAIN = 0.25, 0.5  # of the weights of guidance: with which a scale is not asked, and a user is told
+_CLOSE = 0.1  # relative, between weights found and known: Qwen-Image's rescaled sum
 
 
 @dataclass(frozen=True)
@@ -129,6 +141,153 @@ def check_fit_folder(
                 "name another folder, or move that file away"
             )
     return folder
+
+
+def check_loop(target: Any, sigmas: Any, scheduler: Any, guidance: Any) -> None:
+    """Check what is told of a loop of one's own before anything runs.
+
+    Raises:
+        ValueError: a pipeline has it itself, or sigmas, scheduler or guidance are none.
+    """
+    bare = isinstance(target, torch.nn.Module)
+    for name, value in {"sigmas": sigmas, "scheduler": scheduler}.items():
+        if value is not None and not bare:
+            raise ValueError(f"{name} is given together with a pipeline: its scheduler has them; leave it out")
+    if sigmas is not None and scheduler is not None:
+        raise ValueError("sigmas, scheduler: both are given; a scheduler has its sigmas, leave them out")
+    if sigmas is not None:
+        noise_levels(sigmas)
+    if scheduler is not None and not (hasattr(scheduler, "timesteps") and hasattr(scheduler, "step")):
+        raise ValueError(f"scheduler is a {type(scheduler).__name__}: expected a diffusers scheduler")
+    try:
+        finite = guidance is None or all(math.isfinite(weight) for weight in guidance)
+    except TypeError:
+        finite = False
+    if not finite:
+        raise ValueError(f"guidance={guidance!r:.80}: expected a list of finite weights, one a context, e.g. [3, -2]")
+
+
+def levels_of_loop(timesteps: Sequence[float], sigmas: Any, scheduler: Any) -> tuple[float, ...]:
+    """The T + 1 noise levels of a loop of one's own that ran T timesteps.
+
+    Raises:
+        ValueError: `sigmas` or `scheduler` do not fit the timesteps, or these are not those of flow matching.
+    """
+    if sigmas is not None:
+        return noise_levels(sigmas, len(timesteps))
+    if scheduler is not None:
+        own = torch.as_tensor(scheduler.timesteps).double().cpu().numpy()[-len(timesteps) :]
+        size = max(np.abs(own).max(), _TINY) if len(own) == len(timesteps) else math.nan
+        # Some denoisers take timesteps as they are, others from 0 to 1.
+        if not any(np.allclose(np.multiply(timesteps, scale), own, 0, _SAME * size) for scale in (1, 1000)):
+            raise ValueError(
+                f"scheduler={type(scheduler).__name__} has {len(scheduler.timesteps)} timesteps {own.tolist()!r:.60}, "
+                f"the loop ran {len(timesteps)}, {list(timesteps)!r:.60}: give the scheduler of the loop after its "
+                "set_timesteps"
+            )
+        return sigmas_of(scheduler)[-len(timesteps) - 1 :]
+    highest = max(timesteps)
+    if highest > 1000 or min(timesteps) < 0:
+        raise ValueError(
+            f"timesteps from {min(timesteps):g} to {highest:g} are not those of flow matching (sigma, or "
+            f"1000 * sigma): {_GIVE}"
+        )
+    scale = 1.0 if highest <= 1 else 1000.0
+    return (*(timestep / scale for timestep in timesteps), 0.0)
+
+
+def check_flow(
+    changes: np.ndarray | None, guidance: Sequence[float], sigmas: Sequence[float], timesteps: Sequence[float]
+) -> None:
+    """Check that a loop whose timesteps were taken for noise levels runs along a flow.
+
+    Args:
+        changes: of the sample, see `guidance_of`; None where they are not known.
+        guidance: weights of the outputs.
+        sigmas: T + 1.
+        timesteps: T.
+
+    Raises:
+        ValueError: its samples change otherwise.
+    """
+    apart = 0.0 if changes is None or not np.isfinite(changes).all() else apart_from_flow(changes, guidance, sigmas)
+    if apart > _FLOW:
+        raise ValueError(
+            f"timesteps from {max(timesteps):g} to {min(timesteps):g} would be those of flow matching, but the samples "
+            f"do not change as along a flow ({apart:.0%} of the change is another): {_GIVE}"
+        )
+
+
+def guidance_weights(
+    target: Any,
+    request: Mapping[str, Any],
+    names: Sequence[str],
+    changes: np.ndarray | None,
+    given: Sequence[float] | None,
+) -> tuple[float, ...]:
+    """The weight of each context, or of each part of a batch, in what the scheduler is given.
+
+    Args:
+        target: a pipeline or a bare denoiser.
+        request: keyword arguments of the pipeline call.
+        names: of the contexts or parts.
+        changes: of the sample, see `guidance_of`; None where they are not known.
+        given: the user's weights.
+
+    Raises:
+        ValueError: the user's weights are not one for each name.
+    """
+    if given is not None:
+        if len(given) != len(names) or (len(names) == 1 and given[0] != 1):
+            alone = "one call a step has weight 1, leave guidance out" if len(names) == 1 else "give as many weights"
+            raise ValueError(f"guidance={tuple(given)!r:.80} for {list(names)}: {alone}")
+        return tuple(float(weight) for weight in given)
+    if len(names) == 1:
+        return (1.0,)
+    known = _guidance_by_scale(target, request, names)
+    found = None if changes is None or not np.isfinite(changes).all() else guidance_of(changes)
+    if found is not None and (known is None or found[1] <= _CERTAIN):
+        weights, share = tuple(float(weight) for weight in found[0]), found[1]
+        if known is not None and np.allclose(weights, known, 0, _CLOSE * np.abs(known).max()):
+            return known
+        if share > _UNCERTAIN:
+            told = ", ".join(f"{weight:.3g}" for weight in weights)
+            warnings.warn(
+                f"the sampler does more with {list(names)} than to sum them ({share:.0%} of what it does to the sample "
+                f"is another): their weights are taken to be ({told}); give guidance, one weight each",
+                LesaWarning,
+                stacklevel=4,
+            )
+        return weights
+    if known is None:
+        warnings.warn(
+            f"what the scheduler is given is not known from {list(names)} and the request: it is taken to be "
+            f"{names[0]!r} alone; give guidance, one weight each",
+            LesaWarning,
+            stacklevel=4,
+        )
+    return known or (1.0, *(0.0 for _ in names[1:]))
+
+
+def _guidance_by_scale(target: Any, request: Mapping[str, Any], names: Sequence[str]) -> tuple[float, ...] | None:
+    """The weights of classifier-free guidance of two, by its scale; None where there is none."""
+    scale = _argument(target, request, "true_cfg_scale")
+    if scale is None or scale <= 1:
+        scale = _argument(target, request, "guidance_scale")
+    if scale is None or len(names) != 2:
+        return None
+    first = 0 if names[0].startswith(PART) else 1  # of a batch, diffusers' pipelines have the unconditional part first
+    unconditional = next((i for i, name in enumerate(names) if "uncond" in name or "neg" in name), first)
+    return tuple(1 - scale if i == unconditional else scale for i in range(2))
+
+
+def _argument(target: Any, request: Mapping[str, Any], name: str) -> float | None:
+    """An argument of the pipeline call, or its default."""
+    value = request.get(name)
+    if value is None and not isinstance(target, torch.nn.Module):
+        parameter = inspect.signature(target.__call__).parameters.get(name)
+        value = None if parameter is None or parameter.default is parameter.empty else parameter.default
+    return None if value is None else float(value)
 
 
 def warn_if_few(count: int, held_out: int) -> None:

@@ -62,6 +62,7 @@ def fit(
     seeds: Sequence[int] | None = None,
     seed: int = 0,
     sigmas: Sequence[float] | None = None,
+    scheduler: Any = None,
     guidance: Sequence[float] | None = None,
     folder: str | Path | None = None,
 ) -> Any:
@@ -94,8 +95,8 @@ def fit(
         batch: prompts per pipeline call.
         seeds: the seed of each prompt's noise; by default the prompt's index.
         seed: random seed of the search.
-        sigmas: noise levels of a bare denoiser's requests, see `Statistics.gather`.
-        guidance: the weight of each context in the scheduler's input, see `Statistics.gather`.
+        sigmas, scheduler: of the loop that calls a bare denoiser, see `Statistics.gather`.
+        guidance: the weight of each context in the scheduler's input; found if left out, see `Statistics.gather`.
         folder: keeps the statistics and each budget's plan; `fit` does not repeat the budgets in it.
 
     Returns:
@@ -135,12 +136,15 @@ def fit(
         folder = arguments.check_fit_folder(folder, wanted, labels, numbers, request)
     unlearned = 0 if EFFORTS[effort].run_share else held_out  # held-out requests that give no expected errors
     arguments.warn_if_few(count - unlearned, unlearned)
-    options: dict[str, Any] = {"sigmas": sigmas, "guidance": guidance}
-    trials = run_in_full(
-        target, fitting, request, **options, check=lambda T: arguments.check_budgets(given, budgets_of(wanted, T))
-    )
+    arguments.check_loop(target, sigmas, scheduler, guidance)
+    options: dict[str, Any] = {"sigmas": sigmas, "scheduler": scheduler}
+
+    def check(num_steps: int) -> None:
+        arguments.check_budgets(given, budgets_of(wanted, num_steps))
+
+    trials = run_in_full(target, fitting, request, **options, guidance=guidance, check=check)
     arguments.check_requests(given, trials.statistics)
-    held_trials = run_in_full(target, held, request, **options) if held else None
+    held_trials = run_in_full(target, held, request, **options, guidance=trials.weights) if held else None
     if held_trials is not None:
         check_alike(trials.statistics, held_trials.statistics, held[0].labels[0])
     if folder is not None:

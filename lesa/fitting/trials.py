@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +17,15 @@ from tqdm.auto import tqdm
 
 from .. import metrics, ops
 from ..models.layouts import LAYOUTS, config_hash, denoiser_of
-from ..models.pipeline import FeatureRecorder, PipelineCall, by_request, without_variance
+from ..models.pipeline import FeatureRecorder, PipelineCall, by_request, combined, without_variance
 from ..planner.statistics import Statistics, StatisticsError, flow_impulse_response
 from ..planner.surrogate import Outcome, Surrogate
 from ..plans.plan import Plan
-from ..plans.rows import SITES, LesaWarning
+from ..plans.rows import SITES
 from ..runtime.clock import Call, Request, impulse_response_of
 from ..runtime.driver import Relay
 from ..runtime.runner import PlanRunner
+from . import arguments
 
 _MOST_DB = 100.0  # what equal pictures count as
 _LEAST_SIDE = 7  # pixels of the smallest pictures that SSIM takes
@@ -39,6 +38,7 @@ def gather_calls(
     request: Mapping[str, Any],
     *,
     sigmas: Sequence[float] | None = None,
+    scheduler: Any = None,
     guidance: Sequence[float] | None = None,
     sites: Sequence[str] | None = None,
     offload: bool = False,
@@ -47,7 +47,7 @@ def gather_calls(
     """Run full requests and keep the mean inner products of their features.
 
     Args:
-        target, request, sigmas, guidance, sites, offload: see `Statistics.gather`.
+        target, request, sigmas, scheduler, guidance, sites, offload: see `Statistics.gather`.
         calls: each runs one or more of the requests.
         visit: called after each call with its features, before they are dropped, and with what the call returned.
 
@@ -58,24 +58,36 @@ def gather_calls(
     request = dict(request)
     denoiser = denoiser_of(target)
     sites = _sites(sites, denoiser)
-    if sigmas is not None and not isinstance(target, torch.nn.Module):
-        raise ValueError("sigmas is given together with a pipeline: its scheduler has them; leave it out")
-    _check_guidance(guidance)
+    arguments.check_loop(target, sigmas, scheduler, guidance)
+    bare = isinstance(target, torch.nn.Module)
+    scheduler = scheduler if bare else getattr(target, "scheduler", None)
     first: _Found | None = None
+    names: list[str] = []
+    weights: tuple[float, ...] = ()
     totals: dict[str, np.ndarray] = {}
     requests = sum(len(call.labels) for call in calls)
-    scheduler: Any = None if isinstance(target, torch.nn.Module) else getattr(target, "scheduler", None)
     with tqdm(total=requests, desc="gather", unit="request") as bar:
         for call in calls:
             recorder = FeatureRecorder(call.labels, sites, offload=offload)
             result = call.run(recorder, "hidden" if "hidden" in sites else "output")
             if recorder.request is None:
                 raise StatisticsError(f"{call.labels[0]} did not call the denoiser: each must run one request")
+            found = _found(recorder, recorder.request, sigmas, scheduler)
+            if first is None:
+                first, changes = found, recorder.changes()
+                names = recorder.summed
+                weights = arguments.guidance_weights(target, request, names, changes, guidance)
+                if bare and sigmas is None and scheduler is None:
+                    arguments.check_flow(changes, weights, found.sigmas, found.timesteps)
+            check_alike(first, found, call.labels[0])
+            if recorder.summed != names:
+                raise StatisticsError(
+                    f"{call.labels[0]} is not of one kind with the first: it runs {recorder.summed} "
+                    f"in each step, not {names}; gather each kind apart"
+                )
+            recorder.combine(weights)
             if visit is not None:
                 visit(recorder, result)
-            found = _found(recorder, recorder.request, sigmas)
-            first = first or found
-            check_alike(first, found, call.labels[0])
             for site in sites:
                 totals[site] = totals.get(site, 0) + len(call.labels) * recorder.gram(site)
             bar.update(len(call.labels))
@@ -87,7 +99,7 @@ def gather_calls(
         sigmas=first.sigmas,
         timesteps=first.timesteps,
         contexts=first.contexts,
-        guidance=_guidance(target, request, first.contexts) if guidance is None else tuple(guidance),
+        guidance=weights if len(first.contexts) > 1 else (1.0,),
         grams={site: total / requests for site, total in totals.items()},
         impulse_response=impulse_response,
         requests=requests,
@@ -107,27 +119,15 @@ class _Found:
     timesteps: tuple[float, ...]
 
 
-def _found(recorder: FeatureRecorder, request: Request, sigmas: Sequence[float] | None) -> _Found:
-    levels = request.sigmas or _bare_sigmas(recorder.timesteps, sigmas)
-    if len(levels) != len(recorder.timesteps) + 1:
-        raise StatisticsError(
-            f"{recorder.labels[0]} ran {len(recorder.timesteps)} steps of {len(levels) - 1}: run whole requests"
-        )
+def _found(recorder: FeatureRecorder, request: Request, sigmas: Any, scheduler: Any) -> _Found:
+    timesteps, label = recorder.timesteps, recorder.labels[0]
+    levels = request.sigmas or arguments.levels_of_loop(timesteps, sigmas, scheduler)
+    if len(levels) != len(timesteps) + 1:
+        raise StatisticsError(f"{label} ran {len(timesteps)} steps of {len(levels) - 1}: run whole requests")
     wrong = next((step for step, level in enumerate(levels) if not math.isfinite(level)), None)
     if wrong is not None:
-        raise StatisticsError(
-            f"{recorder.labels[0]} ran step {wrong} at sigma {levels[wrong]}: give finite sigmas or timesteps"
-        )
-    return _Found(tuple(recorder.contexts), tuple(levels), tuple(recorder.timesteps))
-
-
-def _check_guidance(guidance: Any) -> None:
-    try:
-        finite = guidance is None or all(math.isfinite(weight) for weight in guidance)
-    except TypeError:
-        finite = False
-    if not finite:
-        raise ValueError(f"guidance={guidance!r:.80}: expected a list of finite weights, one a context, e.g. [3, -2]")
+        raise StatisticsError(f"{label} ran step {wrong} at sigma {levels[wrong]}: give finite sigmas or timesteps")
+    return _Found(tuple(recorder.contexts), tuple(levels), tuple(timesteps))
 
 
 def _sites(sites: Sequence[str] | None, denoiser: torch.nn.Module) -> tuple[str, ...]:
@@ -137,19 +137,6 @@ def _sites(sites: Sequence[str] | None, denoiser: torch.nn.Module) -> tuple[str,
     if not sites or not set(sites) <= set(SITES):
         raise ValueError(f"sites={sites!r}: expected some of {SITES}")
     return sites
-
-
-def _bare_sigmas(timesteps: Sequence[float], sigmas: Sequence[float] | None) -> tuple[float, ...]:
-    if sigmas is not None:
-        return tuple(float(sigma) for sigma in sigmas)
-    highest = max(timesteps)
-    if highest > 1000 or min(timesteps) < 0:
-        raise ValueError(
-            f"timesteps from {min(timesteps):g} to {highest:g} are not those of flow matching (sigma, or "
-            "1000 * sigma): give sigmas"
-        )
-    scale = 1.0 if highest <= 1 else 1000.0
-    return (*(timestep / scale for timestep in timesteps), 0.0)
 
 
 def check_alike(first: _Found | Statistics, now: _Found | Statistics, label: str) -> None:
@@ -167,34 +154,6 @@ def check_alike(first: _Found | Statistics, now: _Found | Statistics, label: str
         )
 
 
-def _guidance(target: Any, request: Mapping[str, Any], contexts: Sequence[str]) -> tuple[float, ...]:
-    """The weight of each context in what the scheduler is given: classifier-free guidance of two, by its scale."""
-    if len(contexts) == 1:
-        return (1.0,)
-    scale = _argument(target, request, "true_cfg_scale")
-    if scale is None or scale <= 1:
-        scale = _argument(target, request, "guidance_scale")
-    if scale is None or len(contexts) != 2:
-        warnings.warn(
-            f"what the scheduler is given is not known from contexts {list(contexts)} and the request: it is taken to "
-            f"be {contexts[0]!r} alone; give guidance, one weight a context",
-            LesaWarning,
-            stacklevel=3,
-        )
-        return (1.0, *(0.0 for _ in contexts[1:]))
-    unconditional = next((i for i, name in enumerate(contexts) if "uncond" in name or "neg" in name), 1)
-    return tuple(1 - scale if i == unconditional else scale for i in range(2))
-
-
-def _argument(target: Any, request: Mapping[str, Any], name: str) -> float | None:
-    """An argument of the pipeline call, or its default."""
-    value = request.get(name)
-    if value is None and not isinstance(target, torch.nn.Module):
-        parameter = inspect.signature(target.__call__).parameters.get(name)
-        value = None if parameter is None or parameter.default is parameter.empty else parameter.default
-    return None if value is None else float(value)
-
-
 @dataclass
 class Reference:
     """What is kept of a full run.
@@ -202,10 +161,12 @@ class Reference:
     Args:
         outputs: [C, T, B, L] of its B requests, in the denoiser's dtype.
         final: what the call returned: pictures [B, ...] in [0, 1], or None where it returned nothing of use.
+        parts: weights of the parts of guidance that one call of the denoiser holds; of their sum are the outputs.
     """
 
     outputs: Tensor
     final: np.ndarray | None
+    parts: tuple[float, ...] = (1.0,)
 
 
 @dataclass
@@ -254,6 +215,12 @@ class Trials:
     def labels(self) -> list[str]:
         """Names of the requests."""
         return [label for call in self.calls for label in call.labels]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each context, or of each part of a batch, in what the scheduler is given."""
+        parts = self.references[0].parts
+        return parts if len(parts) > 1 else self.statistics.guidance
 
     @property
     def count(self) -> int:
@@ -307,7 +274,7 @@ class Trials:
         )
 
     def _run(self, plan: Plan, call: PipelineCall, reference: Reference) -> Measured:
-        recorder = ErrorRecorder(plan, self.statistics, reference.outputs)
+        recorder = ErrorRecorder(plan, self.statistics, reference)
         final = final_of(call.run(recorder, plan.site), len(call.labels))
         outcome, error_gains = recorder.measured()
         if final is not None and reference.final is not None:
@@ -323,13 +290,14 @@ def run_in_full(
     request: Mapping[str, Any],
     *,
     sigmas: Sequence[float] | None = None,
+    scheduler: Any = None,
     guidance: Sequence[float] | None = None,
     check: Callable[[int], Any] = lambda num_steps: None,
 ) -> Trials:
     """Run requests in full, and keep their outputs and what they returned.
 
     Args:
-        target, request, sigmas, guidance: see `Statistics.gather`.
+        target, request, sigmas, scheduler, guidance: see `Statistics.gather`.
         calls: run the requests.
         check: given the number of steps once the first call has run; raises where nothing can be fitted.
 
@@ -344,7 +312,8 @@ def run_in_full(
         references.append(_reference(recorder, result))
 
     begin = time.perf_counter()
-    statistics = gather_calls(target, calls, request, sigmas=sigmas, guidance=guidance, visit=visit)
+    options: dict[str, Any] = {"sigmas": sigmas, "scheduler": scheduler, "guidance": guidance}
+    statistics = gather_calls(target, calls, request, **options, visit=visit)
     return Trials(calls, statistics, references, time.perf_counter() - begin)
 
 
@@ -354,12 +323,13 @@ class ErrorRecorder(Relay):
     Args:
         plan: of either site; its outputs are compared.
         statistics: contexts, guidance and impulse response.
-        outputs: [C, T, B, L] of the full requests.
+        reference: of the full requests.
     """
 
-    def __init__(self, plan: Plan, statistics: Statistics, outputs: Tensor) -> None:
+    def __init__(self, plan: Plan, statistics: Statistics, reference: Reference) -> None:
         super().__init__(PlanRunner(plan, guard="off"))
-        self._statistics, self._outputs = statistics, outputs
+        outputs = reference.outputs
+        self._statistics, self._outputs, self._parts = statistics, outputs, reference.parts
         self._wide = ops.wide_dtype(outputs)
         C, _, B, L = outputs.shape
         self._computed = {step: k for k, step in enumerate(plan.computed)}
@@ -375,7 +345,8 @@ class ErrorRecorder(Relay):
         super().observe(call, output)
         c = self._statistics.contexts.index(call.context)
         truth = self._outputs[c, call.step].to(self._wide)
-        own = by_request(without_variance(output.detach(), call), truth.shape[0]).flatten(1).to(truth)
+        guided = combined(without_variance(output.detach(), call), self._parts)
+        own = by_request(guided, truth.shape[0]).flatten(1).to(truth)
         k = self._computed.get(call.step)
         if k is not None:
             self._answers[c, k] = own
@@ -428,4 +399,4 @@ def _reference(recorder: FeatureRecorder, result: Any) -> Reference:
         torch.stack([by_request(part, count).flatten(1) for part in own])
         for own in recorder.features("output").values()
     ]
-    return Reference(torch.stack(outputs), final_of(result, count))
+    return Reference(torch.stack(outputs), final_of(result, count), recorder.weights)

@@ -19,6 +19,8 @@ from ..runtime.clock import Call, Request
 from ..runtime.driver import Driver, Stats
 from . import hooks
 
+PART = "part of the batch"
+_MOST_PARTS = 4  # cond, uncond and two more
 _CHUNK = 1 << 26  # bytes of the widened features that one product reads
 
 
@@ -252,6 +254,9 @@ class FeatureRecorder:
         offload: keep them on the CPU.
         sink: takes each denoiser call and its feature.
         error: what is raised where the features cannot be recorded.
+
+    Attributes:
+        weights: of the parts of guidance that one call holds, see `combine`.
     """
 
     def __init__(
@@ -269,6 +274,9 @@ class FeatureRecorder:
         self.request: Request | None = None
         self.timesteps: list[float] = []
         self.contexts: list[str] = []
+        self.weights: tuple[float, ...] = (1.0,)
+        self._parts = 1
+        self._samples: list[Tensor] = []
         self._device = torch.device("cpu")
         self._offload, self._sink, self._error = offload, sink, error
         self._features: dict[str, dict[str, list[Tensor]]] = {site: {} for site in sites}
@@ -292,6 +300,11 @@ class FeatureRecorder:
             self.contexts.append(call.context)
         if call.step == len(self.timesteps):
             self.timesteps.append(float(torch.as_tensor(call.timestep).max()))
+            if "output" in self.sites:
+                # Chance makes some samples equal at first; only guidance keeps them so.
+                parts = parts_of(call.sample, len(self.labels))
+                self._parts = min(parts, self._parts) if self._samples else parts
+                self._samples.append(self._copy(call.sample))
 
     def keep(self, call: Call, feature: Tensor | None) -> None:
         """Keep a hidden feature, or hand on the feature of the site attached at."""
@@ -320,6 +333,41 @@ class FeatureRecorder:
     def features(self, site: str) -> dict[str, list[Tensor]]:
         """The features of each context so far, one a step."""
         return self._features[site]
+
+    @property
+    def summed(self) -> list[str]:
+        """What guidance sums: the contexts, or the parts of the batch of one."""
+        several = len(self.contexts) == 1 and self._parts > 1
+        return [f"{PART} {i}" for i in range(self._parts)] if several else list(self.contexts)
+
+    def changes(self) -> np.ndarray | None:
+        """What the sampler does: [T - 1, K + 2, K + 2], see `guidance_of`, with the outputs of all that is summed.
+
+        Returns:
+            None where outputs are missing or not of the sample's size, or there is one step only.
+        """
+        outputs, samples = list(self._features.get("output", {}).values()), self._samples
+        if {len(own) for own in outputs} != {len(samples)} or len(samples) < 2:
+            return None
+        parts, steps = len(self.summed) if len(outputs) == 1 else 1, []
+        for step in range(len(samples) - 1):
+            tensors = [part for own in outputs for part in own[step].chunk(parts)]
+            # Some samples hold a mask or a first picture behind what the sampler changes.
+            size = tuple(slice(length) for length in tensors[0].shape)
+            for sample in (samples[step].chunk(parts)[0], samples[step + 1].chunk(parts)[0]):
+                tensors.insert(0, sample[size] if sample.dim() == len(size) else sample)
+            if len({tensor.shape for tensor in tensors}) > 1:
+                return None
+            steps.append(_gram([tensor.flatten() for tensor in tensors], self._device))
+        return np.stack(steps)
+
+    def combine(self, weights: Sequence[float]) -> None:
+        """Put what guidance makes of the parts of a batch in the place of each output; their samples are dropped."""
+        self._samples.clear()
+        if len(self.contexts) == 1 and len(weights) > 1:
+            self.weights = tuple(weights)
+            for own in self._features.get("output", {}).values():
+                own[:] = [combined(feature, weights) for feature in own]
 
     def gram(self, site: str) -> np.ndarray:
         """The mean inner products [C * T, C * T] of a site's features, which are dropped.
@@ -351,15 +399,35 @@ class FeatureRecorder:
         return gram
 
     def _append(self, site: str, call: Call, feature: Tensor) -> None:
-        # A copy: the feature may be a view of more, or its memory the denoiser's own.
-        kept = feature.detach().to("cpu" if self._offload else feature.device, copy=True).contiguous()
-        self._features[site].setdefault(call.context, []).append(kept)
+        self._features[site].setdefault(call.context, []).append(self._copy(feature))
+
+    def _copy(self, feature: Tensor) -> Tensor:
+        # It may be a view of more, or its memory the denoiser's own.
+        return feature.detach().to("cpu" if self._offload else feature.device, copy=True).contiguous()
 
 
 def without_variance(output: Tensor, call: Call) -> Tensor:
     """The part of a denoiser's output [m B, ...] that is of the sample's size."""
     channels = call.sample.shape[1]
     return output[:, :channels] if call.sample.dim() > 3 and output.shape[1] == 2 * channels else output
+
+
+def parts_of(sample: Tensor, count: int) -> int:
+    """How often a batch [m B, ...] holds the samples of B requests: m where all parts of guidance run in one call."""
+    for parts in range(_MOST_PARTS, 1, -1):
+        if len(sample) % (parts * count) == 0:
+            first, *others = sample.chunk(parts)
+            if all(torch.equal(first, other) for other in others):
+                return parts
+    return 1
+
+
+def combined(output: Tensor, weights: Sequence[float]) -> Tensor:
+    """What guidance makes of an output [m B, ...] whose m parts have these weights: [B, ...], at least in float32."""
+    if len(weights) == 1:
+        return output
+    wide = output.to(torch.promote_types(output.dtype, torch.float32))
+    return torch.tensordot(wide.new_tensor(weights), wide.unflatten(0, (len(weights), -1)), 1)
 
 
 def by_request(batch: Tensor, count: int) -> Tensor:

@@ -20,6 +20,7 @@ import numpy as np
 from .. import forecasters
 from ..plans.plan import Plan
 from ..plans.rows import ANY_CONTEXT, MAX_READS, Expected, PlanError, Row
+from ..plans.schedule import noise_levels
 from .search import search
 from .statistics import GUIDED, Statistics, flow_impulse_response
 from .surrogate import Segments, Surrogate, carry
@@ -104,7 +105,9 @@ def adapt(
         ValueError: another argument is out of range.
     """
     fitted = surrogate_of(plan)
-    levels = plan.sigmas if sigmas is None else _levels(sigmas)
+    levels = plan.sigmas
+    if sigmas is not None:  # by a user, unless with an impulse response: a scheduler's levels need not end at 0
+        levels = noise_levels(sigmas) if impulse_response is None else tuple(sigmas)
     native = sigmas is None and impulse_response is None
     total = len(levels) - 1
     number = min(plan.budget, total) if budget is None else computed_steps(budget, total)
@@ -147,16 +150,6 @@ def surrogate_of(plan: Plan) -> Surrogate:
         while len(_unpacked) > _KEPT:
             _unpacked.popitem(last=False)
     return known[1]
-
-
-def _levels(sigmas: Any) -> tuple[float, ...]:
-    try:
-        levels = tuple(float(sigma) for sigma in sigmas)
-    except (TypeError, ValueError):
-        levels = ()
-    if len(levels) < 2 or not all(map(math.isfinite, levels)):
-        raise ValueError(f"sigmas={sigmas!r:.200}: expected the T + 1 finite noise levels of a request")
-    return levels
 
 
 def computed_steps(budget: Any, total: int) -> int:

@@ -14,11 +14,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..plans.rows import SITES
+from ..plans.schedule import noise_levels
 from ..plans.storage import Kind, SafetensorsFile
 
 GUIDED = "guided"
 _SAME = 1e-6  # noise levels come from float32
 _RIDGE = 1e-6  # towards interpolation, relative
+_ROUNDING = 1e-9  # of squares: what float32 leaves of nothing
+_TINY = 1e-30
+_EXACT = 1e-3  # of the sample's change: what float32 leaves unexplained
 
 
 class StatisticsError(ValueError):
@@ -81,6 +85,7 @@ class Statistics(SafetensorsFile):
         request: Mapping[str, Any] | None = None,
         requests: Sequence[Callable[[], Any]] | None = None,
         sigmas: Sequence[float] | None = None,
+        scheduler: Any = None,
         guidance: Sequence[float] | None = None,
         seeds: Sequence[int] | None = None,
         batch: int = 1,
@@ -92,9 +97,10 @@ class Statistics(SafetensorsFile):
         Nothing is written to disk. In memory are the T features of each site and context of one pipeline call (FLUX at
         1024x1024, 50 steps in bfloat16: 1.3 GB), and 64 MB for their product; each call's are dropped before the next.
 
-        Where guidance is batched (one call for both halves, e.g. SDXL and DiT) there is one context, and its statistics
-        are the mean over both halves. Where the denoiser also returns a variance, that part of the output is left out.
-        What a pipeline does to the guided sum (Qwen-Image rescales it) is not in the statistics.
+        Where guidance is batched (one call for both halves, e.g. SDXL and DiT) there is one context. Its output is then
+        the sum of the halves that the scheduler is given; hidden features are averaged over both halves. Where the
+        denoiser also returns a variance, that part of the output is left out. What a pipeline does to the guided sum
+        (Qwen-Image rescales it) is not in the statistics.
 
         This is the one place where `lesa.planner` imports `lesa.models`, which lies above it: only when it is called.
 
@@ -103,11 +109,13 @@ class Statistics(SafetensorsFile):
             prompts: for a pipeline that takes prompts, at least one.
             request: keyword arguments of the pipeline call, JSON-able, e.g. {"num_inference_steps": 50}.
             requests: in the place of prompts: functions without arguments, each of which runs one request.
-            sigmas: of a bare denoiser's requests, T + 1 with the final 0; None reads them from the timestep argument,
-                which flow matching gives as sigma or 1000 * sigma.
-            guidance: the weight of each context in what the scheduler is given, in the order the contexts are called;
-                None takes (s, 1 - s) for a guidance scale s of the request, `true_cfg_scale` if above 1, else
-                `guidance_scale`.
+            sigmas: the T + 1 noise levels of a bare denoiser's requests, the final 0 included. A flow model needs none:
+                its timesteps are sigma or 1000 * sigma.
+            scheduler: the diffusers scheduler of the loop that calls a bare denoiser, in the place of `sigmas`.
+            guidance: the weight of each context in what the scheduler is given, in the order the contexts are called,
+                or of each part of the batch where one call holds all. None finds them from how the samples change;
+                where that does not tell, by the guidance scale of the request (`true_cfg_scale` if above 1, else
+                `guidance_scale`).
             seeds: of each prompt's noise; the prompt's index by default.
             batch: prompts run in one pipeline call.
             sites: "hidden", "output" or both; both by default, where the hidden site of the denoiser is known.
@@ -122,7 +130,8 @@ class Statistics(SafetensorsFile):
 
         request = request or {}
         calls = calls_of(target, prompts, requests, request, seeds, batch)
-        return gather_calls(target, calls, request, sigmas=sigmas, guidance=guidance, sites=sites, offload=offload)
+        loop = {"sigmas": sigmas, "scheduler": scheduler, "guidance": guidance}
+        return gather_calls(target, calls, request, **loop, sites=sites, offload=offload)
 
     @property
     def num_steps(self) -> int:
@@ -172,14 +181,13 @@ class Statistics(SafetensorsFile):
         Raises:
             StatisticsError: `sigmas` are no noise levels, or lengths differ.
         """
-        sigmas = tuple(float(sigma) for sigma in sigmas)
-        if len(sigmas) < 2 or not all(map(math.isfinite, sigmas)):
-            raise StatisticsError(f"sigmas={sigmas!r:.200}: expected the T + 1 finite noise levels of a request")
+        if impulse_response is None:  # by a user: a scheduler's levels need not end at 0
+            sigmas = noise_levels(sigmas, error=StatisticsError)
         weights = interpolation(self.sigmas[:-1], sigmas[:-1])
         every = np.kron(np.eye(len(self.contexts)), weights)
         return replace(
             self,
-            sigmas=sigmas,
+            sigmas=tuple(sigmas),
             timesteps=tuple(weights @ self.timesteps) if timesteps is None else tuple(timesteps),
             grams={site: _symmetric(every @ gram @ every.T) for site, gram in self.grams.items()},
             impulse_response=flow_impulse_response(sigmas) if impulse_response is None else impulse_response,
@@ -231,6 +239,51 @@ class Statistics(SafetensorsFile):
             raise StatisticsError(
                 f"impulse_response has shape {self.impulse_response.shape}: expected {(steps + 1, steps)}, all finite"
             )
+
+
+def guidance_of(changes: np.ndarray) -> tuple[np.ndarray, float] | None:
+    """The weights that a sampler gives its K contexts, from what it does to the sample.
+
+    A step of Euler's or DDIM's method is x' = a x + b sum_c w_c v_c. Least squares of x' on x and all v_c gives b w_c,
+    and the weights of guidance sum to one. Methods of higher order take the first step so, and later ones nearly.
+
+    Args:
+        changes: [S, K + 2, K + 2], inner products of x', x, v_1 ... v_K at S steps.
+
+    Returns:
+        The weights [K] and the share of the change that they leave unexplained: medians over the steps that are
+        explained exactly, or else over all. None where no step tells them: all outputs are alike, or nothing changes.
+    """
+    found = []
+    for gram in changes:
+        rest = gram - np.outer(gram[:, 1], gram[1]) / max(gram[1, 1], _TINY)  # what x does not explain
+        change, along, inner = rest[0, 0], rest[2:, 0], rest[2:, 2:]
+        size = np.sqrt(np.maximum(np.diag(inner), _TINY))
+        if change <= _ROUNDING * gram[0, 0] or np.linalg.eigvalsh(inner / np.outer(size, size))[0] <= _ROUNDING:
+            continue
+        scaled = np.linalg.solve(inner, along)
+        if scaled.sum():
+            found.append([*(scaled / scaled.sum()), math.sqrt(max(1 - scaled @ along / change, 0.0))])
+    if not found:
+        return None
+    *weights, share = np.median([one for one in found if one[-1] <= _EXACT] or found, 0)
+    return np.array(weights) / sum(weights), float(share)
+
+
+def apart_from_flow(changes: np.ndarray, guidance: Sequence[float], sigmas: Sequence[float]) -> float:
+    """The share of the sample's changes that Euler steps along a flow, x' = x + (sigma' - sigma) v, leave unexplained.
+
+    Args:
+        changes: [T - 1, K + 2, K + 2], see `guidance_of`; all of the request's steps but the last.
+        guidance: [K], v = sum_c guidance_c v_c. Some pipelines rescale this sum: 0.2 to 2 times it will do.
+        sigmas: the T + 1 noise levels.
+    """
+    steps, weights = np.diff(sigmas)[: len(changes)], np.asarray(guidance)
+    change = np.array([gram[0, 0] - 2 * gram[0, 1] + gram[1, 1] for gram in changes]).sum()
+    along = steps @ ((changes[:, 0, 2:] - changes[:, 1, 2:]) @ weights)
+    flow = steps**2 @ np.einsum("a,sab,b->s", weights, changes[:, 2:, 2:], weights)
+    size = np.clip(along / max(flow, _TINY), 0.2, 2.0)
+    return math.sqrt(max(change - 2 * size * along + size**2 * flow, 0.0) / max(change, _TINY))
 
 
 def flow_impulse_response(sigmas: Sequence[float]) -> np.ndarray:

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 # Schedulers keep noise levels in float32, where a level meant to sit on a bound may lie just above it.
 _ROUNDING = 1e-6
@@ -139,6 +139,36 @@ def spectrum(num_steps: int, growth: float = 0.75, window: float = 2.0, warmup: 
         steps.append(steps[-1] + math.floor(window))
         window = round(window + growth, 3)
     return tuple(steps)
+
+
+def noise_levels(sigmas: Any, num_steps: int | None = None, error: type[Exception] = ValueError) -> tuple[float, ...]:
+    """The noise levels of a request, as a user gives them.
+
+    A level may come twice, as in Heun's method, and may exceed 1, as sqrt((1 - alpha_bar) / alpha_bar) does.
+
+    Args:
+        sigmas: the T + 1 levels, the final 0 included.
+        num_steps: T, where it is known.
+        error: what is raised.
+
+    Raises:
+        ValueError, or the `error` given: they are not finite numbers, rise, do not end at 0, or are not T + 1.
+    """
+    try:
+        levels = tuple(float(sigma) for sigma in sigmas)
+    except (TypeError, ValueError):
+        levels = ()
+    expected = "the T + 1" if num_steps is None else f"the {num_steps + 1}"
+    falling = all(before >= after for before, after in pairwise(levels))  # NaN is not
+    if len(levels) < 2 or not falling or not math.isfinite(levels[0]) or levels[-1] != 0.0 or levels[0] == 0.0:
+        what = "finite noise levels of a request, from the noisiest down to the final 0"
+        raise error(f"sigmas={sigmas!r:.200}: expected {expected} {what}")
+    if num_steps is not None and len(levels) != num_steps + 1:
+        raise error(
+            f"sigmas holds {len(levels)} noise levels: requests of {num_steps} steps have {num_steps + 1}, the "
+            "final 0 included"
+        )
+    return levels
 
 
 def spaced(num_steps: int, budget: int, power: float = 1.0) -> tuple[int, ...]:

@@ -205,15 +205,16 @@ def begin_index(scheduler: Any, timestep: Any) -> int:
 def sigmas_of(scheduler: Any) -> tuple[float, ...]:
     """The noise levels of a scheduler's timesteps, from 1 (noise) to 0, with the final 0.
 
-    Flow-matching schedulers hold them as `sigmas`; for the others, whose sigmas may exceed 1, the share
-    of the training timesteps stands in.
+    Flow-matching schedulers hold them as `sigmas`, some (Mochi's) as 1 - sigma; for the others, whose sigmas may exceed
+    1, the share of the training timesteps stands in.
     """
     sigmas = getattr(scheduler, "sigmas", None)
     timesteps = torch.as_tensor(scheduler.timesteps).double().cpu()
     if sigmas is not None:
         sigmas = torch.as_tensor(sigmas).double().cpu()
         if len(sigmas) == len(timesteps) + 1 and float(sigmas.max()) <= 1.0:
-            return tuple(sigmas.tolist())
+            rising = float(sigmas[0]) < float(sigmas[-1])
+            return (*(1.0 - sigmas if rising else sigmas)[:-1].tolist(), 0.0)
     return (*(timesteps / scheduler.config.num_train_timesteps).tolist(), 0.0)
 
 

@@ -14,7 +14,9 @@ from lesa.planner.statistics import (
     GUIDED,
     Statistics,
     StatisticsError,
+    apart_from_flow,
     flow_impulse_response,
+    guidance_of,
     interpolation,
     learned,
 )
@@ -232,6 +234,49 @@ def test_values_out_of_place_are_named(change: dict[str, Any], message: str, see
     ours = statistics({"cond": features(levels(5), seed)}, levels(5))
     with pytest.raises(StatisticsError, match=message):
         replace(ours, **change)
+
+
+def sampled(weights: np.ndarray, sigmas: np.ndarray, seed: int, keep: float = 1.0, noise: float = 0.0) -> np.ndarray:
+    """Inner products of x', x and the outputs [K, ...] at the steps x' = keep x + (sigma' - sigma) w v + noise."""
+    random, K = np.random.default_rng(seed), len(weights)
+    x, products = random.normal(size=4000), []
+    base, own = random.normal(size=4000), random.normal(size=(K, 4000))
+    for step in np.diff(sigmas)[:-1]:
+        v = base + 0.3 * own + 0.2 * np.sin(x + np.arange(K)[:, None])
+        after = keep * x + step * weights @ v + noise * random.normal(size=4000)
+        rows = np.stack([after, x, *v])
+        products.append(rows @ rows.T / 4000)
+        x = after
+    return np.stack(products)
+
+
+@pytest.mark.parametrize("weights", [(3.0, -2.0), (0.0, 1.0), (1.0, 2.5, -2.5), (1.0,)])
+@pytest.mark.parametrize("keep", [1.0, 0.9])
+def test_weights_of_guidance_are_found(weights: tuple[float, ...], keep: float, seed: int) -> None:
+    found = guidance_of(sampled(np.array(weights), levels(10), seed, keep))
+    assert found is not None and found[1] < 1e-5
+    np.testing.assert_allclose(found[0], weights, atol=1e-6)
+
+
+def test_noise_leaves_a_share_unexplained(seed: int) -> None:
+    found = guidance_of(sampled(np.array([3.0, -2.0]), levels(30), seed, noise=0.1))
+    assert found is not None and found[1] > 0.3
+    np.testing.assert_allclose(found[0], [3.0, -2.0], rtol=0.3)
+
+
+def test_equal_outputs_and_a_sample_that_stays_tell_no_weights(seed: int) -> None:
+    rows = np.random.default_rng(seed).normal(size=(3, 50))
+    for these in ((rows[0], rows[1], rows[2], rows[2]), (rows[0], rows[0], rows[1], rows[2])):
+        assert guidance_of((np.stack(these) @ np.stack(these).T)[None]) is None
+
+
+def test_what_is_apart_from_a_flow(seed: int) -> None:
+    weights, sigmas = np.array([3.0, -2.0]), levels(10)
+    assert apart_from_flow(sampled(weights, sigmas, seed), weights, sigmas) < 1e-6
+    assert apart_from_flow(sampled(weights, sigmas, seed), weights / 2, sigmas) < 1e-6  # rescaled afterwards
+    assert apart_from_flow(sampled(weights, sigmas, seed, keep=0.8), weights, sigmas) > 0.3
+    even = np.linspace(1, 0, 11)
+    assert apart_from_flow(sampled(weights, even**4, seed), weights, even) > 0.3  # other noise levels
 
 
 def test_unknown_sites_contexts_and_sigmas_are_named(seed: int) -> None:

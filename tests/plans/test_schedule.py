@@ -11,6 +11,7 @@ from lesa.plans.schedule import (
     check,
     check_stages,
     fora,
+    noise_levels,
     paper,
     paper_stages,
     published,
@@ -231,3 +232,22 @@ def test_bad_values_are_named():
         check_stages(())
     with pytest.raises(ValueError, match=r"\[0.5, 0.9\]: expected falling"):
         check_stages((Stage("a", 0.5, 4), Stage("b", 0.9, 4)))
+
+
+def test_noise_levels_fall_to_zero():
+    assert noise_levels(np.array([14.6, 2, 2, 0.5, 0])) == (14.6, 2.0, 2.0, 0.5, 0.0)  # Heun's method takes one twice
+    assert noise_levels([1, 0.5, 0], 2) == (1.0, 0.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    "sigmas",
+    [(), (0.0,), (0.0, 0.0), (1.0, 0.5), (0.0, 0.5, 1.0), (1.0, float("nan"), 0.0), (float("inf"), 0.0), "ab", 5],
+)
+def test_what_are_no_noise_levels(sigmas):
+    with pytest.raises(ValueError, match="sigmas="):
+        noise_levels(sigmas)
+
+
+def test_noise_levels_of_another_number_of_steps():
+    with pytest.raises(KeyError, match="sigmas"):
+        noise_levels((1.0, 0.5, 0.0), 3, KeyError)
