@@ -2,7 +2,7 @@
 
 Pipelines do not say. A pipeline's scheduler does: `set_timesteps` makes a new `timesteps` tensor for every request, and
 `step_index` counts the updates made. A bare denoiser in a loop of your own has only its timestep argument, which falls
-within a request and rises when the next one starts.
+within a request and rises when the next one starts. Calls of one step have one timestep and one sample.
 
 A scheduler also tells its noise levels, and its impulse response: how the sample at each step depends on what the
 scheduler was given at every earlier one. Between the denoiser's outputs v_i and the samples x_t every sampler in use is
@@ -94,6 +94,7 @@ class Clock:
         self._begin = 0
         self._counts: dict[str, int] = defaultdict(int)
         self._last: dict[str, float] = {}
+        self._sample: Tensor | None = None
 
     def tick(self, context: str | None, timestep: Any, sample: torch.Tensor) -> Call:
         """Place one denoiser call.
@@ -103,27 +104,38 @@ class Clock:
         """
         scheduler = self._scheduler_of()
         if scheduler is None:
-            name, step, starts = self._tick_bare(context or UNNAMED, timestep)
+            name, step, starts = self._tick_bare(context or UNNAMED, timestep, sample)
         else:
             name, step, starts = self._tick_scheduler(context or UNNAMED, scheduler, timestep)
         assert self._request is not None
         return Call(name, step, timestep, sample, self._request, starts)
 
-    def _tick_bare(self, context: str, timestep: Any) -> tuple[str, int, bool]:
-        now = float(torch.as_tensor(timestep).max())
+    def _tick_bare(self, context: str, timestep: Any, sample: torch.Tensor) -> tuple[str, int, bool]:
+        now, step = float(torch.as_tensor(timestep).max()), self._counts[context] - 1
+        if now == self._last.get(context):
+            if self._is_another_branch(context, step, sample):
+                return self._branch(context, step), step, False
+            if step:  # after the first step it is the next request, if both have one step
+                raise PlanError(
+                    f"the denoiser was called twice at timestep {now:g} in context {context!r}: give the calls of one "
+                    "step the same sample and no name, or name each with `with denoiser.cache_context(name)`"
+                )
         starts = self._request is None or now >= self._last.get(context, float("inf"))
         if starts:
-            if now == self._last.get(context) and self._counts[context] > 1:
-                raise PlanError(
-                    f"the denoiser was called twice at timestep {now:g} in context {context!r}: name the calls of "
-                    "one step with `with denoiser.cache_context(name)`"
-                )
             self.abort()
             self._request = Request()
         self._last[context] = now
-        step = self._counts[context]
+        if context == UNNAMED:
+            self._sample = sample.clone()  # a loop may go on in the same memory
         self._counts[context] += 1
-        return context, step, starts
+        return context, self._counts[context] - 1, starts
+
+    def _is_another_branch(self, context: str, step: int, sample: torch.Tensor) -> bool:
+        """Whether a call at the timestep of the last one belongs to its step: it has no name, but the same sample."""
+        known = self._sample
+        if context != UNNAMED or known is None or sample.shape != known.shape or sample.device != known.device:
+            return False
+        return torch.equal(sample, known) and (step > 0 or self._name(context, _MOST_CALLS_A_STEP) not in self._counts)
 
     def _tick_scheduler(self, context: str, scheduler: Any, timestep: Any) -> tuple[str, int, bool]:
         starts = self._request is None or scheduler.timesteps is not self._timesteps
@@ -150,15 +162,19 @@ class Clock:
 
     def _branch(self, context: str, step: int) -> str:
         """The context of a call; calls of one step that carry one name are told apart by their order."""
-        for i in range(_MOST_CALLS_A_STEP):
-            name = context if i == 0 else f"{context}#{i + 1}"
+        for i in range(1, _MOST_CALLS_A_STEP + 1):
+            name = self._name(context, i)
             if self._counts[name] <= step:
                 self._counts[name] = step + 1
                 return name
         raise PlanError(
-            f"the denoiser was called more than {_MOST_CALLS_A_STEP} times at step {step} of its pipeline's "
-            "scheduler: it is used outside the pipeline it was enabled on; enable it on the one that runs"
+            f"the denoiser was called more than {_MOST_CALLS_A_STEP} times at step {step}: it is used outside the "
+            "pipeline or loop it was enabled for; enable it on the one that runs"
         )
+
+    @staticmethod
+    def _name(context: str, call: int) -> str:
+        return context if call == 1 else f"{context}#{call}"
 
 
 def impulse_response_of(scheduler: Any, begin: int | None = None) -> np.ndarray:

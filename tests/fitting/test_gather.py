@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -304,7 +304,7 @@ class Guided(torch.nn.Module, CacheMixin):
             return without, wanted
         outputs = []
         for i, name in enumerate(("uncond", "cond")):
-            with self.cache_context(name):
+            with self.cache_context(name) if how == "named" else nullcontext():
                 outputs.append(self(x, timestep, torch.tensor([i])))
         return outputs[0], outputs[1]
 
@@ -338,7 +338,10 @@ def guided(denoiser: Guided, scheduler: Any, how: str, rescaled: bool = False) -
     return request
 
 
-@pytest.mark.parametrize("how", ["named", "batched"])
+HOW = {"named": ("uncond", "cond"), "unnamed": ("default", "default#2"), "batched": ("default",)}
+
+
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_guidance_is_found_by_what_the_sampler_does(name: str, how: str) -> None:
     denoiser, scheduler = Guided(), SAMPLERS[name]()
@@ -348,12 +351,28 @@ def test_guidance_is_found_by_what_the_sampler_does(name: str, how: str) -> None
     ours = trials.statistics
     tolerance = 0.3 if name == "ancestral" else 1e-3
     assert trials.weights == pytest.approx((-3.0, 4.0), abs=tolerance)
-    assert ours.contexts == (("uncond", "cond") if how == "named" else ("default",))
+    assert ours.contexts == HOW[how]
     given = torch.stack(outputs).double().flatten(1).numpy()
     expected = given @ given.T / given.shape[1]
     np.testing.assert_allclose(ours.gram("output", GUIDED), expected, atol=tolerance * expected.max())
     assert ours.scheduler == type(scheduler).__name__ and ours.sigmas == sigmas_of(scheduler)
     np.testing.assert_array_equal(ours.impulse_response, impulse_response_of(scheduler))
+
+
+@pytest.mark.parametrize("name", ["flow", "ddim"])
+def test_plans_of_separate_and_batched_guidance_do_the_same(name: str) -> None:
+    denoiser, errors = Guided(), {}
+    for how in HOW:
+        scheduler = SAMPLERS[name]()
+        own = guided(denoiser, scheduler, how)
+        full = own()
+        plan = lesa.fit(denoiser, requests=[own] * 2, budget=4, effort="quick", held_out=0, scheduler=scheduler)
+        with lesa.enable(denoiser, plan) as run:
+            errors[how] = (own() - full).square().mean().sqrt() / full.std()
+        calls = 1 if how == "batched" else 2
+        assert run.stats.computed == run.stats.forecast == 4 * calls and not run.stats.refused
+    assert errors["named"] == errors["unnamed"] < 0.01
+    assert errors["batched"] == pytest.approx(errors["named"], rel=0.3)
 
 
 def test_rescaled_guidance_is_nearly_found() -> None:

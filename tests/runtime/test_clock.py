@@ -331,10 +331,37 @@ def test_bare_equal_timesteps_in_named_contexts() -> None:
         assert seen == [("cond", 0, True), ("uncond", 0, False), ("cond", 1, False), ("uncond", 1, False)]
 
 
-def test_bare_equal_timesteps_of_one_name_restart() -> None:
-    """Unnamed branches cannot be told from a new request; both calls are then first steps, which are computed."""
+def test_bare_calls_of_one_step_without_names_are_told_apart_by_their_order() -> None:
     clock = bare()
-    assert [place(clock.tick(None, 1.0, SAMPLE)) for _ in range(2)] == [(UNNAMED, 0, True)] * 2
+    for seed in range(2):
+        seen = []
+        for timestep in (1.0, 0.5):
+            sample = torch.full((1, 4), timestep + seed)
+            seen += [place(clock.tick(None, timestep, given)) for given in (sample, sample.clone(), sample)]
+        names = (UNNAMED, f"{UNNAMED}#2", f"{UNNAMED}#3")
+        assert seen == [(name, step, step == 0 and name == UNNAMED) for step in range(2) for name in names]
+
+
+def test_bare_requests_of_one_step_start_from_other_noise() -> None:
+    clock = bare()
+    noise = torch.zeros(1, 4)
+    for _ in range(3):
+        assert place(clock.tick(None, 1.0, noise)) == (UNNAMED, 0, True)
+        noise += 1  # in the same memory
+
+
+def test_bare_requests_of_one_step_from_equal_noise_end_at_the_most_calls_of_a_step() -> None:
+    clock = bare()
+    assert [clock.tick(None, 1.0, SAMPLE).starts for _ in range(6)] == [True, False, False, False, True, False]
+
+
+def test_bare_second_call_with_another_sample_is_refused() -> None:
+    """Heun's method evaluates between two levels."""
+    clock = bare()
+    for timestep in (1.0, 0.5):
+        clock.tick(None, timestep, SAMPLE)
+    with pytest.raises(PlanError, match="timestep 0.5 in context 'default'"):
+        clock.tick(None, 0.5, SAMPLE + 1)
 
 
 def test_bare_request_left_between_two_contexts() -> None:
