@@ -368,7 +368,7 @@ def test_plans_of_separate_and_batched_guidance_do_the_same(name: str) -> None:
         full = own()
         plan = lesa.fit(denoiser, requests=[own] * 2, budget=4, effort="quick", held_out=0, scheduler=scheduler)
         with lesa.enable(denoiser, plan) as run:
-            errors[how] = (own() - full).square().mean().sqrt() / full.std()
+            errors[how] = float((own() - full).square().mean().sqrt() / full.std())
         calls = 1 if how == "batched" else 2
         assert run.stats.computed == run.stats.forecast == 4 * calls and not run.stats.refused
     assert errors["named"] == errors["unnamed"] < 0.01
