@@ -23,12 +23,13 @@ from ..planner.surrogate import Outcome, Surrogate
 from ..plans.plan import Plan
 from ..plans.rows import SITES
 from ..runtime.clock import Call, Request, impulse_response_of
-from ..runtime.driver import Relay
+from ..runtime.driver import Forecast, Relay
 from ..runtime.runner import PlanRunner
 from . import arguments
 
 _MOST_DB = 100.0  # what equal pictures count as
 _LEAST_SIDE = 7  # pixels of the smallest pictures that SSIM takes
+_JITTER = 0.01  # relative, of a sample that a model encoded on a GPU
 _SAME = 1e-4  # of sigma, between requests of one kind
 
 
@@ -161,11 +162,13 @@ class Reference:
     Args:
         outputs: [C, T, B, L] of its B requests, in the denoiser's dtype.
         final: what the call returned: pictures [B, ...] in [0, 1], or None where it returned nothing of use.
+        start: the first step's sample.
         parts: weights of the parts of guidance that one call of the denoiser holds; of their sum are the outputs.
     """
 
     outputs: Tensor
     final: np.ndarray | None
+    start: Tensor
     parts: tuple[float, ...] = (1.0,)
 
 
@@ -274,7 +277,7 @@ class Trials:
         )
 
     def _run(self, plan: Plan, call: PipelineCall, reference: Reference) -> Measured:
-        recorder = ErrorRecorder(plan, self.statistics, reference)
+        recorder = ErrorRecorder(plan, self.statistics, reference, call.labels[0])
         final = final_of(call.run(recorder, plan.site), len(call.labels))
         outcome, error_gains = recorder.measured()
         if final is not None and reference.final is not None:
@@ -324,10 +327,12 @@ class ErrorRecorder(Relay):
         plan: of either site; its outputs are compared.
         statistics: contexts, guidance and impulse response.
         reference: of the full requests.
+        label: the name of the first of them, for errors.
     """
 
-    def __init__(self, plan: Plan, statistics: Statistics, reference: Reference) -> None:
+    def __init__(self, plan: Plan, statistics: Statistics, reference: Reference, label: str) -> None:
         super().__init__(PlanRunner(plan, guard="off"))
+        self._start, self._label = reference.start, label
         outputs = reference.outputs
         self._statistics, self._outputs, self._parts = statistics, outputs, reference.parts
         self._wide = ops.wide_dtype(outputs)
@@ -339,6 +344,19 @@ class ErrorRecorder(Relay):
         self._errors = torch.zeros(len(targets), B, L, dtype=self._wide, device=outputs.device)
         self._answers = torch.zeros(C, plan.budget, B, L, dtype=self._wide, device=outputs.device)
         self._error_gains = torch.zeros(C, plan.budget, B, dtype=self._wide, device=outputs.device)
+
+    def forecast(self, call: Call) -> Forecast | None:
+        """As the plan says.
+
+        Raises:
+            ValueError: the request does not start as in the full run.
+        """
+        if call.starts and not _alike(call.sample, self._start):
+            raise ValueError(
+                f"{self._label} starts from another sample when it runs again: each of requests must make the same "
+                "request every time, so seed its noise"
+            )
+        return super().forecast(call)
 
     def observe(self, call: Call, output: Tensor) -> None:
         """Add the difference from the full request to the errors of all later targets."""
@@ -378,17 +396,25 @@ def decibels(final: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def final_of(result: Any, count: int) -> np.ndarray | None:
-    """Pictures, frames or samples [B, ...] out of what a pipeline or a function returned; None if there are none."""
+    """Pictures, frames or samples [B, ...] out of what a pipeline or a function returned; None if there are none.
+
+    Pictures of bytes, as of PIL, are brought to [0, 1]; one alone may come without its batch.
+    """
     for name in ("images", "frames"):
         result = getattr(result, name, result)
     if isinstance(result, (tuple, list)) and result and isinstance(result[0], (Tensor, np.ndarray)):
         result = result[0] if len(result[0]) == count else result
     if isinstance(result, Tensor):
-        result = result.detach().float().cpu().numpy()
+        result = result.detach().cpu()
+        result = (result if result.dtype == torch.uint8 else result.float()).numpy()
     try:
-        final = np.asarray(result, np.float32)
+        final = np.asarray(result)
+        scale = 255 if final.dtype == np.uint8 else 1
+        final = final.astype(np.float32) / np.float32(scale)
     except (TypeError, ValueError):
         return None
+    if scale == 255 and count == 1 and final.ndim == 3 and len(final) != 1:
+        final = final[None]
     return final if final.ndim >= 2 and len(final) == count else None
 
 
@@ -399,4 +425,12 @@ def _reference(recorder: FeatureRecorder, result: Any) -> Reference:
         torch.stack([by_request(part, count).flatten(1) for part in own])
         for own in recorder.features("output").values()
     ]
-    return Reference(torch.stack(outputs), final_of(result, count), recorder.weights)
+    return Reference(torch.stack(outputs), final_of(result, count), recorder.start, recorder.weights)
+
+
+def _alike(sample: Tensor, start: Tensor) -> bool:
+    """Whether samples are equal but for what a device may do otherwise each time."""
+    if sample.shape != start.shape:
+        return False
+    start = start.to(sample.device, torch.float32)
+    return bool((sample.float() - start).norm() <= _JITTER * start.norm())

@@ -361,9 +361,14 @@ class FeatureRecorder:
             steps.append(_gram([tensor.flatten() for tensor in tensors], self._device))
         return np.stack(steps)
 
+    @property
+    def start(self) -> Tensor:
+        """The first step's sample."""
+        return self._samples[0]
+
     def combine(self, weights: Sequence[float]) -> None:
-        """Put what guidance makes of the parts of a batch in the place of each output; their samples are dropped."""
-        self._samples.clear()
+        """Put what guidance makes of a batch's parts in the place of each output; drop all samples but the first."""
+        del self._samples[1:]
         if len(self.contexts) == 1 and len(weights) > 1:
             self.weights = tuple(weights)
             for own in self._features.get("output", {}).values():

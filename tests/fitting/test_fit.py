@@ -154,7 +154,10 @@ def test_folder_of_other_requests_is_refused_before_anything_runs(pipe: Any, tmp
 
 def test_folder_of_other_functions_is_refused(pipe: Any, tmp_path: Path) -> None:
     def fit(steps: int) -> Plan:
-        one = lambda: pipe("a", **{**REQUEST, "num_inference_steps": steps})  # noqa: E731
+        def one() -> Any:
+            seeded = torch.Generator().manual_seed(0)
+            return pipe("a", generator=seeded, **{**REQUEST, "num_inference_steps": steps})
+
         return lesa.fit(pipe.transformer, requests=[one], budget=3, effort="quick", folder=tmp_path)
 
     fit(6)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pipelines import flux_dev
 from torch import Tensor
 
@@ -122,3 +123,21 @@ def test_final_of_what_loops_return() -> None:
     assert final_of((np.zeros((1, 4, 4, 3)),), 1).shape == (1, 4, 4, 3)
     assert final_of(None, 1) is None and final_of("done", 1) is None
     assert final_of(torch.zeros(3, 3), 2) is None
+
+
+def test_pictures_of_bytes_are_judged_as_pictures() -> None:
+    levels = np.arange(3 * 8 * 8, dtype=np.uint8).reshape(8, 8, 3)
+    pictures = [Image.fromarray(levels), Image.fromarray(levels[::-1].copy())]
+    np.testing.assert_array_equal(final_of(pictures, 2), np.stack([levels, levels[::-1]]) / np.float32(255))
+    for alone in (pictures[0], pictures[:1], levels, torch.from_numpy(levels)):
+        np.testing.assert_array_equal(final_of(alone, 1), levels[None] / np.float32(255))
+
+
+def test_requests_that_draw_new_noise_each_time_are_refused(pipe: Any) -> None:
+    def own() -> Any:
+        return pipe("snow", output_type="np", **REQUEST).images
+
+    calls = calls_of(pipe, None, [own], {}, None, 1)
+    trials = run_in_full(pipe, calls, {})
+    with pytest.raises(ValueError, match="request 0 starts from another sample"):
+        trials.run(plan_of("reuse", COMPUTED, trials.statistics.sigmas, "output"))
