@@ -27,11 +27,13 @@ from ..runtime.clock import sigmas_of
 
 _SAME = 1e-4  # of sigma, as between requests of one kind
 _TINY = 1e-30
+_BFLOAT16 = 2**-8  # relative: what it rounds timesteps by
 _GIVE = "give scheduler=, the diffusers scheduler of the loop, or sigmas=, its T + 1 noise levels"
 # Shares of the sample's change that a model of it leaves unexplained. Samplers of higher order along a flow leave 0.1,
 # bfloat16 samples 0.1 in 50 steps; what is no flow 0.3 and more.
 _FLOW = 0.25
 _CERTAIN, _UNCERTAIN = 0.25, 0.5  # of the weights of guidance: with which a scale is not asked, and a user is told
+_DIGITS = 3  # kept of weights found: a device that rounds otherwise finds the same
 _CLOSE = 0.1  # relative, between weights found and known: Qwen-Image's rescaled sum
 
 
@@ -179,7 +181,7 @@ def levels_of_loop(timesteps: Sequence[float], sigmas: Any, scheduler: Any) -> t
         own = torch.as_tensor(scheduler.timesteps).double().cpu().numpy()[-len(timesteps) :]
         size = max(np.abs(own).max(), _TINY) if len(own) == len(timesteps) else math.nan
         # Some denoisers take timesteps as they are, others from 0 to 1.
-        if not any(np.allclose(np.multiply(timesteps, scale), own, 0, _SAME * size) for scale in (1, 1000)):
+        if not any(np.allclose(np.multiply(timesteps, scale), own, 0, _BFLOAT16 * size) for scale in (1, 1000)):
             raise ValueError(
                 f"scheduler={type(scheduler).__name__} has {len(scheduler.timesteps)} timesteps {own.tolist()!r:.60}, "
                 f"the loop ran {len(timesteps)}, {list(timesteps)!r:.60}: give the scheduler of the loop after its "
@@ -247,7 +249,7 @@ def guidance_weights(
     known = _guidance_by_scale(target, request, names)
     found = None if changes is None or not np.isfinite(changes).all() else guidance_of(changes)
     if found is not None and (known is None or found[1] <= _CERTAIN):
-        weights, share = tuple(float(weight) for weight in found[0]), found[1]
+        weights, share = tuple(round(float(weight), _DIGITS) for weight in found[0]), found[1]
         if known is not None and np.allclose(weights, known, 0, _CLOSE * np.abs(known).max()):
             return known
         if share > _UNCERTAIN:

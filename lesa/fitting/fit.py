@@ -82,8 +82,8 @@ def fit(
         target: a diffusers pipeline, or a bare denoiser in a loop of your own.
         prompts: for a pipeline; 8 prompts like those of later use are enough.
         budget: computed steps; or their share of all steps as a float in (0, 1], e.g. 0.2; or a list of these.
-        requests: instead of prompts: functions without arguments; each runs one request and may return its pictures or
-            sample [1, ...].
+        requests: instead of prompts: functions without arguments; each runs one request, the same every time, and may
+            return its pictures or sample [1, ...].
         request: keyword arguments of the pipeline call, JSON-able, e.g. {"num_inference_steps": 50}.
         effort: "quick", "default" or "thorough": at most about 10, 40 and 300 full requests' time for one budget,
             with the recording of 8. "quick" runs one call with a trial plan, to measure the error gains. The others

@@ -22,6 +22,7 @@ from pipelines import CASES_BY_NAME, NEGATIVE, PROMPTS, SITES, Case
 from torch import Tensor
 
 import lesa
+from lesa.fitting.arguments import levels_of_loop
 from lesa.fitting.trials import run_in_full
 from lesa.forecasters import plan_of
 from lesa.models import hooks, pipeline
@@ -397,6 +398,25 @@ def test_timesteps_that_are_no_noise_levels_of_a_flow_are_refused(name: str) -> 
     levels = sorted(((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()[::125].tolist(), reverse=True)
     ours = Statistics.gather(denoiser, requests=requests, sigmas=[*levels, 0.0])
     assert ours.sigmas == (*levels, 0.0) and ours.sigmas[0] > 1
+
+
+def test_a_pipeline_s_denoiser_alone_with_its_scheduler_is_the_same() -> None:
+    case = CASES_BY_NAME["sdxl"]
+    pipe = case.make()
+    requests = [lambda: case.call(pipe, steps=STEPS)]
+    whole = Statistics.gather(pipe, requests=requests)
+    alone = Statistics.gather(pipe.unet, requests=requests, scheduler=pipe.scheduler)
+    np.testing.assert_allclose(alone.grams["output"], whole.grams["output"], rtol=1e-5)
+    np.testing.assert_array_equal(alone.impulse_response, whole.impulse_response)
+    assert alone.sigmas == whole.sigmas and alone.contexts == whole.contexts
+
+
+def test_a_scheduler_s_timesteps_may_be_scaled_and_rounded() -> None:
+    scheduler = SAMPLERS["flow"]()
+    scheduler.set_timesteps(50)
+    for timesteps in (scheduler.timesteps, scheduler.timesteps / 1000, (scheduler.timesteps / 1000).bfloat16()):
+        assert levels_of_loop(timesteps.tolist(), None, scheduler) == sigmas_of(scheduler)
+        assert levels_of_loop(timesteps[20:].tolist(), None, scheduler) == sigmas_of(scheduler)[20:]
 
 
 def test_timesteps_of_a_flow_need_no_scheduler() -> None:
