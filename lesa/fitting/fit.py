@@ -112,6 +112,7 @@ def fit(
         raise ValueError(f"effort={effort!r}: expected one of {tuple(EFFORTS)}")
     wanted = arguments.check_budget(budget)
     hooks.check_free(target)
+    arguments.check_loop(target, sigmas, scheduler, guidance)
     if prompts is not None:
         check_prompts(prompts)
     if requests is not None:
@@ -136,7 +137,6 @@ def fit(
         folder = arguments.check_fit_folder(folder, wanted, labels, numbers, request)
     unlearned = 0 if EFFORTS[effort].run_share else held_out  # held-out requests that give no expected errors
     arguments.warn_if_few(count - unlearned, unlearned)
-    arguments.check_loop(target, sigmas, scheduler, guidance)
     options: dict[str, Any] = {"sigmas": sigmas, "scheduler": scheduler}
 
     def check(num_steps: int) -> None:

@@ -421,7 +421,7 @@ def parts_of(sample: Tensor, count: int) -> int:
     """How often a batch [m B, ...] holds the samples of B requests: m where all parts of guidance run in one call."""
     for parts in range(_MOST_PARTS, 1, -1):
         if len(sample) % (parts * count) == 0:
-            first, *others = sample.chunk(parts)
+            first, *others = sample.nan_to_num().chunk(parts)  # what is not finite is told later
             if all(torch.equal(first, other) for other in others):
                 return parts
     return 1

@@ -133,9 +133,13 @@ class Clock:
     def _is_another_branch(self, context: str, step: int, sample: torch.Tensor) -> bool:
         """Whether a call at the timestep of the last one belongs to its step: it has no name, but the same sample."""
         known = self._sample
-        if context != UNNAMED or known is None or sample.shape != known.shape or sample.device != known.device:
+        if context != UNNAMED or known is None:
             return False
-        return torch.equal(sample, known) and (step > 0 or self._name(context, _MOST_CALLS_A_STEP) not in self._counts)
+        if (sample.shape, sample.dtype, sample.device) != (known.shape, known.dtype, known.device):
+            return False
+        # As many calls as a step can have: the next one is the first of another request.
+        full = step == 0 and self._name(context, _MOST_CALLS_A_STEP) in self._counts
+        return not full and torch.equal(sample, known)
 
     def _tick_scheduler(self, context: str, scheduler: Any, timestep: Any) -> tuple[str, int, bool]:
         starts = self._request is None or scheduler.timesteps is not self._timesteps

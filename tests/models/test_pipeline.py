@@ -13,7 +13,7 @@ from torch import Tensor
 import lesa
 from lesa.forecasters import plan_of
 from lesa.models import hooks
-from lesa.models.pipeline import FeatureRecorder, calls_of, read_prompts, run
+from lesa.models.pipeline import FeatureRecorder, calls_of, combined, parts_of, read_prompts, run
 from lesa.planner.statistics import StatisticsError
 from lesa.runtime.clock import Call, Request
 from lesa.runtime.runner import PlanRunner
@@ -171,3 +171,16 @@ def test_prompts_are_lines(tmp_path: Path) -> None:
         read_prompts(path)
     with pytest.raises(ValueError, match=r"prompt file 'missing.txt' does not exist"):
         read_prompts("missing.txt")
+
+
+def test_parts_of_a_batch(seed: int) -> None:
+    """Guidance repeats the samples of all requests, in the order of the requests."""
+    x, y = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed))
+    for parts in (1, 2, 3, 4):
+        assert parts_of(torch.stack([x, y] * parts), 2) == parts
+    assert parts_of(torch.stack([x, y]), 1) == parts_of(torch.stack([x, x, y, y]), 2) == 1
+    assert parts_of(torch.stack([x, x]) / 0, 1) == 2
+    outputs = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed))
+    expected = 3 * outputs[:2] - 1.5 * outputs[2:4] - 0.5 * outputs[4:]
+    torch.testing.assert_close(combined(outputs, (3.0, -1.5, -0.5)), expected)
+    assert combined(outputs, (1.0,)) is outputs and combined(outputs.bfloat16(), (3.0, -2.0)).dtype == torch.float32
