@@ -1,0 +1,148 @@
+"""Statistics for models that nobody recorded: those of small trained models, brought to a request's noise levels.
+
+Inner products of features as functions of the noise level are much alike from model to model. A feature is what the
+scheduler is given, with guidance what guidance makes of all contexts. What a model predicts does not matter: with the
+initial noise n among the features, every sample x_t is a weighted sum of them, since the sampler is linear, and so are
+the noise e_t and the data d_t that a model sees in it, whatever it predicts itself:
+
+    x_t = alpha_t d_t + sigma_t e_t        flow: e - d     epsilon: e     v: alpha e - sigma d     sample: d
+
+So the statistics of flow models serve models that predict the noise, and the other way round. Levels are s = sigma /
+(alpha + sigma), which is the sigma of flow matching.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..plans.rows import ANY_CONTEXT
+from ..plans.storage import Kind, read
+from .statistics import FLOW, PREDICTIONS, Statistics, StatisticsError, flow_impulse_response, interpolation
+
+ASSET = Path(__file__).parents[1] / "assets" / "generic.safetensors"
+KIND = Kind("generic statistics", "lesa-generic-1", "generic.safetensors", StatisticsError, "examples/generic/build.py")
+_REACH = 0.02  # how far above a source's noisiest level a request may start
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was recorded of one small model.
+
+    Args:
+        name: of the model.
+        guided: whether its requests had guidance.
+        alpha, sigma: [T] of its samples.
+        noise, data: [T, 1 + T], e_t and d_t as weights of the initial noise and the T features.
+        gram: [1 + T, 1 + T], mean inner products of these.
+        requests: how many were averaged.
+    """
+
+    name: str
+    guided: bool
+    alpha: np.ndarray
+    sigma: np.ndarray
+    noise: np.ndarray
+    data: np.ndarray
+    gram: np.ndarray
+    requests: int
+
+    @property
+    def levels(self) -> np.ndarray:
+        """[T] noise levels."""
+        return self.sigma / (self.alpha + self.sigma)
+
+    def as_predicted(self, prediction: str, levels: np.ndarray) -> np.ndarray:
+        """[T', T'], inner products of what a model of that prediction would return at T' levels; their mean square is 1."""
+        to = interpolation(self.levels, levels)
+        noise, data = to @ self.noise, to @ self.data
+        scale = np.hypot(1 - levels, levels)[:, None]
+        alpha, sigma = (1 - levels)[:, None] / scale, levels[:, None] / scale
+        made = {"epsilon": noise, "sample": data, "v_prediction": alpha * noise - sigma * data, FLOW: noise - data}
+        gram = made[prediction] @ self.gram @ made[prediction].T
+        return gram * len(gram) / np.trace(gram)
+
+
+@functools.cache
+def sources() -> tuple[Source, ...]:
+    """The recordings that come with the package."""
+    description, arrays = read(ASSET, KIND)
+    return tuple(
+        source_of(one["name"], one["guided"], one["prediction"], *_unpacked(arrays, one["key"]), one["requests"])
+        for one in description["sources"]
+    )
+
+
+def source_of(
+    name: str, guided: bool, prediction: str, alpha: np.ndarray, sigma: np.ndarray, gram: np.ndarray, requests: int
+) -> Source:
+    """A source out of what was recorded with first-order steps: Euler's along a flow, DDIM's of the noise."""
+    features = np.eye(len(alpha) + 1)[1:]
+    sample = np.eye(len(alpha) + 1)[0]
+    noise, data = np.zeros_like(features), np.zeros_like(features)
+    for t, feature in enumerate(features):
+        if prediction == FLOW:
+            noise[t], data[t] = sample + alpha[t] * feature, sample - sigma[t] * feature
+        else:
+            noise[t], data[t] = feature, (sample - sigma[t] * feature) / alpha[t]
+        if t + 1 < len(features):
+            sample = alpha[t + 1] * data[t] + sigma[t + 1] * noise[t]
+    return Source(name, guided, alpha, sigma, noise, data, gram, requests)
+
+
+def generic_statistics(
+    prediction: str,
+    guided: bool,
+    levels: Sequence[float],
+    impulse_response: np.ndarray | None = None,
+    *,
+    without: Collection[str] = (),
+) -> Statistics:
+    """The statistics of a request of any model: the mean over the small models that start as noisy as the request.
+
+    Args:
+        prediction: what the denoiser predicts, one of `PREDICTIONS`.
+        guided: whether the request has guidance.
+        levels: the T + 1 noise levels of the request, the final 0 included.
+        impulse_response: [T + 1, T], see `Statistics`; by default the flow-matching one.
+        without: names of small models to leave out, to judge how well the others serve them.
+
+    Returns:
+        Statistics of one context, "*": what the scheduler is given.
+
+    Raises:
+        ValueError: the prediction is unknown.
+    """
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction={prediction!r}: expected one of {PREDICTIONS}")
+    wanted = np.asarray(levels, np.float64)[:-1]
+    known = [one for one in sources() if one.guided == guided and one.name not in without]
+    highest = max(one.levels.max() for one in known)
+    starts = min(float(wanted.max()), highest) - _REACH
+    used = [one for one in known if one.levels.max() >= starts]
+    return Statistics(
+        sigmas=tuple(levels),
+        timesteps=tuple(wanted.tolist()),
+        contexts=(ANY_CONTEXT,),
+        guidance=(1.0,),
+        grams={"output": np.mean([one.as_predicted(prediction, wanted) for one in used], 0)},
+        impulse_response=flow_impulse_response(levels) if impulse_response is None else impulse_response,
+        requests=sum(one.requests for one in used),
+        prediction=prediction,
+    )
+
+
+def packed(gram: np.ndarray) -> np.ndarray:
+    """Half of a symmetric matrix, as the asset has it."""
+    return gram[np.triu_indices(len(gram))]
+
+
+def _unpacked(arrays: dict[str, np.ndarray], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    alpha, sigma = arrays[f"{key}.alpha"], arrays[f"{key}.sigma"]
+    gram = np.zeros((len(alpha) + 1,) * 2)
+    gram[np.triu_indices(len(gram))] = arrays[f"{key}.gram"]
+    return alpha, sigma, gram + np.triu(gram, 1).T
