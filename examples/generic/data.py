@@ -117,11 +117,9 @@ def split(prompts: list[str], count: int, seed: int = 0) -> tuple[list[str], lis
 
 def _photograph(path: Path, height: int) -> Tensor:
     picture = Image.open(path).convert("RGB")
-    width = min(round(picture.width * height / picture.height), round(_WIDEST * height))
-    resized = picture.resize(
-        (max(round(picture.width * height / picture.height), SIDE), height), Image.Resampling.LANCZOS
-    )
-    return torch.from_numpy(np.asarray(resized)[:, : max(width, SIDE)].copy()).permute(2, 0, 1)
+    width = max(round(picture.width * height / picture.height), SIDE)
+    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(resized)[:, : round(_WIDEST * height)].copy()).permute(2, 0, 1)
 
 
 def _moved(pictures: Tensor, angle: Tensor, scale: Tensor, shift: Tensor, side: int) -> Tensor:

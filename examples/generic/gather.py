@@ -2,8 +2,8 @@
 
     python gather.py --run build/generic            # writes build/generic/recorded.npz
 
-Of each request are kept the products, averaged over elements, of the initial noise and of the 50 vectors the scheduler is
-given: the network's outputs, or with guidance what the pipeline makes of them.
+Of each request are kept the products, averaged over elements, of the initial noise and of the 50 vectors the scheduler
+is given: the network's outputs, or with guidance what the pipeline makes of them.
 """
 
 from __future__ import annotations

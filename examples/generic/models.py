@@ -337,12 +337,11 @@ def assemble(name: str, network: nn.Module, words: Words) -> Any:
     """The pipeline of a network and its words."""
     model = MODELS[name]
     known = set(inspect.signature(model.pipeline.__init__).parameters) - {"self"}
-    parts = {
-        part: None for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2") if part in known
-    }
-    parts["unet" if "unet" in known else "transformer"] = network  # type: ignore[assignment]
+    absent = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    parts: dict[str, Any] = {part: None for part in absent if part in known}
+    parts["unet" if "unet" in known else "transformer"] = network
     if "add_watermarker" in known:
-        parts["add_watermarker"] = False  # type: ignore[assignment]
+        parts["add_watermarker"] = False
     pipe = model.pipeline(scheduler=model.scheduler(), **parts)
     pipe.words, pipe.model = words, model
     pipe.set_progress_bar_config(disable=True)

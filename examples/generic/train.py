@@ -75,9 +75,8 @@ def train(name: str, data: Any, words: Words, options: argparse.Namespace) -> tu
                 shown = loss.item() if shown == 0.0 else 0.9 * shown + 0.1 * loss.item()
                 bar.set_postfix_str(f"step {step}, loss {shown:.4f}, {done:.0%}")
             bar.update()
-    print(
-        f"{name}: {step} steps, running loss {shown:.4f}, {sum(p.numel() for p in network.parameters()):,} parameters"
-    )
+    size = sum(weight.numel() for weight in network.parameters())
+    print(f"{name}: {step} steps, running loss {shown:.4f}, {size:,} parameters")
     return average[0].eval(), average[1].eval()
 
 
@@ -120,9 +119,8 @@ def main() -> None:
     path.with_suffix(".txt").write_text("\n".join(data.prompts()) + "\n", encoding="utf-8")
     torch.set_float32_matmul_precision("highest")
     pipe = load(options.name, path, options.device)
-    sheet(
-        pipe, split(data.prompts(), JUDGED)[1][:16], options.run / f"{options.name}.png", 50 if options.steps < 0 else 2
-    )
+    steps = 50 if options.steps < 0 else 2
+    sheet(pipe, split(data.prompts(), JUDGED)[1][:16], options.run / f"{options.name}.png", steps)
 
 
 if __name__ == "__main__":

@@ -274,8 +274,8 @@ def prior_error_gains(statistics: Statistics, requests: int) -> np.ndarray:
 
     Forecasts err in what the data will be, where its variance is large. With x = alpha d + sigma e and d of variance V
     there, the data that the model sees answers an error of x by k = alpha V / (alpha^2 V + sigma^2), and what it
-    predicts follows from both. So an error of the sample lasts, in units of the data: a flow answers by -1 / alpha. (The
-    answer of a model that does not see the error as data, 1 / sigma, would say that all errors heal.)
+    predicts follows from both. So an error of the sample lasts, in units of the data: a flow answers by -1 / alpha.
+    (Without the answer of the data, 1 / sigma, all errors would heal.)
     """
     level = np.maximum(statistics.levels, _TINY_SIGMA)
     alpha, sigma = 1 - level, level

@@ -57,8 +57,8 @@ class Source:
         return self.sigma / (self.alpha + self.sigma)
 
     def as_predicted(self, prediction: str, levels: np.ndarray) -> np.ndarray:
-        """[T', T'], inner products of what a model of that prediction would return at T' levels; their mean square is 1."""
-        to = interpolation(self.levels, levels)
+        """[T', T'], inner products of what such a model would return at T' levels; their mean square is 1."""
+        to = interpolation(self.levels.tolist(), levels.tolist())
         noise, data = to @ self.noise, to @ self.data
         scale = np.hypot(1 - levels, levels)[:, None]
         alpha, sigma = (1 - levels)[:, None] / scale, levels[:, None] / scale
