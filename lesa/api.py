@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -12,13 +14,15 @@ from .models import hooks
 from .models.hooks import RootHook
 from .models.layouts import check_fit, denoiser_of
 from .ops import BACKENDS
+from .planner.build import adapt, computed_steps, plan_for
 from .planner.statistics import Statistics
 from .plans import storage
 from .plans.plan import Plan
 from .plans.rows import PlanError
+from .plans.schedule import noise_levels
 from .runtime.checks import GUARDS
 from .runtime.driver import Stats
-from .runtime.runner import Adaptive, PlanRunner
+from .runtime.runner import Adaptive, Generic, PlanRunner
 
 
 class Enabled:
@@ -28,7 +32,11 @@ class Enabled:
     """
 
     def __init__(
-        self, denoiser: torch.nn.Module, hook: RootHook, driver: PlanRunner | Adaptive, before: RootHook | None
+        self,
+        denoiser: torch.nn.Module,
+        hook: RootHook,
+        driver: PlanRunner | Adaptive | Generic,
+        before: RootHook | None,
     ) -> None:
         self._denoiser, self._hook, self._driver, self._before = denoiser, hook, driver, before
         self._left = False
@@ -40,8 +48,8 @@ class Enabled:
         return self._driver.stats
 
     @property
-    def plan(self) -> Plan:
-        """The plan of the latest request; before the first, the plan that was enabled."""
+    def plan(self) -> Plan | None:
+        """The plan of the latest request; before the first, the plan that was enabled, None if there was none."""
         return self._driver.plan
 
     def disable(self) -> None:
@@ -73,9 +81,10 @@ class Enabled:
 
 def enable(
     target: Any,
-    plan: Plan | Statistics | str | os.PathLike[str],
+    plan: Plan | Statistics | str | os.PathLike[str] | None = None,
     *,
     budget: int | float | None = None,
+    sigmas: Sequence[float] | None = None,
     guard: str = "warn",
     backend: str | None = None,
 ) -> Enabled:
@@ -86,13 +95,18 @@ def enable(
     Args:
         target: a diffusers pipeline, or a denoiser module in a loop of your own. A pipeline's scheduler tells lesa
             where requests start and how many steps they have. For a bare denoiser lesa reads its timestep argument,
-            which waits for the GPU. If you call a bare denoiser more than once per step, name the calls with
-            `with denoiser.cache_context("cond")`. You may compile the denoiser before or after.
+            which waits for the GPU. If you call a bare denoiser more than once per step, give the calls the same
+            sample, or name them with `with denoiser.cache_context("cond")`. You may compile the denoiser before or
+            after.
         plan: a `Plan`, or what `Plan.from_pretrained` takes: a file, a folder or a Hub repository "owner/name". A plan
             from `lesa.fit` adapts to a pipeline's other step counts, spacings, shifts and strengths; other plans are
             for one step count and its noise levels. With `budget` also `Statistics` or their path, which adapt too.
-        budget: with statistics or a fitted plan, the computed steps of each request: an integer >= 1 (a shorter
-            request computes all its steps), or a float in (0, 1]: the share of its steps. None: the plan's own number.
+            None: a plan for each kind of request is made of statistics that come with lesa; nothing is fitted.
+        budget: the computed steps of each request: an integer >= 1 (a shorter request computes all its steps), or a
+            float in (0, 1]: the share of its steps. None: the plan's own number; without a plan 30 % of the steps, at
+            least 4, or half of them where there are 8 or fewer. A plan that was not fitted has one budget.
+        sigmas: of a bare denoiser, without a plan or with one that adapts: the T + 1 noise levels of each request,
+            falling, the final 0 included. Levels above 1 are sigma / alpha of a model that predicts the noise.
         guard: "warn": at each computed step lesa also makes the forecast and compares it with the true feature. If the
             logarithm of an error exceeds its fitted mean by 5 standard deviations, lesa warns once; the plan goes on.
             `lesa.stats` shows the errors of the latest request. "off" measures nothing. In both cases, lesa computes
@@ -106,8 +120,9 @@ def enable(
     Raises:
         PlanError: the plan cannot be read, or the plan or the statistics do not fit the denoiser.
         TypeError: `plan` has another type.
-        ValueError: `target` has no supported denoiser, or is a bare denoiser and `plan` is statistics.
-        ValueError: the backend or the guard is unknown.
+        ValueError: `target` has no supported denoiser, is a pipeline without a scheduler, or a bare denoiser that needs
+            `sigmas`.
+        ValueError: the backend or the guard is unknown, or `sigmas` are no noise levels.
         ValueError: a budget with a plan that was not fitted, or statistics without a budget.
         ValueError: the statistics cannot be read.
     """
@@ -115,14 +130,57 @@ def enable(
         raise ValueError(f"backend={backend!r}: expected one of {BACKENDS}, or None for the best")
     if guard not in GUARDS:
         raise ValueError(f'guard={guard!r}: expected "warn", or "off" to measure nothing')
-    if not isinstance(plan, (Plan, Statistics, str, os.PathLike)):
-        raise TypeError(f"plan: expected a Plan, Statistics or a path, got {type(plan).__name__}")
+    if not isinstance(plan, (Plan, Statistics, str, os.PathLike, type(None))):
+        raise TypeError(
+            f"plan: expected a Plan, Statistics or a path, got {type(plan).__name__}; give a number of steps as budget="
+        )
     denoiser = denoiser_of(target)
-    source = plan if isinstance(plan, (Plan, Statistics)) else source_of(plan, budget)
-    check_adaptable(source, budget)
-    driver = _driver(target, source, budget, guard, backend)
-    before = hooks.attached(denoiser)
-    return Enabled(denoiser, hooks.attach(target, driver, driver.plan.site), driver, before)
+    levels = _levels(target, sigmas)
+
+    def runner(made: Plan) -> PlanRunner:
+        return PlanRunner(made, backend, guard)
+
+    driver: PlanRunner | Adaptive | Generic
+    if plan is None:
+        driver = Generic(_checked_budget(target, budget, levels), levels, runner)
+    else:
+        source = plan if isinstance(plan, (Plan, Statistics)) else source_of(plan, budget)
+        check_adaptable(source, budget)
+        driver = _driver(target, source, budget, levels, runner)
+    before, site = hooks.attached(denoiser), "output" if driver.plan is None else driver.plan.site
+    return Enabled(denoiser, hooks.attach(target, driver, site), driver, before)
+
+
+def _levels(target: Any, sigmas: Any) -> tuple[float, ...] | None:
+    """The noise levels of a loop of one's own.
+
+    Raises:
+        ValueError: they are none, or the target is a pipeline, whose scheduler has them.
+    """
+    if sigmas is None:
+        return None
+    if not isinstance(target, torch.nn.Module):
+        raise ValueError(f"sigmas is for a bare denoiser: the scheduler of this {type(target).__name__} has them")
+    return noise_levels(sigmas)
+
+
+def _checked_budget(target: Any, budget: Any, levels: Sequence[float] | None) -> int | float | None:
+    """The budget of a default plan, checked as far as the number of steps is known.
+
+    Raises:
+        ValueError: it is none, or exceeds the steps; or nothing tells the noise levels of a request.
+    """
+    name = type(target).__name__
+    if isinstance(target, torch.nn.Module) and levels is None:
+        raise ValueError(f"sigmas: a bare {name} does not tell its noise levels: give sigmas=[...] or the pipeline")
+    if levels is None and getattr(target, "scheduler", None) is None:
+        raise ValueError(f"{name} has no scheduler: set pipe.scheduler, or enable its denoiser with sigmas=[...]")
+    steps = 1 if levels is None else len(levels) - 1
+    if budget is not None:
+        computed_steps(budget, steps)
+        if levels is not None and budget > steps:
+            raise ValueError(f"budget={budget}: the {len(levels)} sigmas are of {steps} steps; compute 1 to {steps}")
+    return budget
 
 
 def source_of(path: str | os.PathLike[str], budget: int | float | None) -> Plan | Statistics:
@@ -151,20 +209,27 @@ def check_adaptable(source: Plan | Statistics, budget: int | float | None) -> No
 
 
 def _driver(
-    target: Any, source: Plan | Statistics, budget: int | float | None, guard: str, backend: str | None
+    target: Any,
+    source: Plan | Statistics,
+    budget: int | float | None,
+    levels: tuple[float, ...] | None,
+    runner: Callable[[Plan], PlanRunner],
 ) -> PlanRunner | Adaptive:
     """The driver of the requests, checked against the denoiser."""
     denoiser = denoiser_of(target)
     if isinstance(source, Plan):
         check_fit(source, denoiser)
-        if source.surrogate is None:
-            return PlanRunner(source, backend, guard)
-    elif isinstance(target, torch.nn.Module):
+        if source.surrogate is None and levels is None:
+            return runner(source)
+    if levels is not None:
+        made = adapt(source, budget, levels) if isinstance(source, Plan) else plan_for(source, budget, levels)  # type: ignore[arg-type]
+        return runner(replace(made, surrogate=None))
+    if isinstance(target, torch.nn.Module) and isinstance(source, Statistics):
         raise ValueError(
-            f"a bare {type(target).__name__} does not tell a request's noise levels before it runs: enable the "
-            "pipeline, or the plan that lesa.planner.build.plan_for(statistics, budget, sigmas) makes"
+            f"sigmas: a bare {type(target).__name__} does not tell a request's noise levels before it runs: give "
+            "sigmas=[...], or enable the pipeline"
         )
-    driver = Adaptive(source, budget, runner=lambda made: PlanRunner(made, backend, guard))
+    driver = Adaptive(source, budget, runner)
     try:
         check_fit(driver.plan, denoiser)
     except PlanError as error:
@@ -186,6 +251,6 @@ def stats(target: Any) -> Stats:
     root = hooks.attached(target)
     if root is None:
         raise ValueError(f"lesa is not enabled on this {type(target).__name__}: call lesa.enable(target, plan) first")
-    if isinstance(root.driver, (PlanRunner, Adaptive)):
+    if isinstance(root.driver, (PlanRunner, Adaptive, Generic)):
         root.driver.settle()
     return root.driver.stats

@@ -168,6 +168,11 @@ def computed_steps(budget: Any, total: int) -> int:
     )
 
 
+def default_budget(num_steps: int) -> int:
+    """The computed steps where nobody says how many: 30 % of T, at least 4; half of 8 steps or fewer."""
+    return max(4, round(0.3 * num_steps)) if num_steps > 8 else max(1, num_steps // 2)
+
+
 def statistics_of(plan: Plan, surrogate: Surrogate, sigmas: Sequence[float]) -> Statistics:
     """The statistics of the output site that a surrogate of a plan's model holds; its timesteps are the sigmas."""
     return Statistics(

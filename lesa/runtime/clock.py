@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..planner.statistics import flow_impulse_response
+from ..planner.statistics import FLOW, PREDICTIONS, flow_impulse_response
 from ..plans.rows import LesaWarning, PlanError
 
 UNNAMED = "default"
@@ -225,17 +225,34 @@ def begin_index(scheduler: Any, timestep: Any) -> int:
 def sigmas_of(scheduler: Any) -> tuple[float, ...]:
     """The noise levels of a scheduler's timesteps, from 1 (noise) to 0, with the final 0.
 
-    Flow-matching schedulers hold them as `sigmas`, some (Mochi's) as 1 - sigma; for the others, whose sigmas may exceed
-    1, the share of the training timesteps stands in.
+    A sample is alpha data + sigma noise, its level sigma / (alpha + sigma): the sigma of flow matching, which some
+    schedulers (Mochi's) hold as 1 - sigma. The others hold sigma / alpha, or the squares of their alphas. Where a
+    scheduler holds none of these, the share of the training timesteps stands in.
     """
-    sigmas = getattr(scheduler, "sigmas", None)
     timesteps = torch.as_tensor(scheduler.timesteps).double().cpu()
-    if sigmas is not None:
-        sigmas = torch.as_tensor(sigmas).double().cpu()
-        if len(sigmas) == len(timesteps) + 1 and float(sigmas.max()) <= 1.0:
-            rising = float(sigmas[0]) < float(sigmas[-1])
-            return (*(1.0 - sigmas if rising else sigmas)[:-1].tolist(), 0.0)
+    sigmas, alphas = getattr(scheduler, "sigmas", None), getattr(scheduler, "alphas_cumprod", None)
+    if sigmas is not None and len(sigmas) == len(timesteps) + 1:
+        sigmas = torch.as_tensor(sigmas).double().cpu()[:-1]
+        if prediction_of(scheduler) != FLOW:
+            return (*(sigmas / (1.0 + sigmas)).tolist(), 0.0)
+        rising = len(sigmas) > 1 and float(sigmas[0]) < float(sigmas[-1])
+        return (*(1.0 - sigmas if rising else sigmas).tolist(), 0.0)
+    if alphas is not None and float(timesteps.max()) < len(alphas):
+        squared = torch.as_tensor(alphas).double().cpu()[timesteps.long()]
+        alpha, sigma = squared.sqrt(), (1.0 - squared).sqrt()
+        return (*(sigma / (alpha + sigma)).tolist(), 0.0)
     return (*(timesteps / scheduler.config.num_train_timesteps).tolist(), 0.0)
+
+
+def prediction_of(scheduler: Any) -> str:
+    """What the denoiser predicts, one of `PREDICTIONS`; a scheduler that does not say goes by its sigmas."""
+    config = getattr(scheduler, "config", {})
+    told = config.get("prediction_type")
+    if "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas"):
+        return FLOW
+    sigmas = getattr(scheduler, "sigmas", None)
+    by_sigmas = FLOW if sigmas is None or float(torch.as_tensor(sigmas).max()) <= 1.0 else "epsilon"
+    return told if told in PREDICTIONS else by_sigmas
 
 
 def _probe(scheduler: Any, begin: int) -> tuple[np.ndarray, float]:

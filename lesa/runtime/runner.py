@@ -1,4 +1,4 @@
-"""The drivers that run plans: `PlanRunner` runs one plan, `Adaptive` a plan for each kind of request."""
+"""The drivers that run plans: `PlanRunner` one plan, `Adaptive` and `Generic` a plan for each kind of request."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..planner.build import adapt, plan_for, surrogate_of
-from ..planner.statistics import Statistics, flow_impulse_response
+from ..planner.build import adapt, default_budget, plan_for, surrogate_of
+from ..planner.generic import generic_statistics
+from ..planner.statistics import FLOW, Statistics, flow_impulse_response
 from ..plans.plan import Plan
 from ..plans.rows import ANY_CONTEXT, LesaWarning, PlanError
 from .checks import Checks, checked, risky_steps
-from .clock import Call, Request, impulse_response_of
+from .clock import Call, Request, impulse_response_of, prediction_of
 from .driver import Forecast, Relay, Stats
 from .history import History
 
@@ -117,6 +118,10 @@ class PlanRunner:
         """Store the feature of a computed step for later forecasts."""
         if call.step in self._computed:
             self.stats.computed += 1
+        self.store(call, feature)
+
+    def store(self, call: Call, feature: torch.Tensor | None) -> None:
+        """Store the feature of a step that was counted before."""
         if feature is not None and self._lost is None:  # else no forecast needs it
             self._checks.keep(call, feature, self._history(call.context), self.stats)
 
@@ -256,9 +261,7 @@ class Adaptive(Relay):
             raise ValueError("budget=None: with statistics say how many steps to compute, e.g. budget=10")
         else:
             made = plan_for(self._source, self._budget, sigmas, impulse_response)
-        if made.budget == made.num_steps:
-            what = f"lesa forecasts nothing in requests of {made.num_steps} steps: the budget covers all steps"
-            warnings.warn(f"{what}; use a smaller budget=", LesaWarning, stacklevel=2)
+        _warn_if_all(made)
         return made
 
     def _serves(self, sigmas: Sequence[float], impulse_response: np.ndarray | None) -> bool:
@@ -297,6 +300,193 @@ class Adaptive(Relay):
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return plan
+
+
+class Generic:
+    """A driver that runs requests of any model by plans of generic statistics, one for each kind of request.
+
+    The first step of a request, which every plan computes, tells its kind: with guidance it calls the denoiser in two
+    contexts, or with a batch whose halves are equal. If a context comes later, or a sample changes its shape, then
+    the rest of the request is planned anew for that context.
+
+    Args:
+        budget: computed steps of each request, or their share; None takes `default_budget`.
+        sigmas: of a bare denoiser's requests, T + 1 with the final 0.
+        runner: makes the driver of a plan.
+    """
+
+    def __init__(
+        self,
+        budget: int | float | None = None,
+        sigmas: Sequence[float] | None = None,
+        runner: Callable[[Plan], PlanRunner] = PlanRunner,
+    ) -> None:
+        self.stats = Stats()
+        self.plan: Plan | None = None  # of the latest request, from its second step on
+        self._budget, self._make_runner = budget, runner
+        self._bare = None if sigmas is None else _Kind.of_sigmas(sigmas)
+        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self._request: Request | None = None
+        self._kind: _Kind | None = None
+        self._begin()
+
+    def begin(self, request: Request) -> None:
+        """Start a request; its plan follows at its second step.
+
+        Raises:
+            PlanError: the request does not tell its noise levels, or they are not finite.
+        """
+        self.settle()
+        if request.sigmas is None and self._bare is None:
+            raise PlanError("a bare denoiser does not tell its noise levels: give lesa.enable(denoiser, sigmas=[...])")
+        if request.sigmas is not None and not all(map(math.isfinite, request.sigmas)):
+            sigmas = f"sigmas={request.sigmas!r:.200} of the request"
+            raise PlanError(f"{sigmas} are not finite: give finite sigmas, or check the scheduler's settings")
+        self._begin()
+        self._request, self._kind = request, self._bare if request.sigmas is None else _Kind.of_request(request)
+        self.stats.requests += 1
+
+    def _begin(self) -> None:
+        self._first: list[tuple[Call, torch.Tensor | None]] = []
+        self._parts: dict[str, _Part] = {}
+
+    def forecast(self, call: Call) -> Forecast | None:
+        """The forecast of a step by the plan of its context."""
+        if call.step == 0:
+            return None
+        if self._first:
+            self._plan_request()
+        part = self._parts.get(call.context)
+        if part is None or part.signature != _signature(call):
+            part = self._parts[call.context] = self._rest(call)
+        return part.runner.forecast(part.placed(call))
+
+    def keep(self, call: Call, feature: torch.Tensor | None) -> None:
+        """Store the feature of a computed step; those of the first step until the plan is there."""
+        if call.step == 0:
+            self.stats.computed += 1
+            self._first.append((call, None if feature is None else feature.clone()))
+        else:
+            part = self._parts[call.context]
+            part.runner.keep(part.placed(call), feature)
+
+    def refuse(self, call: Call, reason: str) -> None:
+        """Count a step that is computed though the plan forecasts it."""
+        part = self._parts[call.context]
+        part.runner.refuse(part.placed(call), reason)
+
+    def lose(self, reason: str) -> None:
+        """Compute the rest of this request in full."""
+        for part in self._parts.values():
+            part.runner.lose(reason)
+
+    def observe(self, call: Call, output: torch.Tensor) -> None:
+        """Does nothing: plans do not use outputs."""
+
+    def settle(self) -> None:
+        """Wait for the pending error measurements."""
+        for part in self._parts.values():
+            part.runner.settle()
+
+    def _plan_request(self) -> None:
+        """Plan the whole request, and hand the first step to it."""
+        guided = len(self._first) > 1 or _doubled(self._first[0][0].sample)
+        runner = self._runner_of(0, guided)
+        for call, feature in self._first:
+            self._parts[call.context] = _Part(0, runner, _signature(call))
+            runner.forecast(call)
+            runner.store(call, feature)
+        self._first.clear()
+
+    def _rest(self, call: Call) -> _Part:
+        """The plan of the rest of a request from a call on, with the steps that were still to be computed."""
+        guided = len(self._parts.keys() | {call.context}) > 1 or _doubled(call.sample)
+        return _Part(call.step, self._runner_of(call.step, guided), _signature(call))
+
+    def _runner_of(self, begin: int, guided: bool) -> PlanRunner:
+        whole = self.plan if begin else None
+        budget = None if whole is None else max(1, sum(step >= begin for step in whole.computed))
+        plan = self._plan_of(begin, guided, budget)
+        if not begin:
+            self.plan = plan
+        runner, requests = self._make_runner(plan), self.stats.requests
+        self.stats.guard, runner.stats = runner.stats.guard, self.stats
+        assert self._request is not None
+        runner.begin(replace(self._request, num_steps=plan.num_steps, sigmas=plan.sigmas))
+        self.stats.requests = requests
+        return runner
+
+    def _plan_of(self, begin: int, guided: bool, budget: int | None) -> Plan:
+        kind = self._kind
+        assert kind is not None
+        key = (kind.key, begin, guided, budget)
+        plan = self._plans.get(key)
+        if plan is None:
+            levels, response = kind.levels[begin:], kind.impulse_response()
+            response = None if response is None else response[begin:, begin:]
+            known = generic_statistics(kind.prediction, guided, levels, response)
+            wanted = budget or self._budget or default_budget(len(levels) - 1)
+            plan = self._plans[key] = plan_for(known, wanted, levels, known.impulse_response)
+            if not begin:
+                _warn_if_all(plan)
+            if len(self._plans) > _MOST_PLANS:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return plan
+
+
+@dataclass(frozen=True)
+class _Part:
+    """From which step on a context of a request runs by which runner, and what its samples are like."""
+
+    begin: int
+    runner: PlanRunner
+    signature: tuple
+
+    def placed(self, call: Call) -> Call:
+        """The call with its step counted from the part's first one."""
+        return replace(call, step=call.step - self.begin) if self.begin else call
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the plan of a request depends on besides guidance."""
+
+    prediction: str
+    levels: tuple[float, ...]
+    key: tuple
+    impulse_response: Callable[[], np.ndarray | None]
+
+    @classmethod
+    def of_request(cls, request: Request) -> _Kind:
+        """That of a pipeline's request."""
+        assert request.sigmas is not None
+        key = (tuple(round(sigma, _DIGITS) for sigma in request.sigmas), _identity(request.scheduler))
+        return cls(prediction_of(request.scheduler), request.sigmas, key, lambda: _response(request))
+
+    @classmethod
+    def of_sigmas(cls, sigmas: Sequence[float]) -> _Kind:
+        """That of a loop of one's own: Euler steps along a flow, or of sigma / alpha where they exceed 1."""
+        flow = max(sigmas) <= 1.0
+        levels = tuple(sigma if flow else sigma / (1.0 + sigma) for sigma in sigmas)
+        response = flow_impulse_response(sigmas)
+        return cls(FLOW if flow else "epsilon", levels, (levels,), lambda: response)
+
+
+def _signature(call: Call) -> tuple:
+    return call.sample.shape, call.sample.dtype, call.sample.device
+
+
+def _doubled(sample: torch.Tensor) -> bool:
+    """Whether the two halves of a batch are the same, as guidance in one call makes them. Waits for the device."""
+    half, odd = divmod(len(sample), 2)
+    return half > 0 and not odd and torch.equal(sample[:half], sample[half:])
+
+
+def _warn_if_all(plan: Plan) -> None:
+    if plan.budget == plan.num_steps:
+        what = f"lesa forecasts nothing in requests of {plan.num_steps} steps: the budget covers all steps"
+        warnings.warn(f"{what}; use a smaller budget=", LesaWarning, stacklevel=2)
 
 
 def _response(request: Request) -> np.ndarray | None:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -84,7 +85,17 @@ CALLS: list[tuple[str, Callable[[World], Any]]] = [
     # enable
     ("no supported denoiser", lambda w: enable(None, PLAN)),
     ("AutoencoderKL is not a supported denoiser", lambda w: enable(w.pipe.vae, PLAN)),
-    ("plan:", lambda w: enable(w.pipe, None)),
+    ("plan:.*budget=", lambda w: enable(w.pipe, 10)),
+    *wrong_budgets(lambda w, budget: enable(w.pipe, budget=budget), 0, 0.0, 1.5, NAN, True, "5"),
+    ("sigmas: a bare", lambda w: enable(w.pipe.transformer)),
+    ("sigmas is for a bare denoiser", lambda w: enable(w.pipe, sigmas=SIGMAS)),
+    *[
+        ("sigmas=", functools.partial(lambda w, bad: enable(w.pipe.transformer, sigmas=bad), bad=bad))
+        for bad in ((0.5, 1.0, 0.0), (1.0, NAN, 0.0), (1.0, 0.5), "x", 7)
+    ],
+    ("budget=5", lambda w: enable(w.pipe.transformer, budget=5, sigmas=SIGMAS)),
+    ("has no scheduler", lambda w: enable(SimpleNamespace(transformer=w.pipe.transformer, scheduler=None))),
+    ("the plan serves its own", lambda w: enable(w.pipe.transformer, PLAN, sigmas=SIGMAS)),
     ("plan 'missing'", lambda w: enable(w.pipe, "missing")),
     ("plan ''", lambda w: enable(w.pipe, "")),
     ("plan '.*damaged", lambda w: enable(w.pipe, w / "damaged.safetensors")),

@@ -6,6 +6,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -16,7 +17,7 @@ from diffusers import (
 )
 
 from lesa.plans.rows import PlanError
-from lesa.runtime.clock import UNNAMED, Call, Clock, Request, sigmas_of
+from lesa.runtime.clock import UNNAMED, Call, Clock, Request, prediction_of, sigmas_of
 
 SAMPLE = torch.zeros(1, 4, 8, 8)
 
@@ -278,11 +279,27 @@ def test_sigmas_are_the_flow_schedulers_own() -> None:
     assert sigmas_of(scheduler) == tuple(scheduler.sigmas.double().tolist())
 
 
-def test_sigmas_of_other_schedulers_are_shares_of_the_training_timesteps() -> None:
+def test_sigmas_of_other_schedulers_are_those_of_a_flow_with_as_much_noise() -> None:
     for scheduler in (EulerDiscreteScheduler(), DDIMScheduler(), UniPCMultistepScheduler()):
         scheduler.set_timesteps(10)
-        expected = [float(t) / 1000 for t in scheduler.timesteps]
-        assert sigmas_of(scheduler) == pytest.approx((*expected, 0.0), abs=1e-9)
+        squared = np.interp(scheduler.timesteps, np.arange(1000), scheduler.alphas_cumprod)
+        expected = np.sqrt(1 - squared) / (np.sqrt(squared) + np.sqrt(1 - squared))
+        assert sigmas_of(scheduler) == pytest.approx((*expected, 0.0), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "prediction"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), "flow_prediction"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "flow_prediction"),
+        (DDIMScheduler(), "epsilon"),
+        (EulerDiscreteScheduler(prediction_type="v_prediction"), "v_prediction"),
+        (SimpleNamespace(sigmas=torch.linspace(14, 0, 9)), "epsilon"),
+        (SimpleNamespace(sigmas=torch.linspace(1, 0, 9)), "flow_prediction"),
+    ],
+)
+def test_the_scheduler_tells_what_is_predicted(scheduler: Any, prediction: str) -> None:
+    assert prediction_of(scheduler) == prediction
 
 
 # Bare
