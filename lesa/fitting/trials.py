@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -56,59 +57,107 @@ def gather_calls(
         StatisticsError: features are not finite or were lost, or the requests are not of one kind.
         ValueError: an argument is out of place.
     """
-    request = dict(request)
-    denoiser = denoiser_of(target)
-    sites = _sites(sites, denoiser)
+    sites = _sites(sites, denoiser_of(target))
     arguments.check_loop(target, sigmas, scheduler, guidance)
-    bare = isinstance(target, torch.nn.Module)
-    scheduler = scheduler if bare else getattr(target, "scheduler", None)
-    first: _Found | None = None
-    names: list[str] = []
-    weights: tuple[float, ...] = ()
-    totals: dict[str, np.ndarray] = {}
+    gathering = Gathering(target, request, sites, sigmas=sigmas, scheduler=scheduler, guidance=guidance)
     requests = sum(len(call.labels) for call in calls)
     with tqdm(total=requests, desc="gather", unit="request") as bar:
         for call in calls:
             recorder = FeatureRecorder(call.labels, sites, offload=offload)
             result = call.run(recorder, "hidden" if "hidden" in sites else "output")
-            if recorder.request is None:
-                raise StatisticsError(f"{call.labels[0]} did not call the denoiser: each must run one request")
-            found = _found(recorder, recorder.request, sigmas, scheduler)
-            if first is None:
-                first, changes = found, recorder.changes()
-                names = recorder.summed
-                weights = arguments.guidance_weights(target, request, names, changes, guidance)
-                if bare and sigmas is None and scheduler is None:
-                    arguments.check_flow(changes, weights, found.sigmas, found.timesteps)
-            check_alike(first, found, call.labels[0])
-            if recorder.summed != names:
-                raise StatisticsError(
-                    f"{call.labels[0]} is not of one kind with the first: it runs {recorder.summed} "
-                    f"in each step, not {names}; gather each kind apart"
-                )
-            recorder.combine(weights)
-            if visit is not None:
-                visit(recorder, result)
-            for site in sites:
-                totals[site] = totals.get(site, 0) + len(call.labels) * recorder.gram(site)
+            gathering.add(recorder, visit and functools.partial(visit, recorder, result))
             bar.update(len(call.labels))
-    assert first is not None
-    impulse_response = flow_impulse_response(first.sigmas)
-    if scheduler is not None:
-        impulse_response = impulse_response_of(scheduler, len(scheduler.timesteps) - len(first.timesteps))
-    return Statistics(
-        sigmas=first.sigmas,
-        timesteps=first.timesteps,
-        contexts=first.contexts,
-        guidance=weights if len(first.contexts) > 1 else (1.0,),
-        grams={site: total / requests for site, total in totals.items()},
-        impulse_response=impulse_response,
-        requests=requests,
-        scheduler=None if scheduler is None else type(scheduler).__name__,
-        denoiser=type(denoiser).__name__,
-        config_hash=config_hash(denoiser),
-        request=request,
-    )
+    return gathering.statistics()
+
+
+class Gathering:
+    """The statistics of full requests of one kind, added call by call.
+
+    Args:
+        target, request, sigmas, scheduler, guidance: see `Statistics.gather`; a pipeline's scheduler is its own.
+        sites: of the features.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        request: Mapping[str, Any],
+        sites: Sequence[str],
+        *,
+        sigmas: Sequence[float] | None = None,
+        scheduler: Any = None,
+        guidance: Sequence[float] | None = None,
+    ) -> None:
+        self._target, self._request, self._sites = target, dict(request), sites
+        self._sigmas, self._guidance = sigmas, guidance
+        self._scheduler = scheduler if isinstance(target, torch.nn.Module) else getattr(target, "scheduler", None)
+        self._first: _Found | None = None
+        self._names: list[str] = []
+        self._weights: tuple[float, ...] = ()
+        self._impulse_response = np.zeros(0)
+        self._totals: dict[str, np.ndarray] = {}
+        self._requests = 0
+
+    def add(self, recorder: FeatureRecorder, visit: Callable[[], None] | None = None) -> None:
+        """Add what was recorded of one call; its features are dropped.
+
+        Args:
+            recorder: of the call.
+            visit: called before they are dropped, and after guidance has combined a batch's parts.
+
+        Raises:
+            StatisticsError: features are not finite, or the call is not of one kind with the first.
+        """
+        label = recorder.labels[0]
+        if recorder.request is None:
+            raise StatisticsError(f"{label} did not call the denoiser: each must run one request")
+        found = _found(recorder, recorder.request, self._sigmas, self._scheduler)
+        if self._first is None:
+            self._begin(recorder, found)
+        assert self._first is not None
+        check_alike(self._first, found, label)
+        if recorder.summed != self._names:
+            raise StatisticsError(
+                f"{label} is not of one kind with the first: it runs {recorder.summed} in each step, not "
+                f"{self._names}; gather each kind apart"
+            )
+        recorder.combine(self._weights)
+        if visit is not None:
+            visit()
+        count = len(recorder.labels)
+        for site in self._sites:
+            self._totals[site] = self._totals.get(site, 0) + count * recorder.gram(site)
+        self._requests += count
+
+    def _begin(self, recorder: FeatureRecorder, found: _Found) -> None:
+        """Learn from the first call what all have in common."""
+        changes, self._names = recorder.changes(), recorder.summed
+        self._weights = arguments.guidance_weights(self._target, self._request, self._names, changes, self._guidance)
+        if isinstance(self._target, torch.nn.Module) and self._sigmas is None and self._scheduler is None:
+            arguments.check_flow(changes, self._weights, found.sigmas, found.timesteps)
+        self._impulse_response = flow_impulse_response(found.sigmas)
+        if self._scheduler is not None:  # now, for other requests may set other timesteps
+            skipped = len(self._scheduler.timesteps) - len(found.timesteps)
+            self._impulse_response = impulse_response_of(self._scheduler, skipped)
+        self._first = found
+
+    def statistics(self) -> Statistics:
+        """Of all calls so far, at least one."""
+        first, denoiser, scheduler = self._first, denoiser_of(self._target), self._scheduler
+        assert first is not None
+        return Statistics(
+            sigmas=first.sigmas,
+            timesteps=first.timesteps,
+            contexts=first.contexts,
+            guidance=self._weights if len(first.contexts) > 1 else (1.0,),
+            grams={site: total / self._requests for site, total in self._totals.items()},
+            impulse_response=self._impulse_response,
+            requests=self._requests,
+            scheduler=None if scheduler is None else type(scheduler).__name__,
+            denoiser=type(denoiser).__name__,
+            config_hash=config_hash(denoiser),
+            request=self._request,
+        )
 
 
 @dataclass(frozen=True)
@@ -171,6 +220,12 @@ class Reference:
     start: Tensor
     parts: tuple[float, ...] = (1.0,)
 
+    @property
+    def grams(self) -> np.ndarray:
+        """[B, C T, C T]: the inner products of each request's outputs."""
+        flat = (outputs.flatten(0, 1).double() for outputs in self.outputs.unbind(2))
+        return np.stack([(own @ own.T / own.shape[1]).cpu().numpy() for own in flat])
+
 
 @dataclass
 class Measured:
@@ -196,6 +251,21 @@ class Measured:
     def score(self) -> float:
         """Mean PSNR."""
         return float(self.psnr.mean())
+
+
+class Recorded(Protocol):
+    """What is known of full requests."""
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of all of them."""
+
+    @property
+    def count(self) -> int:
+        """P, how many."""
+
+    def surrogate(self, error_gains: np.ndarray) -> Surrogate:
+        """The model of them with error gains [C, T, P]."""
 
 
 @dataclass
@@ -233,17 +303,11 @@ class Trials:
     @cached_property
     def grams(self) -> np.ndarray:
         """[P, C T, C T]: the inner products of each request's outputs."""
-        grams = []
-        for reference in self.references:
-            for outputs in reference.outputs.unbind(2):
-                flat = outputs.flatten(0, 1).double()
-                grams.append((flat @ flat.T / flat.shape[1]).cpu().numpy())
-        return np.stack(grams)
+        return np.concatenate([reference.grams for reference in self.references])
 
     def surrogate(self, error_gains: np.ndarray) -> Surrogate:
         """The model of these requests with error gains [C, T, P]."""
-        known = self.statistics
-        return Surrogate(self.grams, known.impulse_response, np.asarray(known.guidance), error_gains, known.contexts)
+        return surrogate_of_requests(self.statistics, self.grams, error_gains)
 
     @property
     def compares_pictures(self) -> bool:
@@ -287,6 +351,12 @@ class Trials:
         return Measured(psnr, outcome, error_gains, tuple(recorder.stats.refused), final)
 
 
+def surrogate_of_requests(statistics: Statistics, grams: np.ndarray, error_gains: np.ndarray) -> Surrogate:
+    """The model of requests with inner products [P, C T, C T] and error gains [C, T, P]."""
+    guidance = np.asarray(statistics.guidance)
+    return Surrogate(grams, statistics.impulse_response, guidance, error_gains, statistics.contexts)
+
+
 def run_in_full(
     target: Any,
     calls: Sequence[PipelineCall],
@@ -312,7 +382,7 @@ def run_in_full(
     def visit(recorder: FeatureRecorder, result: Any) -> None:
         if not references:
             check(len(recorder.timesteps))
-        references.append(_reference(recorder, result))
+        references.append(reference_of(recorder, result))
 
     begin = time.perf_counter()
     options: dict[str, Any] = {"sigmas": sigmas, "scheduler": scheduler, "guidance": guidance}
@@ -418,7 +488,7 @@ def final_of(result: Any, count: int) -> np.ndarray | None:
     return final if final.ndim >= 2 and len(final) == count else None
 
 
-def _reference(recorder: FeatureRecorder, result: Any) -> Reference:
+def reference_of(recorder: FeatureRecorder, result: Any) -> Reference:
     """What is kept of a full run, before its statistics are taken."""
     count = len(recorder.labels)
     outputs = [
