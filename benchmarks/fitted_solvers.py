@@ -1,7 +1,8 @@
-"""diffusers' solvers at FLUX's noise levels, every denoiser call at its exact timestep."""
+"""diffusers' solvers at a request's own noise levels, every denoiser call at its exact timestep."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,22 @@ class Heun(FlowMatchHeunDiscreteScheduler):
 class _Exact:
     """diffusers rounds these schedulers' timesteps down to whole numbers; here they stay 1000 * sigma."""
 
+    given: Sequence[float] | None = None  # noise levels, in the place of FLUX's
+
+    @classmethod
+    def at(cls, given: Sequence[float]) -> Any:
+        """The solver at given noise levels, the final 0 left out."""
+        made = cls(use_flow_sigmas=True, prediction_type="flow_prediction", solver_order=2)  # type: ignore[call-arg]
+        made.given = given
+        return made
+
     def set_timesteps(
         self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, mu: Any = None
     ) -> None:
-        """Set the noise levels of `num_inference_steps`."""
-        super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]
-        met = torch.from_numpy(np.append(np.minimum(levels(num_inference_steps), _HIGHEST), 0.0)).float()
+        """Set the given noise levels, or FLUX's of `num_inference_steps`."""
+        chosen = levels(num_inference_steps) if self.given is None else np.asarray(self.given)
+        super().set_timesteps(len(chosen), device)  # type: ignore[misc]
+        met = torch.from_numpy(np.append(np.minimum(chosen, _HIGHEST), 0.0)).float()
         self.sigmas = met
         self.timesteps = (met[:-1] * 1000).to(device)
 
@@ -65,3 +76,18 @@ class DpmSolver(_Exact, DPMSolverMultistepScheduler):
 
 class UniPc(_Exact, UniPCMultistepScheduler):
     """UniPC of order 2 in flow form."""
+
+
+class MultistepSubset(DPMSolverMultistepScheduler):
+    """DPM-Solver++ of order 2 at given timesteps of a model that predicts the noise."""
+
+    @classmethod
+    def like(cls, scheduler: Any, chosen: Sequence[int]) -> MultistepSubset:
+        """The solver at some timesteps of a DDIM scheduler, which ends where that ends."""
+        made = cls.from_config(scheduler.config, solver_order=2, final_sigmas_type="sigma_min")
+        made.chosen = list(chosen)
+        return made
+
+    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None) -> None:
+        """Set the given timesteps, however many are asked for."""
+        super().set_timesteps(device=device, timesteps=self.chosen)
