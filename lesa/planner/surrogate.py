@@ -46,7 +46,7 @@ from .statistics import interpolation, learned
 
 # Weight of the mean squared error at the computed steps beside that of the final sample: gains are only nearly right.
 KAPPA = 1.0
-_TINY = 1e-30
+_TINY, _TINY_SIGMA = 1e-30, 1e-6
 _ENOUGH = 1e-3  # of the objective: what a step must gain to be followed by another
 
 
@@ -395,12 +395,28 @@ def carry(impulse_response: np.ndarray) -> np.ndarray:
     return np.concatenate([ratio[:1], ratio])
 
 
-def interpolated_error_gains(measured: np.ndarray, computed: Sequence[int], impulse_response: np.ndarray) -> np.ndarray:
+def unit_gains(impulse_response: np.ndarray) -> np.ndarray:
+    """[T]: the error gains of a denoiser that sees one clean sample in whatever it is given, 1 / sigma for the noise.
+
+    Sigma is counted in units of the final sample: it is what one unit of all outputs still to come does to that,
+    whatever the model predicts. With x = sqrt(a) x_0 + sqrt(1 - a) noise it is sqrt((1 - a) / a), along a flow sigma
+    itself. Divided by these, measured gains are of one size at all steps.
+
+    Args:
+        impulse_response: R [T + 1, T].
+    """
+    sigma = np.abs(impulse_response[-1, ::-1].cumsum()[::-1])
+    return carry(impulse_response)[:-1] / np.maximum(sigma, _TINY_SIGMA)
+
+
+def interpolated_error_gains(
+    measured: np.ndarray, computed: Sequence[int], impulse_response: np.ndarray
+) -> np.ndarray:
     """Error gains [C, T, P] of all steps, interpolated from those measured at the computed ones [C, N, P].
 
     A computed step whose sample has no error, such as the first one, has no gain (NaN) and is left out; without any
-    other, gains are 0. In units of the final sample they are interpolated, and clipped to -8 and 8: beyond, a
-    first-order model means nothing.
+    other, gains are 0. In units of `unit_gains` they are interpolated, and clipped to -8 and 8: beyond, a first-order
+    model means nothing.
 
     Args:
         measured: in the sampler's units.
@@ -408,16 +424,16 @@ def interpolated_error_gains(measured: np.ndarray, computed: Sequence[int], impu
         impulse_response: [T + 1, T] of the scheduler.
     """
     C, _, P = measured.shape
-    scale = carry(impulse_response)[:-1]
-    own = np.clip(measured / scale[list(computed)][:, None], -8.0, 8.0)
-    error_gains = np.zeros((C, len(scale), P))
-    steps, every = np.array(computed[1:]), np.arange(len(scale))
+    unit = unit_gains(impulse_response)
+    own = np.clip(measured / unit[list(computed)][:, None], -8.0, 8.0)
+    error_gains = np.zeros((C, len(unit), P))
+    steps, every = np.array(computed[1:]), np.arange(len(unit))
     for c in range(C):
         for p in range(P):
             known = np.isfinite(measured[c, 1:, p])
             if known.any():
                 error_gains[c, :, p] = np.interp(every, steps[known], own[c, 1:, p][known])
-    return scale[:, None] * error_gains
+    return unit[:, None] * error_gains
 
 
 def _cost(error: np.ndarray) -> np.ndarray:
