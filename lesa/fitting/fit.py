@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +20,14 @@ from ..models.pipeline import PipelineCall, calls_of, check_functions, check_pro
 from ..planner.build import expectations, expected_by, prior_error_gains, served_by, surrogate_of
 from ..planner.surrogate import Surrogate, interpolated_error_gains
 from ..plans.plan import Plan
-from ..plans.rows import PlanError
+from ..plans.rows import LesaWarning, PlanError
 from . import arguments
 from .arguments import Given, budgets_of
 from .refine import Candidate, Refiner, ScheduleSearch, fingerprint
 from .trials import Measured, Recorded, Trials, check_alike, run_in_full
 
 _SAME = 1e-3  # tolerance: two recordings are never bit-equal
+_MOST_RULES = 2  # of the plain rules: run beside the plan on the held-out requests
 _LEAST = 2  # always run: the published and the searched schedule
 _NOT_ALWAYS = ("fitting_ssim", "held_out_ssim")  # removed: may come from an earlier fit
 
@@ -72,7 +74,8 @@ def fit(
     errors (`lesa.planner.surrogate`) give schedules and weights. The best plans run; their measurements refine the
     weights and move computed steps. `fit` returns the best measured plan: on the fitting requests its mean PSNR is at
     least that of the paper's schedule with Taylor's forecast at the same budget, and that of each candidate. "quick"
-    compares nothing.
+    runs no candidates. The plan runs on the held-out requests too, beside reuse and Taylor's forecast on published
+    schedules; if one of these is better, fit warns and returns it.
 
     Memory holds the outputs of all fitting requests (FLUX at 1024x1024, 50 steps, bfloat16: 26 MB each) and the
     features of one pipeline call. Expected errors need 4 requests and 3 computed steps. With "quick", held-out
@@ -86,7 +89,7 @@ def fit(
             return its pictures or sample [1, ...].
         request: keyword arguments of the pipeline call, JSON-able, e.g. {"num_inference_steps": 50}.
         effort: "quick", "default" or "thorough": at most about 10, 40 and 300 full requests' time for one budget,
-            with the recording of 8. "quick" runs one call with a trial plan, to measure the error gains. The others
+            with the recording of 8. "quick" runs two calls with trial plans, to measure the error gains. The others
             always run the paper's schedule, the searched plan and all candidates; many of them may take longer.
         candidates: plans for such requests, or what `Plan.from_pretrained` takes; each runs if its budget is fitted.
             Output-site candidates whose rows use only computed steps are also refined. If a candidate wins, fit
@@ -214,7 +217,7 @@ class Session:
             runs = max(runs, _LEAST + len(given))
         schedules = ScheduleSearch(trials, budget, effort.evaluations, self.seed)
         refiner = Refiner(trials, schedules, budget, runs, given)
-        best = refiner.run()
+        best, kept_out = self._against_rules(refiner.run(), schedules)
         if best.measured is not None:
             trials.judge(best.measured)
         recording = trials.seconds + (0.0 if self.held is None else self.held.seconds)
@@ -227,7 +230,37 @@ class Session:
             "schedule": best.name,
             "candidates": [[name, score] for name, score in refiner.seen],
         }
-        return finished(best, schedules.error_gains, figures, trials, self.held)
+        if kept_out is not None and self.held is not None:
+            self.held.judge(kept_out)
+        return finished(best, schedules.error_gains, figures, trials, kept_out)
+
+    def _against_rules(self, best: Candidate, schedules: ScheduleSearch) -> tuple[Candidate, Measured | None]:
+        """The best candidate, or a plain rule that does better, and what it did on the held-out requests.
+
+        Where a rule leads there, both run on the fitting requests too: few requests may deceive.
+        """
+        if self.held is None:
+            return best, None
+        kept_out = self.held.run(best.plan)
+        rules = schedules.rules()[:_MOST_RULES] if best.plan.budget < best.plan.num_steps else []
+        for rule in rules:
+            other = self.held.run(rule.plan)
+            if other.score > kept_out.score:
+                scores = self._overall(best, kept_out), self._overall(rule, other)
+                if scores[1] > scores[0]:
+                    warnings.warn(
+                        f"the plan fitted for budget {best.plan.budget} has {scores[0]:.1f} dB, {rule.name} has "
+                        f"{scores[1]:.1f} dB: fit returns that; more prompts, another effort or budget may help",
+                        LesaWarning,
+                        stacklevel=5,
+                    )
+                    best, kept_out = rule, other
+        return best, kept_out
+
+    def _overall(self, one: Candidate, kept_out: Measured) -> float:
+        """The mean PSNR of all requests, the held-out ones among them."""
+        one.measured = one.measured or self.trials.run(one.plan)
+        return float(np.concatenate([one.measured.psnr, kept_out.psnr]).mean())
 
     def _made(self, path: Path, budget: int) -> Plan | None:
         try:
@@ -253,18 +286,15 @@ class Session:
 
 
 def finished(
-    best: Candidate, error_gains: np.ndarray, figures: Mapping[str, Any], trials: Recorded, held: Trials | None
+    best: Candidate, error_gains: np.ndarray, figures: Mapping[str, Any], trials: Recorded, kept_out: Measured | None
 ) -> Plan:
-    """The plan of the best candidate with all its figures, run on the held-out requests too.
+    """The plan of the best candidate with all its figures.
 
     Args:
         error_gains: [C, T, P] of the fit's surrogate, for a best candidate that did not run.
         figures: for `Plan.training`.
-        held: the held-out requests.
+        kept_out: what the plan did on the held-out requests.
     """
-    kept_out = None if held is None else held.run(best.plan)
-    if held is not None and kept_out is not None:
-        held.judge(kept_out)
     plan = _served(best.plan, trials)
     training = {name: figure for name, figure in plan.training.items() if name not in _NOT_ALWAYS} | dict(figures)
     judged = {"fitting": best.measured, "held_out": kept_out}

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..planner.build import closed_form, plan_from_weights, prior_error_gains, written_out
 from ..planner.search import search
-from ..planner.statistics import GUIDED
+from ..planner.statistics import GUIDED, Statistics
 from ..planner.surrogate import interpolated_error_gains
 from ..plans.plan import Plan
 from ..plans.rows import MAX_READS
@@ -27,6 +27,8 @@ _NEAR = 100
 # What is searched once the error gains are measured; the latter only with the evaluations of "thorough".
 _AGAIN = (("searched again", False), ("searched far", True))
 _STALLED = 0.02  # dB: what a step of Gauss-Newton must gain to be followed by another
+_PROBES = 2  # by the second the errors are about as large as those of the plan that is looked for
+_RULES = ("reuse", "taylor-1")
 
 
 @dataclass
@@ -94,6 +96,17 @@ class ScheduleSearch:
         """The surrogate's best rows [C, T, T]."""
         surrogate = self._trials.surrogate(self.error_gains)
         return surrogate.optimise(computed, closed_form(self._statistics, computed), 15)[0]
+
+    def rules(self) -> list[Candidate]:
+        """Plain rules on the paper's and an even schedule, those first of which the surrogate promises most."""
+        surrogate = self._trials.surrogate(self.error_gains)
+        found = []
+        for computed in published(self._statistics.num_steps, self._budget):
+            for rule in _RULES:
+                weights = closed_form(self._statistics, computed, rule)
+                made = candidate(self._statistics, f"{rule} on {computed}", computed, weights)
+                found.append((surrogate.optimise(computed, weights, 0)[1], made))
+        return [made for _, made in sorted(found, key=lambda pair: pair[0])]
 
     def objective(self, computed: tuple[int, ...]) -> float:
         """What the surrogate promises of a schedule; lower is better."""
@@ -173,15 +186,22 @@ class Refiner:
         return self.best
 
     def _probe(self) -> None:
-        """Run the first call by the exact search's schedule: one request tells how the denoiser answers errors."""
-        with tqdm(total=1, desc=f"probe {self._budget}", unit="run") as bar:
-            probe = self._made("probe", self._schedules.starts()[0])
-            measured = self._trials.run(probe.plan, first=1)
-            bar.update()
-        if np.isfinite(measured.error_gains[:, 1:]).any():  # else no computed step saw an error
-            gains = interpolated_error_gains(measured.error_gains, probe.computed, self._statistics.impulse_response)
-            known = self._schedules.error_gains
-            self._schedules.learn(np.broadcast_to(gains.mean(2, keepdims=True), known.shape).copy())
+        """Run some calls by trial plans: their requests tell how the denoiser answers errors."""
+        found: list[np.ndarray] = []
+        computed = self._schedules.starts()[0]
+        with tqdm(total=_PROBES, desc=f"probe {self._budget}", unit="run") as bar:
+            for i in range(_PROBES):
+                call = i % len(self._trials.calls)
+                measured = self._trials.run(self._made("probe", computed).plan, slice(call, call + 1))
+                bar.update()
+                if not np.isfinite(measured.error_gains[:, 1:]).any():  # no computed step saw an error
+                    return
+                response = self._statistics.impulse_response
+                found.append(interpolated_error_gains(measured.error_gains, computed, response).mean(2, keepdims=True))
+                known = self._schedules.error_gains
+                self._schedules.learn(np.broadcast_to(np.mean(found, 0), known.shape).copy())
+                if i + 1 < _PROBES:
+                    computed = self._schedules.climb(self._schedules.starts())
 
     def _loop(self, searched: Candidate) -> None:
         """Run candidates as long as there are runs left."""
@@ -212,8 +232,7 @@ class Refiner:
     def _made(self, name: str, computed: tuple[int, ...], weights: np.ndarray | None = None) -> Candidate:
         """A candidate, by default with the surrogate's rows."""
         weights = self._schedules.rows(computed) if weights is None else weights
-        plan = plan_from_weights(self._statistics, computed, weights, timesteps=self._statistics.timesteps)
-        return Candidate(name, plan, weights)
+        return candidate(self._statistics, name, computed, weights)
 
     def _try_given(self, given: Given) -> None:
         weights = table_of(given.plan, self._statistics.contexts)
@@ -294,6 +313,11 @@ class Refiner:
         self._bar.update()
         self._bar.set_postfix_str(f"best {self.best.score:.2f} dB ({self.best.name}), now {candidate.score:.2f}")
         return candidate
+
+
+def candidate(statistics: Statistics, name: str, computed: tuple[int, ...], weights: np.ndarray) -> Candidate:
+    """A candidate with rows [C, T, T]."""
+    return Candidate(name, plan_from_weights(statistics, computed, weights, timesteps=statistics.timesteps), weights)
 
 
 def table_of(plan: Plan, contexts: Sequence[str]) -> np.ndarray | None:

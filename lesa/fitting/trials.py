@@ -323,9 +323,9 @@ class Trials:
             references = [reference.final for reference in self.references if reference.final is not None]
             measured.ssim = metrics.ssim(measured.final, np.concatenate(references))
 
-    def run(self, plan: Plan, first: int | None = None) -> Measured:
-        """Run all requests by `plan`, or only those of the first calls, as many as `first` says."""
-        pairs = zip(self.calls[:first], self.references[:first], strict=True)
+    def run(self, plan: Plan, calls: slice = slice(None)) -> Measured:
+        """Run all requests by `plan`, or only those of some calls."""
+        pairs = zip(self.calls[calls], self.references[calls], strict=True)
         parts = [self._run(plan, call, reference) for call, reference in pairs]
         finals = [part.final for part in parts if part.final is not None]
         return Measured(

@@ -409,9 +409,7 @@ def unit_gains(impulse_response: np.ndarray) -> np.ndarray:
     return carry(impulse_response)[:-1] / np.maximum(sigma, _TINY_SIGMA)
 
 
-def interpolated_error_gains(
-    measured: np.ndarray, computed: Sequence[int], impulse_response: np.ndarray
-) -> np.ndarray:
+def interpolated_error_gains(measured: np.ndarray, computed: Sequence[int], impulse_response: np.ndarray) -> np.ndarray:
     """Error gains [C, T, P] of all steps, interpolated from those measured at the computed ones [C, N, P].
 
     A computed step whose sample has no error, such as the first one, has no gain (NaN) and is left out; without any

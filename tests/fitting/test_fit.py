@@ -295,6 +295,34 @@ def test_a_candidate_that_wins_is_returned_itself(
     assert best.training["fitting_psnr"] == max(scores(best).values())
 
 
+@pytest.mark.parametrize(("effort", "everywhere"), [("quick", True), ("default", True), ("quick", False)])
+def test_a_fit_that_loses_to_a_plain_rule_returns_it(
+    pipe: Any, short: None, monkeypatch: Any, effort: str, everywhere: bool
+) -> None:
+    """Where the rule leads on the held-out requests alone, all of them decide."""
+    measure, even = fitting.Trials.run, schedule.spaced(8, 3)
+    reuse = plan_of("reuse", even, np.linspace(1, 0, 9), "output")
+
+    def flattering(self: Any, plan: Plan, calls: slice = slice(None)) -> Any:
+        measured = measure(self, plan, calls)
+        flattered = plan.computed == even and plan.rows["*"][1].weights[0] == 1.0 == reuse.rows["*"][1].weights[0]
+        flattered = flattered and all(row.weights[-1] == 1.0 for row in plan.rows["*"].values())
+        more = 50.0 if everywhere or self.count == 1 else -50.0
+        return replace(measured, psnr=measured.psnr + more) if flattered else measured
+
+    monkeypatch.setattr(fitting.Trials, "run", flattering)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        plan = lesa.fit(pipe, PROMPTS[:3], budget=3, request=REQUEST, effort=effort)
+    lost = [str(one.message) for one in told if "the plan fitted for budget 3" in str(one.message)]
+    is_rule = plan.computed == even and all(row.weights[-1] == 1.0 for row in plan.rows["*"].values())
+    assert len(lost) == is_rule == everywhere
+    assert plan.training["schedule"].startswith("reuse") == everywhere
+    if everywhere:
+        assert plan.training["held_out_psnr"] > 50 and plan.training["fitting_psnr"] > 50
+        assert plan.surrogate is not None
+
+
 @pytest.mark.parametrize("request_", [REQUEST, GUIDED])
 def test_the_hidden_site_can_win(
     pipe: Any, fitted: tuple[Plan, Path], short: None, monkeypatch: Any, request_: dict[str, Any]
@@ -302,8 +330,8 @@ def test_the_hidden_site_can_win(
     hidden = plan_of("taylor-1", fitted[0].computed, fitted[0].sigmas, "hidden", denoiser="FluxTransformer2DModel")
     measure = fitting.Trials.run
 
-    def flattering(self: Any, plan: Plan, first: int | None = None) -> Any:
-        measured = measure(self, plan, first)
+    def flattering(self: Any, plan: Plan, calls: slice = slice(None)) -> Any:
+        measured = measure(self, plan, calls)
         return replace(measured, psnr=measured.psnr + 50) if plan.site == "hidden" else measured
 
     monkeypatch.setattr(fitting.Trials, "run", flattering)

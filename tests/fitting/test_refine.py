@@ -37,11 +37,13 @@ class Flattered(Trials):
         super().__init__(trials.calls, trials.statistics, trials.references, trials.seconds)
         self.grams = trials.grams
         self.plans: list[Plan] = []
+        self.parts: list[slice] = []
         self.more = more or {}
 
-    def run(self, plan: Plan, first: int | None = None) -> Measured:
-        measured = super().run(plan, first)
+    def run(self, plan: Plan, calls: slice = slice(None)) -> Measured:
+        measured = super().run(plan, calls)
         self.plans.append(plan)
+        self.parts.append(calls)
         return replace(measured, psnr=measured.psnr + self.more.get(len(self.plans) - 1, 0.0))
 
 
@@ -99,8 +101,8 @@ def test_a_move_that_wins_is_refined_while_that_gains(
     scores = {first: base + 0.01, first + 1: base + 0.02, first + 2: 90.0, first + 3: 91.0}
 
     class Scored(Flattered):
-        def run(self, plan: Plan, first: int | None = None) -> Measured:
-            measured = super().run(plan, first)
+        def run(self, plan: Plan, calls: slice = slice(None)) -> Measured:
+            measured = super().run(plan, calls)
             i = len(self.plans) - 1
             return replace(measured, psnr=np.full(2, scores[i])) if i in scores else measured
 
@@ -117,19 +119,40 @@ def test_no_schedule_is_run_as_a_move_twice(trials: Trials) -> None:
     assert len(refine(trials, 60, budget=1)[0].seen) < 8
 
 
-def test_without_runs_one_call_tells_how_the_denoiser_answers(trials: Trials) -> None:
+def test_without_runs_two_calls_tell_how_the_denoiser_answers(trials: Trials) -> None:
+    """The first by the exact search's schedule, the second by the one that is best with what the first told."""
     counted, schedules = Flattered(trials), ScheduleSearch(trials, 3, 60, 0)
-    exact, prior = schedules.starts()[0], schedules.error_gains
     best = Refiner(counted, schedules, 3, 0).run()
-    [probe] = counted.plans
-    assert probe.computed == exact and best.measured is None
-    told = interpolated_error_gains(trials.run(probe).error_gains, exact, trials.statistics.impulse_response)
-    assert np.array_equal(schedules.error_gains, np.repeat(told[:, :, :1], 2, 2)), "of the first request, for all"
-    assert not np.allclose(schedules.error_gains, prior) and not np.allclose(schedules.error_gains, told)
-    other = ScheduleSearch(trials, 3, 60, 0)
-    other.learn(schedules.error_gains)
-    assert best.computed == other.climb(other.starts())
-    assert best.weights is not None and np.array_equal(best.weights, other.rows(best.computed))
+    other, told = ScheduleSearch(trials, 3, 60, 0), []
+    computed, response = other.starts()[0], trials.statistics.impulse_response
+    prior = other.error_gains
+    for call, probe in enumerate(counted.plans):
+        assert probe.computed == computed and counted.parts[call] == slice(call, call + 1)
+        measured = trials.run(probe, slice(call, call + 1))
+        told.append(interpolated_error_gains(measured.error_gains, computed, response))
+        assert told[-1].shape == (1, 8, 1)
+        other.learn(np.repeat(np.mean(told, 0), 2, 2))
+        computed = other.climb(other.starts())
+    assert len(told) == 2 and not np.allclose(prior, other.error_gains)
+    np.testing.assert_allclose(schedules.error_gains, other.error_gains, atol=1e-9)
+    assert best.measured is None and best.computed == computed
+    assert best.weights is not None and np.allclose(best.weights, other.rows(computed), atol=1e-6)
+
+
+def test_the_rules_that_a_fit_is_compared_with(trials: Trials) -> None:
+    found = ScheduleSearch(trials, 4, 60, 0).rules()
+    expected = {(rule, computed) for rule in ("reuse", "taylor-1") for computed in published(8, 4)}
+    assert len(found) == len(expected)
+    for rule, computed in expected:
+        same = plan_of(rule, computed, trials.statistics.sigmas, "output")
+        [one] = [one for one in found if one.name == f"{rule} on {computed}"]
+        assert {step: dict(zip(row.steps, row.weights, strict=True)) for step, row in one.plan.rows["*"].items()} == {
+            step: {
+                read: dict(zip(row.steps, row.weights, strict=True)).get(read, 0.0)
+                for read in one.plan.rows["*"][step].steps
+            }
+            for step, row in same.rows["*"].items()
+        }
 
 
 def test_the_search_does_not_see_how_samples_are_scaled(trials: Trials, seed: int) -> None:
@@ -167,8 +190,8 @@ def test_a_search_that_goes_far_begins_as_one_that_does_not(trials: Trials, monk
 
 def test_one_that_computes_more_than_it_should_is_not_the_best(trials: Trials) -> None:
     class Refused(Flattered):
-        def run(self, plan: Plan, first: int | None = None) -> Measured:
-            measured = super().run(plan, first)
+        def run(self, plan: Plan, calls: slice = slice(None)) -> Measured:
+            measured = super().run(plan, calls)
             return replace(measured, refused=("why",), psnr=measured.psnr + 9) if len(self.plans) == 3 else measured
 
     refiner, best = refine(Refused(trials), 5)

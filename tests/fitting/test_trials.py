@@ -86,7 +86,7 @@ def test_measured_is_what_the_requests_do(pipe: Any, site: str, request_: dict[s
 def test_only_the_first_calls_are_run_where_asked(pipe: Any) -> None:
     trials = trials_of(pipe, PROMPTS, REQUEST)
     plan = plan_of("taylor-1", COMPUTED, trials.statistics.sigmas, "output")
-    first, whole = trials.run(plan, first=1), trials.run(plan)
+    first, whole = trials.run(plan, slice(1)), trials.run(plan)
     assert first.psnr.shape == (1,) and first.psnr[0] == pytest.approx(whole.psnr[0])
     assert trials.count == 2 and trials.labels[1] == "prompt 1 ('snow')"
 

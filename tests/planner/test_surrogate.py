@@ -8,7 +8,7 @@ import torch
 from written import CONTEXTS, LENGTH, REQUESTS, STEPS, features, model, shifted
 
 from lesa.planner.statistics import flow_impulse_response, interpolation
-from lesa.planner.surrogate import Outcome, Segments, Surrogate, carry, interpolated_error_gains
+from lesa.planner.surrogate import Outcome, Segments, Surrogate, carry, interpolated_error_gains, unit_gains
 
 T, L, P = 9, 40, 3
 COMPUTED = (0, 1, 3, 6)
@@ -142,17 +142,20 @@ def test_everything_computed_has_no_error_and_no_step(generator):
 
 
 def test_gains_between_computed_steps_are_interpolated_and_cut():
+    """Times sigma, 1 to 1/8: 0.75 at step 2, 1 at step 4, 25 at step 6, of which 8 are left."""
     measured, flow = np.zeros((1, 4, 1)), flow_impulse_response(np.linspace(1, 0, 9))
     measured[0, :, 0] = [5.0, 1.0, 2.0, 100.0]
+    sigma = np.arange(8, 0, -1) / 8
+    np.testing.assert_allclose(unit_gains(flow), 1 / sigma)
     error_gains = interpolated_error_gains(measured, (0, 2, 4, 6), flow)[0, :, 0]
-    np.testing.assert_allclose(error_gains, [1.0, 1.0, 1.0, 1.5, 2.0, 5.0, 8.0, 8.0])
-    # Samples that are scaled: cut and interpolated in units of the final one.
+    np.testing.assert_allclose(error_gains * sigma, [0.75, 0.75, 0.75, 0.875, 1.0, 4.5, 8.0, 8.0])
+    # Of samples that are scaled.
     scale = np.array([2.0, 2.0, 3.0, 0.5, 10.0, 0.1, 7.0, 1.0, 1.0])
     scaled = interpolated_error_gains(measured / scale[[0, 2, 4, 6], None], (0, 2, 4, 6), scale[:, None] * flow)
     np.testing.assert_allclose(scaled[0, :, 0], error_gains / scale[:-1])
     measured[0, 2, 0] = np.nan
     error_gains = interpolated_error_gains(measured, (0, 2, 4, 6), flow)[0, :, 0]
-    np.testing.assert_allclose(error_gains, [1.0, 1.0, 1.0, 2.75, 4.5, 6.25, 8.0, 8.0])
+    np.testing.assert_allclose(error_gains * sigma, [0.75, 0.75, 0.75, 2.5625, 4.375, 6.1875, 8.0, 8.0])
     assert not interpolated_error_gains(measured[:, :1], (0,), flow).any()
 
 
