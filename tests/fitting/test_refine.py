@@ -10,7 +10,15 @@ import pytest
 from pipelines import flux_dev
 
 from lesa.fitting.arguments import Given
-from lesa.fitting.refine import Candidate, Refiner, ScheduleSearch, expressible, fingerprint, table_of
+from lesa.fitting.refine import (
+    Candidate,
+    Refiner,
+    ScheduleSearch,
+    assumed_error_gains,
+    expressible,
+    fingerprint,
+    table_of,
+)
 from lesa.fitting.trials import Measured, Trials, run_in_full
 from lesa.forecasters import plan_of
 from lesa.models.pipeline import calls_of
@@ -137,6 +145,12 @@ def test_without_runs_two_calls_tell_how_the_denoiser_answers(trials: Trials) ->
     np.testing.assert_allclose(schedules.error_gains, other.error_gains, atol=1e-9)
     assert best.measured is None and best.computed == computed
     assert best.weights is not None and np.allclose(best.weights, other.rows(computed), atol=1e-6)
+
+
+def test_gains_are_assumed_to_be_those_of_predicting_the_noise(trials: Trials) -> None:
+    sigmas = np.asarray(trials.statistics.sigmas[:-1])
+    gains = assumed_error_gains(trials.statistics, 3)
+    np.testing.assert_allclose(gains, np.minimum(1 / sigmas, 2.0)[None, :, None].repeat(3, 2), rtol=1e-5)
 
 
 def test_the_rules_that_a_fit_is_compared_with(trials: Trials) -> None:
