@@ -36,8 +36,9 @@ import torch.multiprocessing as multiprocessing
 import lesa
 from benchmarks import fitted_methods
 from benchmarks.fitted_solvers import DpmSolver, MultistepSubset
-from benchmarks.generic_table import FITTED_BUDGETS, Rows, read, table
+from benchmarks.generic_table import FITTED_BUDGETS, Rows, margin_table, read
 from benchmarks.measuring import hardware
+from benchmarks.tables import markdown
 from lesa import assets, metrics
 from lesa.forecasters import plan_of
 from lesa.models.pipeline import run as run_pipeline
@@ -336,7 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, help="default one for each model and guidance; 0: all in this one")
     options = parser.parse_args(arguments)
     errors = [] if options.table else measure(_settings(options), options.models, options.guidance, options.processes)
-    print(table(read(options.results)))
+    print(markdown(*margin_table(read(options.results))))
     if errors:
         sys.exit("\n".join(errors))
 

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -114,23 +114,68 @@ def margins(rows: Iterable[Row]) -> Iterator[Margin]:
             yield Margin(cell, *gains)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """A markdown table with a line for each step count and budget, and one for all budgets."""
+Table = tuple[list[str], list[list[str]]]
+
+
+def margin_table(rows: Iterable[Row]) -> Table:
+    """Head and lines: the margins at each step count and budget, and over all budgets."""
     found = sorted(margins(rows), key=lambda margin: (-margin.cell.steps, margin.cell.computed))
-    lines = ["| steps | computed | cells | mean | worst mean | worst lowest tenth | fails |", "|---" * 7 + "|"]
+    lines = []
     for steps in dict.fromkeys(margin.cell.steps for margin in found):
         of_steps = [margin for margin in found if margin.cell.steps == steps]
         for computed in dict.fromkeys(margin.cell.computed for margin in of_steps):
             lines.append(_line(steps, str(computed), [m for m in of_steps if m.cell.computed == computed]))
         lines.append(_line(steps, "all", of_steps))
-    return "\n".join(lines)
+    return ["steps", "computed", "cells", "mean", "lowest mean", "lowest of lowest tenths", "below the limit"], lines
 
 
-def _line(steps: int, computed: str, found: Sequence[Margin]) -> str:
+def _line(steps: int, computed: str, found: Sequence[Margin]) -> list[str]:
     mean = float(np.mean([margin.mean for margin in found]))
     lowest, low = min(found, key=lambda m: m.mean), min(found, key=lambda m: m.low)
     fails = [f"{m.cell} {m.mean:+.2f} / {m.low:+.2f}" for m in found if min(m.mean, m.low) < WORST]
     shown = f"{len(fails)} cells" if computed == "all" else ", ".join(fails)
-    strong = f"{mean:+.2f}" + ("" if mean >= MEAN else f" (below {MEAN:+g})")
-    worst = [f"{lowest.mean:+.2f} ({lowest.cell})", f"{low.low:+.2f} ({low.cell})"]
-    return "| " + " | ".join([str(steps), computed, str(len(found)), strong, *worst, shown]) + " |"
+    gain = f"{mean:+.2f}" + ("" if mean >= MEAN else f", below {MEAN:+g}")
+    worst = [f"{lowest.mean:+.2f} {lowest.cell}", f"{low.low:+.2f} {low.cell}"]
+    return [str(steps), computed, str(len(found)), gain, *worst, shown]
+
+
+def quality_table(rows: Iterable[Row], steps: int | None = None) -> Table:
+    """Head and lines: mean and lowest tenth by model, guidance and method, at the budgets of the tables.
+
+    Args:
+        rows: of the file.
+        steps: of the requests; None takes all others than those of 50 steps, at all their budgets.
+    """
+    known = {cell: by for cell, by in cells(rows).items() if (cell.steps == steps if steps else cell.steps != 50)}
+    budgets = sorted({cell.computed for cell in known if not steps or cell.computed in FITTED_BUDGETS}, reverse=True)
+    lines = []
+    for model, guidance, count in dict.fromkeys(cell[:3] for cell in known):
+        columns = [known.get(Cell(model, guidance, count, budget), {}) for budget in budgets]
+        for label, shown in _METHODS.items():
+            texts = [_text(shown(by), label == _BEST) for by in columns]
+            if any(texts):
+                lines.append([model, guidance, str(count), label, *texts])
+    return ["model", "requests", "steps", "method", *(f"{budget} computed" for budget in budgets)], lines
+
+
+def _best(by: Mapping[tuple[str, str], Row]) -> Row | None:
+    return max(rules(by), key=lambda row: float(row["psnr_mean"]), default=None)
+
+
+def _text(row: Row | None, named: bool) -> str:
+    if row is None:
+        return ""
+    figures = f"{float(row['psnr_mean']):.1f} / {float(row['psnr_low']):.1f}"
+    return figures + (f" {row['method']}, {row['schedule']}" if named else "")
+
+
+_BEST = "best rule"
+_METHODS: Mapping[str, Callable[[Mapping[tuple[str, str], Row]], Row | None]] = {
+    "**no fit**": lambda by: by.get(("generic", "searched")),
+    _BEST: _best,
+    "fewer steps": lambda by: by.get(("fewer", "own")),
+    "fewer DPM-Solver++ steps": lambda by: by.get(("dpm++", "fewer")),
+    "`learn=4`": lambda by: by.get(("learn", "learned")),
+    "`lesa.fit`, quick": lambda by: by.get(("quick", "fitted")),
+    "`lesa.fit`": lambda by: by.get(("default", "fitted")),
+}

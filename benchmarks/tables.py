@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import fitted_table
+from benchmarks import fitted_table, generic_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -244,6 +244,13 @@ def operators_cpu() -> str:
     return markdown(["`forecast`", "lesa, C++", "best eager torch"], lines)
 
 
+def generic(make: Callable[[list[Row]], generic_table.Table]) -> str:
+    """A table of plans without a fit; nothing where nothing was measured."""
+    rows = generic_table.read(RESULTS / "generic.csv") if (RESULTS / "generic.csv").is_file() else []
+    head, lines = make(rows)
+    return markdown(head, lines) if lines else ""
+
+
 def _time(row: Row | None) -> str:
     if row is None:
         return ""
@@ -309,6 +316,9 @@ CONTENTS: dict[str, Callable[[], str]] = {
     "fitted-guided": lambda: fitted_summary("3"),
     "fitted-all": lambda: fitted_all("1"),
     "fitted-guided-all": lambda: fitted_all("3"),
+    "generic": lambda: generic(lambda rows: generic_table.quality_table(rows, 50)),
+    "generic-steps": lambda: generic(generic_table.quality_table),
+    "generic-margins": lambda: generic(generic_table.margin_table),
     "fit-cost": fit_cost,
     "fit-cost-quick": lambda: fit_cost_of("quick"),
     "fit-cost-default": lambda: fit_cost_of("default"),
