@@ -24,8 +24,8 @@ from .trials import Measured, Recorded, Trials
 _REACH = (1, -1, 2, -2, 4, -4)  # how far a computed step is moved
 # A search that evaluates more schedules finds what the surrogate promises most of, which is not always what runs best.
 _NEAR = 100
-# What is searched once the error gains are measured; the latter only with the evaluations of "thorough".
-_AGAIN = (("searched again", False), ("searched far", True))
+# Searches, each with the error gains measured in the runs before it; the last only with "thorough"'s evaluations.
+_SEARCHES = (("searched", False), ("searched again", False), ("searched a third time", False), ("searched far", True))
 _STALLED = 0.02  # dB: what a step of Gauss-Newton must gain to be followed by another
 _STEEPEST = 2.0  # an error gain that was not measured, in units of the final sample
 _PROBES = 2  # by the second the errors are about as large as those of the plan that is looked for
@@ -176,13 +176,11 @@ class Refiner:
         Raises:
             ValueError: forecasts of a given plan are refused.
         """
+        self._probe()
         if not self._left:
-            self._probe()
-        searched = self._made("searched", self._schedules.climb(self._schedules.starts()))
-        if not self._left:
-            return searched
+            return self._made("searched", self._schedules.climb(self._schedules.starts()))
         with tqdm(total=self._left, desc=f"fit {self._budget}", unit="run") as self._bar:
-            self._loop(searched)
+            self._loop()
         assert self.best is not None
         return self.best
 
@@ -204,24 +202,14 @@ class Refiner:
                 if i + 1 < _PROBES:
                     computed = self._schedules.climb(self._schedules.starts())
 
-    def _loop(self, searched: Candidate) -> None:
+    def _loop(self) -> None:
         """Run candidates as long as there are runs left."""
         floor = published(self._statistics.num_steps, self._budget)[0]
         name = "published schedule, taylor-1"
         self._try(self._made(name, floor, closed_form(self._statistics, floor, "taylor-1")))
         for one in self._given:
             self._try_given(one)
-        if self._left:
-            self._try(searched)
-            # What was measured says how the denoiser answers errors: search once more with that.
-            self._learn(searched)
-        found = [searched]
-        for name, far in _AGAIN[: 1 + self._schedules.goes_far]:
-            if self._left:
-                starts = [*self._schedules.starts(), *(one.computed for one in found)]
-                made = self._made(name, self._schedules.climb(starts, far))
-                if fingerprint(made.plan) not in self._tried:
-                    found.append(self._try(made))
+        self._search()
         refined = None
         while self._left:
             if refined is not self._base:
@@ -229,6 +217,18 @@ class Refiner:
                 refined = self._base
             if self._left:
                 self._move()
+
+    def _search(self) -> None:
+        """Run the schedules that the surrogate promises most of, which say how the denoiser answers errors."""
+        found: list[Candidate] = []
+        for name, far in _SEARCHES[: len(_SEARCHES) - (not self._schedules.goes_far)]:
+            if not self._left:
+                return
+            starts = [*self._schedules.starts(), *(one.computed for one in found)]
+            made = self._made(name, self._schedules.climb(starts, far))
+            if fingerprint(made.plan) not in self._tried:
+                found.append(self._try(made))
+                self._schedules.learn(np.mean([self._error_gains(one) for one in found], 0))
 
     def _made(self, name: str, computed: tuple[int, ...], weights: np.ndarray | None = None) -> Candidate:
         """A candidate, by default with the surrogate's rows."""
