@@ -90,7 +90,7 @@ def fit(
         request: keyword arguments of the pipeline call, JSON-able, e.g. {"num_inference_steps": 50}.
         effort: "quick", "default" or "thorough": at most about 10, 40 and 300 full requests' time for one budget,
             with the recording of 8. All run two calls with trial plans, to measure the error gains. Those
-            but "quick" always run the paper's schedule, the searched plan and all candidates; many of them may take longer.
+            but "quick" always run the paper's schedule, the searched plan and all candidates; many may take longer.
         candidates: plans for such requests, or what `Plan.from_pretrained` takes; each runs if its budget is fitted.
             Output-site candidates whose rows use only computed steps are also refined. If a candidate wins, fit
             returns that plan and adds this fit's figures.
