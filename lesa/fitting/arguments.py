@@ -327,7 +327,7 @@ def read_candidates(candidates: Sequence[Plan | str | os.PathLike[str]], effort:
         else:
             raise ValueError(f"candidates[{i}] is a {type(one).__name__}: expected a Plan, or the path of one")
     if given and effort == "quick":
-        raise ValueError("candidates with effort='quick', which compares nothing: take another effort, or give none")
+        raise ValueError("candidates with effort='quick', which runs none: take another effort, or give none")
     return given
 
 

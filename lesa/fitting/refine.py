@@ -26,7 +26,7 @@ _REACH = (1, -1, 2, -2, 4, -4)  # how far a computed step is moved
 _NEAR = 100
 # Searches, each with the error gains measured in the runs before it; the last only with "thorough"'s evaluations.
 _SEARCHES = (("searched", False), ("searched again", False), ("searched a third time", False), ("searched far", True))
-_STALLED = 0.02  # dB: what a step of Gauss-Newton must gain to be followed by another
+_STALLED = 0.1  # dB: what a step of Gauss-Newton must gain to be followed by another
 _STEEPEST = 2.0  # an error gain that was not measured, in units of the final sample
 _PROBES = 2  # by the second the errors are about as large as those of the plan that is looked for
 _RULES = ("reuse", "taylor-1")
