@@ -9,7 +9,7 @@ One process for each model and guidance, all pictures in one pipeline call. Rows
 of the same hardware, commit and cell are not measured again. After --seconds nothing is begun, and 20 s later what
 still runs is ended. The methods:
 
-    generic   plan_for on generic statistics, those of the model itself left out
+    generic   generic_plan, the statistics of the model itself left out
     rules     every closed form on the paper's, the even and its own published schedules
     fewer     fewer steps of the pipeline's sampler, and of DPM-Solver++ at its noise levels
     learn     lesa.enable(pipe, learn=4), where there is such a thing
@@ -42,8 +42,7 @@ from benchmarks.tables import markdown
 from lesa import assets, metrics
 from lesa.forecasters import plan_of
 from lesa.models.pipeline import run as run_pipeline
-from lesa.planner.build import plan_for
-from lesa.planner.generic import generic_statistics
+from lesa.planner.generic import generic_plan
 from lesa.planner.statistics import FLOW
 from lesa.plans import schedule
 from lesa.plans.plan import Plan
@@ -140,10 +139,9 @@ class Bench:
 
     def generic(self, budget: int) -> Plan:
         """The plan without a fit, the model's own statistics left out."""
-        statistics = generic_statistics(
-            self.prediction, self.guided, self.levels, self.impulse_response, without=(self.name,)
+        made = generic_plan(
+            self.prediction, self.guided, budget, self.levels, self.impulse_response, without=(self.name,)
         )
-        made = plan_for(statistics, budget)
         return Plan(made.computed, self.sigmas, made.rows, site=made.site, forecaster=made.forecaster)
 
     def solver(self, budget: int) -> Any:

@@ -28,7 +28,7 @@ from .surrogate import Segments, Surrogate, carry
 FITTED = "fitted"
 ENOUGH = 4  # requests, to estimate a standard deviation
 
-_VARIANCE = 16.0  # of the data where forecasts err, decided in docs/benchmarks.md
+VARIANCE = 16.0  # of the data where forecasts err
 _TINY_SIGMA, _TINY = 1e-6, 1e-30
 _LEAST_STD = 0.2  # that of a few requests may be small by chance
 _DOUBT = 0.25  # added to it where the features are of full requests, not of requests run by the plan
@@ -122,7 +122,7 @@ def adapt(
         nearest(plan, levels, number): "nearest",
         search(there.gram("output", GUIDED), there.impulse_response[-1], number): "searched",
     }
-    best = _moved(model, schedules)
+    best = moved(model, schedules)
     weights, _ = model.optimise(best, linear_extrapolation(best, len(model.guidance), total))
     more: dict[str, Any] = {"training": {"requests": fitted.requests, "schedule": schedules.get(best, "moved")}}
     made = plan_from_weights(there, best, weights, timesteps=plan.timesteps if sigmas is None else None, **more)
@@ -206,7 +206,7 @@ def nearest(plan: Plan, sigmas: Sequence[float], budget: int) -> tuple[int, ...]
     return tuple(steps)
 
 
-def _moved(model: Surrogate, schedules: Collection[tuple[int, ...]]) -> tuple[int, ...]:
+def moved(model: Surrogate, schedules: Collection[tuple[int, ...]]) -> tuple[int, ...]:
     """The best schedule found by moving steps of some schedules, the best of them first, as long as time is left."""
     costs: dict[tuple[int, ...], float] = {}
     contexts = len(model.guidance)
@@ -274,7 +274,7 @@ def linear_extrapolation(computed: Sequence[int], contexts: int, num_steps: int)
     return np.broadcast_to(rows, (contexts, num_steps, num_steps)).copy()
 
 
-def prior_error_gains(statistics: Statistics, requests: int) -> np.ndarray:
+def prior_error_gains(statistics: Statistics, requests: int, variance: float = VARIANCE) -> np.ndarray:
     """Error gains [C, T, P] of P requests without a measurement: those of a perfect model of Gaussian data.
 
     Forecasts err in what the data will be, where its variance is large. With x = alpha d + sigma e and d of variance V
@@ -284,7 +284,7 @@ def prior_error_gains(statistics: Statistics, requests: int) -> np.ndarray:
     """
     level = np.maximum(statistics.levels, _TINY_SIGMA)
     alpha, sigma = 1 - level, level
-    data = alpha * _VARIANCE / (alpha**2 * _VARIANCE + sigma**2)
+    data = alpha * variance / (alpha**2 * variance + sigma**2)
     noise = (1 - alpha * data) / sigma
     if statistics.prediction == FLOW:
         gains = noise - data

@@ -20,12 +20,28 @@ from pathlib import Path
 
 import numpy as np
 
+from ..plans.plan import Plan
 from ..plans.rows import ANY_CONTEXT
 from ..plans.storage import Kind, read
+from .build import (
+    VARIANCE,
+    closed_form,
+    computed_steps,
+    lasting_response,
+    linear_extrapolation,
+    moved,
+    plan_from_weights,
+    prior_error_gains,
+)
+from .search import search
 from .statistics import FLOW, PREDICTIONS, Statistics, StatisticsError, flow_impulse_response, interpolation
+from .surrogate import Surrogate
 
 ASSET = Path(__file__).parents[1] / "assets" / "generic.safetensors"
 KIND = Kind("generic statistics", "lesa-generic-1", "generic.safetensors", StatisticsError, "examples/generic/build.py")
+_GUIDED_VARIANCE = 4.0  # with guidance errors of the data are answered less: its condition leaves little open
+# Below which shares of computed steps rows lean on closed forms: first alone, then beside the surrogate's.
+_SHARES = {False: (0.2, 0.2), True: (0.25, 0.4)}
 _REACH = 0.02  # how far above a source's noisiest level a request may start
 
 
@@ -134,6 +150,51 @@ def generic_statistics(
         requests=sum(one.requests for one in used),
         prediction=prediction,
     )
+
+
+def generic_plan(
+    prediction: str,
+    guided: bool,
+    budget: int | float,
+    levels: Sequence[float],
+    impulse_response: np.ndarray | None = None,
+    *,
+    without: Collection[str] = (),
+) -> Plan:
+    """The plan of a request of any model, of the output site.
+
+    Which schedule and which rows serve models that nobody recorded was decided by leaving out each small model in turn
+    and running the others' plans on it (docs/benchmarks.md). Without guidance the schedule is the one of least error
+    where errors last, and the rows are the surrogate's; with few computed steps their mean with linear extrapolation.
+    With guidance less is alike: errors are taken to heal by themselves, and rows lean on linear extrapolation, with few
+    computed steps on its mean with regression.
+
+    Args:
+        prediction, guided, levels, impulse_response, without: see `generic_statistics`.
+        budget: see `plan_for`.
+
+    Raises:
+        ValueError: the prediction is unknown, or the budget is none.
+    """
+    known = generic_statistics(prediction, guided, levels, impulse_response, without=without)
+    total = known.num_steps
+    number = computed_steps(budget, total)
+    gains = prior_error_gains(known, 1, _GUIDED_VARIANCE if guided else VARIANCE)
+    model = Surrogate(known.grams["output"][None], known.impulse_response, np.ones(1), gains)
+    gram = known.gram("output", ANY_CONTEXT)
+    if guided:
+        computed = search(gram, known.impulse_response[-1], number)
+    else:
+        computed = moved(model, [search(gram, lasting_response(known), number)])
+    linear = linear_extrapolation(computed, 1, total)
+    weights, _ = model.optimise(computed, linear)
+    few, many = _SHARES[guided]
+    if number < few * total:
+        weights = (linear + (closed_form(known, computed) if guided else weights)) / 2
+    elif number < many * total:
+        weights = (linear + weights) / 2
+    training = {"requests": known.requests, "schedule": "generic"}
+    return plan_from_weights(known, computed, weights, training=training)
 
 
 def packed(gram: np.ndarray) -> np.ndarray:

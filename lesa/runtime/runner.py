@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..planner.build import adapt, default_budget, plan_for, surrogate_of
-from ..planner.generic import generic_statistics
+from ..planner.generic import generic_plan
 from ..planner.statistics import FLOW, Statistics, flow_impulse_response
 from ..plans.plan import Plan
 from ..plans.rows import ANY_CONTEXT, LesaWarning, PlanError
@@ -424,9 +424,8 @@ class Generic:
         if plan is None:
             levels, response = kind.levels[begin:], kind.impulse_response()
             response = None if response is None else response[begin:, begin:]
-            known = generic_statistics(kind.prediction, guided, levels, response)
             wanted = budget or self._budget or default_budget(len(levels) - 1)
-            plan = self._plans[key] = plan_for(known, wanted, levels, known.impulse_response)
+            plan = self._plans[key] = generic_plan(kind.prediction, guided, wanted, levels, response)
             if not begin:
                 _warn_if_all(plan)
             if len(self._plans) > _MOST_PLANS:
