@@ -93,13 +93,13 @@ def test_a_model_of_the_folder_that_predicts_the_noise(tiny, tmp_path, monkeypat
     models.save(tmp_path / "pixart.safetensors", network(), models.Words(["", "picture"]))
     (tmp_path / "pixart.txt").write_text("\n".join(prompts))
     left_out = []
-    gather = generic.generic_statistics
+    make = generic.generic_plan
 
-    def watched(prediction, guided, levels, response, without):
+    def watched(prediction, guided, budget, levels, response, without):
         left_out.append((prediction, guided, len(levels), without))
-        return gather(prediction, guided, levels, response, without=without)
+        return make(prediction, guided, budget, levels, response, without=without)
 
-    monkeypatch.setattr(generic, "generic_statistics", watched)
+    monkeypatch.setattr(generic, "generic_plan", watched)
     generic.main(arguments(tmp_path, "--models", "pixart", "--methods", "generic", "fewer", "--guidance", "guided"))
     assert found(read(tmp_path / "generic.csv"), "guided") == {
         ("generic", "searched"),
