@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 from .. import metrics, ops
 from ..models.layouts import LAYOUTS, config_hash, denoiser_of
 from ..models.pipeline import FeatureRecorder, PipelineCall, by_request, combined, without_variance
-from ..planner.statistics import Statistics, StatisticsError, flow_impulse_response
+from ..planner.statistics import FLOW, Statistics, StatisticsError, flow_impulse_response
 from ..planner.surrogate import Outcome, Surrogate
 from ..plans.plan import Plan
 from ..plans.rows import SITES
-from ..runtime.clock import Call, Request, impulse_response_of
+from ..runtime.clock import Call, Request, impulse_response_of, prediction_of
 from ..runtime.driver import Forecast, Relay
 from ..runtime.runner import PlanRunner
 from . import arguments
@@ -112,6 +112,8 @@ class Gathering:
         if recorder.request is None:
             raise StatisticsError(f"{label} did not call the denoiser: each must run one request")
         found = _found(recorder, recorder.request, self._sigmas, self._scheduler)
+        for site in self._sites:
+            recorder.check(site)
         if self._first is None:
             self._begin(recorder, found)
         assert self._first is not None
@@ -157,6 +159,7 @@ class Gathering:
             denoiser=type(denoiser).__name__,
             config_hash=config_hash(denoiser),
             request=self._request,
+            prediction=prediction_of(scheduler) if scheduler is not None else FLOW,
         )
 
 

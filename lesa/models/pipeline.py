@@ -366,6 +366,11 @@ class FeatureRecorder:
         """The first step's sample."""
         return self._samples[0]
 
+    def label_images(self) -> None:
+        """Take each image of the batch for a request, where nobody said how many there are."""
+        parts = self._parts if len(self.contexts) == 1 else 1
+        self.labels = [f"{self.labels[0]}, image {i}" for i in range(len(self.start) // parts)]
+
     def combine(self, weights: Sequence[float]) -> None:
         """Put what guidance makes of a batch's parts in the place of each output; drop all samples but the first."""
         del self._samples[1:]
@@ -374,11 +379,11 @@ class FeatureRecorder:
             for own in self._features.get("output", {}).values():
                 own[:] = [combined(feature, weights) for feature in own]
 
-    def gram(self, site: str) -> np.ndarray:
-        """The mean inner products [C * T, C * T] of a site's features, which are dropped.
+    def check(self, site: str) -> None:
+        """Check that each context ran at every step, on one sample.
 
         Raises:
-            StatisticsError: a feature is missing, not finite, or of another size than the others.
+            StatisticsError: a feature is missing, or of another size than the others.
         """
         by_context = self._features[site]
         for context, own in by_context.items():
@@ -387,12 +392,21 @@ class FeatureRecorder:
                     f"context {context!r} ran {len(own)} of {len(self.timesteps)} steps in {self.labels[0]}: every "
                     "context must run at every step (no guidance interval)"
                 )
-        features = [feature for own in by_context.values() for feature in own]
-        if len({feature.numel() for feature in features}) > 1:
+        if len({feature.numel() for own in by_context.values() for feature in own}) > 1:
             raise StatisticsError(
                 f"features of site {site!r} differ in size within one request ({self.labels[0]}): contexts and steps "
                 "must work on one sample"
             )
+
+    def gram(self, site: str) -> np.ndarray:
+        """The mean inner products [C * T, C * T] of a site's features, which are dropped.
+
+        Raises:
+            StatisticsError: a feature is missing, not finite, or of another size than the others.
+        """
+        self.check(site)
+        by_context = self._features[site]
+        features = [feature for own in by_context.values() for feature in own]
         gram = _gram([feature.flatten() for feature in features], self._device)
         wrong = ~np.isfinite(np.diag(gram)).reshape(len(by_context), -1)
         if wrong.any():

@@ -56,6 +56,7 @@ class Stats:
         out_of_distribution: requests with an error far above the expected one.
         guard: "warn" if errors are measured, else "off".
         told: the topics of the warnings so far.
+        learning: how far a plan is learned from the requests that run; empty where none is.
     """
 
     requests: int = 0
@@ -67,6 +68,7 @@ class Stats:
     out_of_distribution: int = 0
     guard: str = "off"
     told: set[str] = field(default_factory=set, repr=False)
+    learning: str = ""
     _timers: dict[str, _Timer] = field(default_factory=lambda: {"computed": _Timer(), "forecast": _Timer()}, repr=False)
 
     @property
@@ -93,7 +95,7 @@ class Stats:
         return (
             f"requests {self.requests}, computed {self.computed}, forecast {self.forecast}"
             f"{f' ({operators})' if operators else ''}, refused {refused}, "
-            f"{self.seconds_saved:.3f} s saved, {self._checked()}"
+            f"{self.seconds_saved:.3f} s saved, {self._checked()}{f', {self.learning}' if self.learning else ''}"
         )
 
     def _checked(self) -> str:
