@@ -20,10 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kan_backward import _kan_bwd_kernel
-from .launch import guard, padded
-from .spline import (
+from .kan_backward import (
     SIXTH,
+    _kan_bwd_kernel,
     apply_edges,
     basis6,
     grid_numbers,
@@ -34,6 +33,7 @@ from .spline import (
     product,
     silu,
 )
+from .launch import guard, padded
 
 # A product reads at least 16 rows. Up to so many rows or outputs, a loop over them is less work.
 _FEW = 4

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kan_backward import apply_edges, basis6, grid_numbers, load_edges, position, silu
 from .launch import check_history, check_row, guard, padded
-from .spline import apply_edges, basis6, grid_numbers, load_edges, position, silu
 
 READY = tl.constexpr(1 << 32)
 # Words lie apart in memory, so waiting for alpha does not slow the tickets.
