@@ -24,7 +24,7 @@ from ..plans.rows import LesaWarning, PlanError
 from . import arguments
 from .arguments import Given, budgets_of
 from .refine import Candidate, Refiner, ScheduleSearch, assumed_error_gains, fingerprint
-from .trials import Measured, Recorded, Trials, check_alike, run_in_full
+from .trials import Measured, Trials, check_alike, run_in_full
 
 _SAME = 1e-3  # tolerance: two recordings are never bit-equal
 _MOST_RULES = 2  # of the plain rules: run beside the plan on the held-out requests
@@ -287,7 +287,7 @@ class Session:
 
 
 def finished(
-    best: Candidate, error_gains: np.ndarray, figures: Mapping[str, Any], trials: Recorded, kept_out: Measured | None
+    best: Candidate, error_gains: np.ndarray, figures: Mapping[str, Any], trials: Trials, kept_out: Measured | None
 ) -> Plan:
     """The plan of the best candidate with all its figures.
 
@@ -308,7 +308,7 @@ def finished(
     return replace(plan, expected=_expected(plan, model, trials, measured))
 
 
-def _served(plan: Plan, trials: Recorded) -> Plan:
+def _served(plan: Plan, trials: Trials) -> Plan:
     """The plan with its rows, checks and expected errors under these requests' context names."""
     names = served_by(trials.statistics)
     tables = {"rows": plan.rows_of, "checks": plan.checks_of, "expected": plan.expected_of}
@@ -318,7 +318,7 @@ def _served(plan: Plan, trials: Recorded) -> Plan:
     return replace(plan, **found)
 
 
-def _surrogate(best: Candidate, error_gains: np.ndarray, trials: Recorded) -> Surrogate | None:
+def _surrogate(best: Candidate, error_gains: np.ndarray, trials: Trials) -> Surrogate | None:
     """The surrogate for `adapt`; None for a hidden-site plan."""
     if best.plan.site != "output":
         return None
@@ -328,7 +328,7 @@ def _surrogate(best: Candidate, error_gains: np.ndarray, trials: Recorded) -> Su
     return trials.surrogate(error_gains).thinned()
 
 
-def _expected(plan: Plan, model: Surrogate | None, trials: Recorded, measured: Sequence[Measured]) -> Mapping[str, Any]:
+def _expected(plan: Plan, model: Surrogate | None, trials: Trials, measured: Sequence[Measured]) -> Mapping[str, Any]:
     """Expected errors of the plan's checks. A candidate whose checks we cannot compute keeps its own."""
     reads = {read for own in plan.checks.values() for row in own.values() for read in row.steps}
     if model is None or not reads <= set(plan.computed):

@@ -19,7 +19,7 @@ from ..plans.plan import Plan
 from ..plans.rows import MAX_READS
 from ..plans.schedule import published, spaced
 from .arguments import Given
-from .trials import Measured, Recorded, Trials
+from .trials import Measured, Trials
 
 _REACH = (1, -1, 2, -2, 4, -4)  # how far a computed step is moved
 # A search that evaluates more schedules finds what the surrogate promises most of, which is not always what runs best.
@@ -73,7 +73,7 @@ class ScheduleSearch:
         goes_far: whether a search may evaluate more schedules than usual.
     """
 
-    def __init__(self, trials: Recorded, budget: int, evaluations: int, seed: int) -> None:
+    def __init__(self, trials: Trials, budget: int, evaluations: int, seed: int) -> None:
         self._trials, self._statistics = trials, trials.statistics
         self._budget, self._most = budget, evaluations
         self._random = np.random.default_rng(seed)

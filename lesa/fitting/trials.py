@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -223,11 +223,15 @@ class Reference:
     start: Tensor
     parts: tuple[float, ...] = (1.0,)
 
-    @property
+    @cached_property
     def grams(self) -> np.ndarray:
         """[B, C T, C T]: the inner products of each request's outputs."""
         flat = (outputs.flatten(0, 1).double() for outputs in self.outputs.unbind(2))
         return np.stack([(own @ own.T / own.shape[1]).cpu().numpy() for own in flat])
+
+    def drop_outputs(self) -> None:
+        """Keep their inner products alone: nothing can be compared with these requests any more."""
+        _, self.outputs = self.grams, self.outputs.new_empty(0)
 
 
 @dataclass
@@ -256,27 +260,12 @@ class Measured:
         return float(self.psnr.mean())
 
 
-class Recorded(Protocol):
-    """What is known of full requests."""
-
-    @property
-    def statistics(self) -> Statistics:
-        """Of all of them."""
-
-    @property
-    def count(self) -> int:
-        """P, how many."""
-
-    def surrogate(self, error_gains: np.ndarray) -> Surrogate:
-        """The model of them with error gains [C, T, P]."""
-
-
 @dataclass
 class Trials:
     """Requests with their full runs.
 
     Args:
-        calls: run the requests.
+        calls: run the requests; none where these cannot be repeated.
         statistics: of the full runs.
         references: one a call.
         seconds: that the full runs took, together.
@@ -301,7 +290,7 @@ class Trials:
     @property
     def count(self) -> int:
         """P, how many requests."""
-        return len(self.labels)
+        return len(self.grams)
 
     @cached_property
     def grams(self) -> np.ndarray:
@@ -310,7 +299,8 @@ class Trials:
 
     def surrogate(self, error_gains: np.ndarray) -> Surrogate:
         """The model of these requests with error gains [C, T, P]."""
-        return surrogate_of_requests(self.statistics, self.grams, error_gains)
+        known = self.statistics
+        return Surrogate(self.grams, known.impulse_response, np.asarray(known.guidance), error_gains, known.contexts)
 
     @property
     def compares_pictures(self) -> bool:
@@ -352,12 +342,6 @@ class Trials:
         else:
             psnr = -10 * np.log10(np.maximum(outcome.error[-1], 10 ** (-_MOST_DB / 10)))
         return Measured(psnr, outcome, error_gains, tuple(recorder.stats.refused), final)
-
-
-def surrogate_of_requests(statistics: Statistics, grams: np.ndarray, error_gains: np.ndarray) -> Surrogate:
-    """The model of requests with inner products [P, C T, C T] and error gains [C, T, P]."""
-    guidance = np.asarray(statistics.guidance)
-    return Surrogate(grams, statistics.impulse_response, guidance, error_gains, statistics.contexts)
 
 
 def run_in_full(
