@@ -1,8 +1,4 @@
-"""Learning from the requests that come: the first ones run in full and are watched, the next ones by what they told.
-
-Requests cannot be repeated here, so no plan is tried out: the schedule and its rows are the surrogate's best, with
-error gains that are assumed.
-"""
+"""Learning from the requests that come: the first ones run in full and are watched, the next ones by what they told."""
 
 from __future__ import annotations
 
@@ -91,15 +87,12 @@ class Learner(Relay):
         if self._learned is not None:
             self._runner = self._learned
             return super().begin(request)
-        sigmas = request.sigmas or self._sigmas
-        assert sigmas is not None  # `lesa.enable` asks for them
         self.stats.requests += 1
-        self._num_steps = len(sigmas) - 1
-        covers = self._computed_steps() >= self._num_steps
-        if covers:
-            what = f"lesa learns nothing from requests of {self._num_steps} steps: the budget covers all steps"
-            self._warn(f"{what}; use a smaller budget=")
-        self._runner = FeatureRecorder([f"request {self.stats.requests}"], () if covers else ("output",))
+        self._num_steps = len(request.sigmas or self._sigmas or ()) - 1
+        sites = ("output",) if self._computed_steps() < self._num_steps else ()
+        if not sites:
+            self._warn(f"lesa learns nothing from requests of {self._num_steps} steps: the budget covers them")
+        self._runner = FeatureRecorder([f"request {self.stats.requests}"], sites)
         super().begin(request)
 
     def forecast(self, call: Call) -> Forecast | None:
@@ -126,11 +119,13 @@ class Learner(Relay):
 
     def _end(self, recorder: FeatureRecorder) -> None:
         """Keep the inner products of a request, and learn when these are enough."""
-        self._runner, request = FeatureRecorder([]), recorder.request  # which watches nothing
-        assert request is not None
-        kind, options = _kind(request), dict[str, Any](sigmas=self._sigmas, scheduler=request.scheduler)
+        self._runner = FeatureRecorder([])  # which watches nothing
+        request = recorder.request or Request()
+        # A scheduler's repr holds its settings.
+        kind = tuple(round(sigma, _DIGITS) for sigma in request.sigmas or ()), repr(request.scheduler)
         if kind not in self._kinds:
-            self._kinds[kind] = Gathering(self._denoiser, {}, ("output",), **options), []
+            loop: dict[str, Any] = {"sigmas": self._sigmas, "scheduler": request.scheduler}
+            self._kinds[kind] = Gathering(self._denoiser, {}, ("output",), **loop), []
         self._kinds.move_to_end(kind)
         gathering, references = self._kinds[kind]
         found: list[Reference] = []
@@ -179,16 +174,9 @@ class Learner(Relay):
 
 
 def learned_plan(watched: Trials, budget: int) -> Plan:
-    """The plan with so many computed steps of which the surrogate of some requests promises most."""
+    """The plan of which the surrogate promises most; requests that come once cannot try plans, so gains are assumed."""
     schedules = ScheduleSearch(watched, budget, EFFORTS["quick"].evaluations, 0)
     computed = schedules.climb(schedules.starts())
     best = candidate(watched.statistics, "searched", computed, schedules.rows(computed))
     figures = {"requests": len(watched.references), "schedule": "searched", "learned": True}
     return finished(best, schedules.error_gains, figures, watched, None)
-
-
-def _kind(request: Request) -> tuple:
-    """What requests that are learned from have in common: noise levels, and the scheduler with its settings."""
-    scheduler = request.scheduler
-    config = repr(sorted(dict(getattr(scheduler, "config", {})).items()))
-    return tuple(round(sigma, _DIGITS) for sigma in request.sigmas or ()), type(scheduler).__name__, config
