@@ -14,6 +14,7 @@ So the statistics of flow models serve models that predict the noise, and the ot
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 
 from ..plans.plan import Plan
 from ..plans.rows import ANY_CONTEXT
+from ..plans.schedule import spaced
 from ..plans.storage import Kind, read
 from .build import (
     VARIANCE,
@@ -40,8 +42,10 @@ from .surrogate import Surrogate
 ASSET = Path(__file__).parents[1] / "assets" / "generic.safetensors"
 KIND = Kind("generic statistics", "lesa-generic-1", "generic.safetensors", StatisticsError, "examples/generic/build.py")
 _GUIDED_VARIANCE = 4.0  # with guidance errors of the data are answered less: its condition leaves little open
-# Below which shares of computed steps rows lean on closed forms: first alone, then beside the surrogate's.
-_SHARES = {False: (0.2, 0.2), True: (0.25, 0.4)}
+# Below so many computed steps rows are the mean of reuse and regression; regression; its mean with linear
+# extrapolation; the mean of that and the surrogate's best rows; these. The fewer, the wider are the gaps to bridge.
+_MOST = {False: (0, 0, 0, 10, math.inf), True: (5, 8, 13, 20, math.inf)}
+_BLIND = 3  # so few computed steps tell nothing: even steps, and reuse
 _REACH = 0.02  # how far above a source's noisiest level a request may start
 
 
@@ -166,8 +170,8 @@ def generic_plan(
     Which schedule and which rows serve models that nobody recorded was decided by leaving out each small model in turn
     and running the others' plans on it (docs/benchmarks.md). Without guidance the schedule is the one of least error
     where errors last, and the rows are the surrogate's; with few computed steps their mean with linear extrapolation.
-    With guidance less is alike: errors are taken to heal by themselves, and rows lean on linear extrapolation, with few
-    computed steps on its mean with regression.
+    With guidance less is alike: the schedule counts no answers to errors, and rows lean on linear extrapolation, with few
+    computed steps on regression.
 
     Args:
         prediction, guided, levels, impulse_response, without: see `generic_statistics`.
@@ -177,8 +181,11 @@ def generic_plan(
         ValueError: the prediction is unknown, or the budget is none.
     """
     known = generic_statistics(prediction, guided, levels, impulse_response, without=without)
-    total = known.num_steps
+    total, training = known.num_steps, {"requests": known.requests, "schedule": "generic"}
     number = computed_steps(budget, total)
+    if number <= _BLIND:
+        computed = spaced(total, number)
+        return plan_from_weights(known, computed, closed_form(known, computed, "reuse"), training=training)
     gains = prior_error_gains(known, 1, _GUIDED_VARIANCE if guided else VARIANCE)
     model = Surrogate(known.grams["output"][None], known.impulse_response, np.ones(1), gains)
     gram = known.gram("output", ANY_CONTEXT)
@@ -186,15 +193,12 @@ def generic_plan(
         computed = search(gram, known.impulse_response[-1], number)
     else:
         computed = moved(model, [search(gram, lasting_response(known), number)])
-    linear = linear_extrapolation(computed, 1, total)
-    weights, _ = model.optimise(computed, linear)
-    few, many = _SHARES[guided]
-    if number < few * total:
-        weights = (linear + (closed_form(known, computed) if guided else weights)) / 2
-    elif number < many * total:
-        weights = (linear + weights) / 2
-    training = {"requests": known.requests, "schedule": "generic"}
-    return plan_from_weights(known, computed, weights, training=training)
+    linear, regression = linear_extrapolation(computed, 1, total), closed_form(known, computed)
+    best, _ = model.optimise(computed, linear)
+    reuse = closed_form(known, computed, "reuse")
+    means = ((reuse, regression), (regression,), (regression, linear), (linear, best), (best,))
+    used = next(rows for most, rows in zip(_MOST[guided], means, strict=True) if number < most)
+    return plan_from_weights(known, computed, np.mean(used, 0), training=training)
 
 
 def packed(gram: np.ndarray) -> np.ndarray:
