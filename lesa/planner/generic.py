@@ -170,8 +170,8 @@ def generic_plan(
     Which schedule and which rows serve models that nobody recorded was decided by leaving out each small model in turn
     and running the others' plans on it (docs/benchmarks.md). Without guidance the schedule is the one of least error
     where errors last, and the rows are the surrogate's; with few computed steps their mean with linear extrapolation.
-    With guidance less is alike: the schedule counts no answers to errors, and rows lean on linear extrapolation, with few
-    computed steps on regression.
+    With guidance less is alike: the schedule counts no answers to errors, and rows lean on linear extrapolation, with
+    few computed steps on regression.
 
     Args:
         prediction, guided, levels, impulse_response, without: see `generic_statistics`.
