@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .fitting.learn import Learner
 from .models import hooks
 from .models.hooks import RootHook
 from .models.layouts import check_fit, denoiser_of
@@ -35,7 +36,7 @@ class Enabled:
         self,
         denoiser: torch.nn.Module,
         hook: RootHook,
-        driver: PlanRunner | Adaptive | Generic,
+        driver: PlanRunner | Adaptive | Generic | Learner,
         before: RootHook | None,
     ) -> None:
         self._denoiser, self._hook, self._driver, self._before = denoiser, hook, driver, before
@@ -85,6 +86,7 @@ def enable(
     *,
     budget: int | float | None = None,
     sigmas: Sequence[float] | None = None,
+    learn: int | None = None,
     guard: str = "warn",
     backend: str | None = None,
 ) -> Enabled:
@@ -107,6 +109,9 @@ def enable(
             least 4, or half of them where there are 8 or fewer. A plan that was not fitted has one budget.
         sigmas: of a bare denoiser, without a plan or with one that adapts: the T + 1 noise levels of each request,
             falling, the final 0 included. Levels above 1 are sigma / alpha of a model that predicts the noise.
+        learn: instead of a plan: the first so many requests run in full and are watched; the next ones run by what was
+            learned from them, which `run.plan.save(path)` keeps. `lesa.stats` tells how far it is. Requests that are
+            interrupted, or of another kind, do not count.
         guard: "warn": at each computed step lesa also makes the forecast and compares it with the true feature. If the
             logarithm of an error exceeds its fitted mean by 5 standard deviations, lesa warns once; the plan goes on.
             `lesa.stats` shows the errors of the latest request. "off" measures nothing. In both cases, lesa computes
@@ -122,7 +127,8 @@ def enable(
         TypeError: `plan` has another type.
         ValueError: `target` has no supported denoiser, is a pipeline without a scheduler, or a bare denoiser that needs
             `sigmas`.
-        ValueError: the backend or the guard is unknown, or `sigmas` are no noise levels.
+        ValueError: the backend or the guard is unknown, `sigmas` are no noise levels, or `learn` is below 1 or comes
+            with a plan.
         ValueError: a budget with a plan that was not fitted, or statistics without a budget.
         ValueError: the statistics cannot be read.
     """
@@ -140,9 +146,15 @@ def enable(
     def runner(made: Plan) -> PlanRunner:
         return PlanRunner(made, backend, guard)
 
-    driver: PlanRunner | Adaptive | Generic
+    driver: PlanRunner | Adaptive | Generic | Learner
+    if learn is not None and plan is not None:
+        raise ValueError(f"learn={learn!r} with a plan: give one of them")
     if plan is None:
-        driver = Generic(_checked_budget(target, budget, levels), levels, runner)
+        wanted = _checked_budget(target, budget, levels)
+        if learn is None:
+            driver = Generic(wanted, levels, runner)
+        else:
+            driver = Learner(target, learn, wanted, runner, levels)
     else:
         source = plan if isinstance(plan, (Plan, Statistics)) else source_of(plan, budget)
         check_adaptable(source, budget)
@@ -251,6 +263,6 @@ def stats(target: Any) -> Stats:
     root = hooks.attached(target)
     if root is None:
         raise ValueError(f"lesa is not enabled on this {type(target).__name__}: call lesa.enable(target, plan) first")
-    if isinstance(root.driver, (PlanRunner, Adaptive, Generic)):
+    if isinstance(root.driver, (PlanRunner, Adaptive, Generic, Learner)):
         root.driver.settle()
     return root.driver.stats

@@ -27,7 +27,7 @@ BELOW = {
     "fitting": {"plans", "planner", "forecasters", "ops", "runtime", "models", "metrics"},
     "training": {"plans", "planner", "forecasters", "ops", "runtime", "models", "metrics"},
     "assets": set(),
-    "api": {"plans", "planner", "ops", "runtime", "models"},
+    "api": {"plans", "planner", "ops", "runtime", "models", "fitting"},
     "evaluation": {
         *("plans", "planner", "forecasters", "ops", "runtime", "models", "fitting", "training", "metrics", "assets"),
         "api",

@@ -94,6 +94,13 @@ CALLS: list[tuple[str, Callable[[World], Any]]] = [
         for bad in ((0.5, 1.0, 0.0), (1.0, NAN, 0.0), (1.0, 0.5), "x", 7)
     ],
     ("budget=5", lambda w: enable(w.pipe.transformer, budget=5, sigmas=SIGMAS)),
+    *[
+        (f"learn={value}", functools.partial(lambda w, value: enable(w.pipe, learn=value), value=value))
+        for value in (0, -1, 1.5, True)
+    ],
+    ("learn=4 with a plan", lambda w: enable(w.pipe, PLAN, learn=4)),
+    ("budget=0", lambda w: enable(w.pipe, budget=0, learn=4)),
+    ("sigmas: a bare", lambda w: enable(w.pipe.transformer, learn=4)),
     ("has no scheduler", lambda w: enable(SimpleNamespace(transformer=w.pipe.transformer, scheduler=None))),
     ("the plan serves its own", lambda w: enable(w.pipe.transformer, PLAN, sigmas=SIGMAS)),
     ("plan 'missing'", lambda w: enable(w.pipe, "missing")),
