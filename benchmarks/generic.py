@@ -42,8 +42,7 @@ from benchmarks.tables import markdown
 from lesa import assets, metrics
 from lesa.forecasters import plan_of
 from lesa.models.pipeline import run as run_pipeline
-from lesa.planner.generic import generic_plan
-from lesa.planner.statistics import FLOW
+from lesa.planner.generic import FLOW, generic_plan
 from lesa.plans import schedule
 from lesa.plans.plan import Plan
 from lesa.runtime.clock import impulse_response_of, sigmas_of

@@ -17,13 +17,13 @@ import torch
 from ..models import hooks
 from ..models.layouts import denoiser_of
 from ..models.pipeline import PipelineCall, calls_of, check_functions, check_prompts, seeds_of
-from ..planner.build import expectations, expected_by, served_by, surrogate_of
+from ..planner.build import expectations, expected_by, prior_error_gains, served_by, surrogate_of
 from ..planner.surrogate import Surrogate, interpolated_error_gains
 from ..plans.plan import Plan
 from ..plans.rows import LesaWarning, PlanError
 from . import arguments
 from .arguments import Given, budgets_of
-from .refine import Candidate, Refiner, ScheduleSearch, assumed_error_gains, fingerprint
+from .refine import Candidate, Refiner, ScheduleSearch, fingerprint
 from .trials import Measured, Trials, check_alike, run_in_full
 
 _SAME = 1e-3  # tolerance: two recordings are never bit-equal
@@ -281,7 +281,7 @@ class Session:
         if plan.surrogate is None:
             return True
         grams = surrogate_of(plan).grams
-        gains = assumed_error_gains(self.trials.statistics, self.trials.count)
+        gains = prior_error_gains(self.trials.statistics, self.trials.count)
         known = self.trials.surrogate(gains).thinned().grams
         return grams.shape == known.shape and bool(np.abs(grams - known).max() <= _SAME * np.abs(known).max())
 

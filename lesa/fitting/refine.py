@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..planner.build import closed_form, plan_from_weights, written_out
+from ..planner.build import closed_form, plan_from_weights, prior_error_gains, written_out
 from ..planner.search import search
 from ..planner.statistics import GUIDED, Statistics
-from ..planner.surrogate import carry, interpolated_error_gains, unit_gains
+from ..planner.surrogate import interpolated_error_gains
 from ..plans.plan import Plan
 from ..plans.rows import MAX_READS
 from ..plans.schedule import published, spaced
@@ -27,7 +27,6 @@ _NEAR = 100
 # Searches, each with the error gains measured in the runs before it; the last only with "thorough"'s evaluations.
 _SEARCHES = (("searched", False), ("searched again", False), ("searched a third time", False), ("searched far", True))
 _STALLED = 0.1  # dB: what a step of Gauss-Newton must gain to be followed by another
-_STEEPEST = 2.0  # an error gain that was not measured, in units of the final sample
 _PROBES = 2  # by the second the errors are about as large as those of the plan that is looked for
 _RULES = ("reuse", "taylor-1")
 
@@ -78,7 +77,7 @@ class ScheduleSearch:
         self._budget, self._most = budget, evaluations
         self._random = np.random.default_rng(seed)
         self.goes_far = evaluations > _NEAR
-        self.error_gains = assumed_error_gains(trials.statistics, trials.count)
+        self.error_gains = prior_error_gains(trials.statistics, trials.count)
         self._evaluated: dict[tuple[int, ...], float] = {}
 
     def learn(self, error_gains: np.ndarray) -> None:
@@ -314,16 +313,6 @@ class Refiner:
         self._bar.update()
         self._bar.set_postfix_str(f"best {self.best.score:.2f} dB ({self.best.name}), now {candidate.score:.2f}")
         return candidate
-
-
-def assumed_error_gains(statistics: Statistics, requests: int) -> np.ndarray:
-    """Error gains [C, T, P] until some are measured: those of predicting the noise, 1 / sigma, limited.
-
-    Where forecasts err in the requests that a fit runs, models answered more like this than `prior_error_gains`.
-    """
-    response = statistics.impulse_response
-    gains = np.minimum(unit_gains(response), _STEEPEST * carry(response)[:-1])
-    return np.broadcast_to(gains[None, :, None], (len(statistics.contexts), len(gains), requests)).copy()
 
 
 def candidate(statistics: Statistics, name: str, computed: tuple[int, ...], weights: np.ndarray) -> Candidate:

@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 from .. import metrics, ops
 from ..models.layouts import LAYOUTS, config_hash, denoiser_of
 from ..models.pipeline import FeatureRecorder, PipelineCall, by_request, combined, without_variance
-from ..planner.statistics import FLOW, Statistics, StatisticsError, flow_impulse_response
+from ..planner.statistics import Statistics, StatisticsError, flow_impulse_response
 from ..planner.surrogate import Outcome, Surrogate
 from ..plans.plan import Plan
 from ..plans.rows import SITES
-from ..runtime.clock import Call, Request, impulse_response_of, prediction_of
+from ..runtime.clock import Call, Request, impulse_response_of
 from ..runtime.driver import Forecast, Relay
 from ..runtime.runner import PlanRunner
 from . import arguments
@@ -159,7 +159,6 @@ class Gathering:
             denoiser=type(denoiser).__name__,
             config_hash=config_hash(denoiser),
             request=self._request,
-            prediction=prediction_of(scheduler) if scheduler is not None else FLOW,
         )
 
 

@@ -22,14 +22,14 @@ from ..plans.plan import Plan
 from ..plans.rows import ANY_CONTEXT, MAX_READS, Expected, PlanError, Row
 from ..plans.schedule import noise_levels
 from .search import search
-from .statistics import FLOW, GUIDED, Statistics, flow_impulse_response
-from .surrogate import Segments, Surrogate, carry
+from .statistics import GUIDED, Statistics, flow_impulse_response
+from .surrogate import Segments, Surrogate, carry, unit_gains
 
 FITTED = "fitted"
 ENOUGH = 4  # requests, to estimate a standard deviation
 
-VARIANCE = 16.0  # of the data where forecasts err
-_TINY_SIGMA, _TINY = 1e-6, 1e-30
+_STEEPEST = 2.0  # an error gain that was not measured, in units of the final sample
+_TINY = 1e-30
 _LEAST_STD = 0.2  # that of a few requests may be small by chance
 _DOUBT = 0.25  # added to it where the features are of full requests, not of requests run by the plan
 
@@ -69,7 +69,7 @@ def plan_for(
     if not native or impulse_response is not None:
         statistics = statistics.at(statistics.sigmas if sigmas is None else sigmas, impulse_response)
     total = statistics.num_steps
-    computed = search(statistics.gram("output", GUIDED), lasting_response(statistics), computed_steps(budget, total))
+    computed = search(statistics.gram("output", GUIDED), statistics.impulse_response[-1], computed_steps(budget, total))
     training = {"requests": statistics.requests, "schedule": "searched"}
     timesteps = statistics.timesteps if native else None
     gains, grams = prior_error_gains(statistics, 1), statistics.grams["output"][None]
@@ -274,36 +274,11 @@ def linear_extrapolation(computed: Sequence[int], contexts: int, num_steps: int)
     return np.broadcast_to(rows, (contexts, num_steps, num_steps)).copy()
 
 
-def prior_error_gains(statistics: Statistics, requests: int, variance: float = VARIANCE) -> np.ndarray:
-    """Error gains [C, T, P] of P requests without a measurement: those of a perfect model of Gaussian data.
-
-    Forecasts err in what the data will be, where its variance is large. With x = alpha d + sigma e and d of variance V
-    there, the data that the model sees answers an error of x by k = alpha V / (alpha^2 V + sigma^2), and what it
-    predicts follows from both. So an error of the sample lasts, in units of the data: a flow answers by -1 / alpha.
-    (Without the answer of the data, 1 / sigma, all errors would heal.)
-    """
-    level = np.maximum(statistics.levels, _TINY_SIGMA)
-    alpha, sigma = 1 - level, level
-    data = alpha * variance / (alpha**2 * variance + sigma**2)
-    noise = (1 - alpha * data) / sigma
-    if statistics.prediction == FLOW:
-        gains = noise - data
-    else:  # per unit of the final sample, which is x / alpha
-        scale = np.hypot(alpha, sigma)
-        made = {"epsilon": noise, "v_prediction": (alpha * noise - sigma * data) / scale, "sample": data}
-        gains = alpha * made[statistics.prediction]
-    gains = gains * carry(statistics.impulse_response)[:-1]  # in units of the sampler's samples
+def prior_error_gains(statistics: Statistics, requests: int) -> np.ndarray:
+    """Error gains [C, T, P] of P requests without a measurement: those of predicting the noise, 1 / sigma, limited."""
+    response = statistics.impulse_response
+    gains = np.minimum(unit_gains(response), _STEEPEST * carry(response)[:-1])
     return np.broadcast_to(gains[None, :, None], (len(statistics.contexts), len(gains), requests)).copy()
-
-
-def lasting_response(statistics: Statistics) -> np.ndarray:
-    """[T], what one unit of error of each step's output does to the final sample, with the answers of the denoiser."""
-    impulse_response, total = statistics.impulse_response, statistics.num_steps
-    gains = prior_error_gains(statistics, 1)[0, :, 0]
-    lasting = np.zeros_like(impulse_response)
-    for step in range(1, total + 1):
-        lasting[step] = impulse_response[step] + (impulse_response[step] * gains) @ lasting[:total]
-    return lasting[total]
 
 
 def plan_from_weights(

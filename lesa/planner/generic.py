@@ -26,22 +26,23 @@ from ..plans.rows import ANY_CONTEXT
 from ..plans.schedule import spaced
 from ..plans.storage import Kind, read
 from .build import (
-    VARIANCE,
     closed_form,
     computed_steps,
-    lasting_response,
     linear_extrapolation,
     moved,
     plan_from_weights,
     prior_error_gains,
 )
 from .search import search
-from .statistics import FLOW, PREDICTIONS, Statistics, StatisticsError, flow_impulse_response, interpolation
-from .surrogate import Surrogate
+from .statistics import Statistics, StatisticsError, flow_impulse_response, interpolation
+from .surrogate import Surrogate, carry
 
+FLOW = "flow_prediction"
+PREDICTIONS = (FLOW, "epsilon", "v_prediction", "sample")  # as schedulers name them
 ASSET = Path(__file__).parents[1] / "assets" / "generic.safetensors"
 KIND = Kind("generic statistics", "lesa-generic-1", "generic.safetensors", StatisticsError, "examples/generic/build.py")
-_GUIDED_VARIANCE = 4.0  # with guidance errors of the data are answered less: its condition leaves little open
+_VARIANCE = 16.0  # of the data where forecasts err
+_TINY_SIGMA = 1e-6
 # Below so many computed steps rows are the mean of reuse and regression; regression; its mean with linear
 # extrapolation; the mean of that and the surrogate's best rows; these. The fewer, the wider are the gaps to bridge.
 _MOST = {False: (0, 0, 0, 10, math.inf), True: (5, 8, 13, 20, math.inf)}
@@ -152,7 +153,6 @@ def generic_statistics(
         grams={"output": np.mean([one.as_predicted(prediction, wanted) for one in used], 0)},
         impulse_response=flow_impulse_response(levels) if impulse_response is None else impulse_response,
         requests=sum(one.requests for one in used),
-        prediction=prediction,
     )
 
 
@@ -186,19 +186,59 @@ def generic_plan(
     if number <= _BLIND:
         computed = spaced(total, number)
         return plan_from_weights(known, computed, closed_form(known, computed, "reuse"), training=training)
-    gains = prior_error_gains(known, 1, _GUIDED_VARIANCE if guided else VARIANCE)
-    model = Surrogate(known.grams["output"][None], known.impulse_response, np.ones(1), gains)
-    gram = known.gram("output", ANY_CONTEXT)
+    gram, response = known.gram("output", ANY_CONTEXT), known.impulse_response
+    gains = prior_error_gains(known, 1) if guided else lasting_error_gains(prediction, levels, response)
+    model = Surrogate(gram[None], response, np.ones(1), gains)
     if guided:
-        computed = search(gram, known.impulse_response[-1], number)
+        computed = search(gram, response[-1], number)
     else:
-        computed = moved(model, [search(gram, lasting_response(known), number)])
+        computed = moved(model, [search(gram, lasting_response(response, gains[0, :, 0]), number)])
     linear, regression = linear_extrapolation(computed, 1, total), closed_form(known, computed)
     best, _ = model.optimise(computed, linear)
     reuse = closed_form(known, computed, "reuse")
     means = ((reuse, regression), (regression,), (regression, linear), (linear, best), (best,))
     used = next(rows for most, rows in zip(_MOST[guided], means, strict=True) if number < most)
     return plan_from_weights(known, computed, np.mean(used, 0), training=training)
+
+
+def lasting_error_gains(prediction: str, levels: Sequence[float], impulse_response: np.ndarray) -> np.ndarray:
+    """Error gains [1, T, 1] of a perfect model of Gaussian data.
+
+    Forecasts err in what the data will be, where its variance V is large. The data that a model sees in x = alpha d +
+    sigma e answers an error of x by k = alpha V / (alpha^2 V + sigma^2), and what it predicts follows from both. So an
+    error of the sample lasts, in units of the data: a flow answers by -1 / alpha. (Without the answer of the data, as
+    in `prior_error_gains`, all errors heal. With guidance that is nearer to the truth: its condition leaves little
+    open.)
+
+    Args:
+        prediction, levels, impulse_response: see `generic_statistics`.
+    """
+    sigma = np.maximum(np.asarray(levels, np.float64)[:-1], _TINY_SIGMA)
+    alpha = 1 - sigma
+    data = alpha * _VARIANCE / (alpha**2 * _VARIANCE + sigma**2)
+    noise = (1 - alpha * data) / sigma
+    if prediction == FLOW:
+        gains = noise - data
+    else:  # per unit of the final sample, which is x / alpha
+        scale = np.hypot(alpha, sigma)
+        gains = (
+            alpha
+            * {"epsilon": noise, "v_prediction": (alpha * noise - sigma * data) / scale, "sample": data}[prediction]
+        )
+    return (gains * carry(impulse_response)[:-1])[None, :, None]
+
+
+def lasting_response(impulse_response: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """[T], what one unit of error of each step's output does to the final sample, where outputs answer errors.
+
+    Args:
+        impulse_response: [T + 1, T] of the scheduler.
+        gains: [T], error gains of the outputs.
+    """
+    lasting = np.zeros_like(impulse_response)
+    for step in range(1, len(lasting)):
+        lasting[step] = impulse_response[step] + (impulse_response[step] * gains) @ lasting[:-1]
+    return lasting[-1]
 
 
 def packed(gram: np.ndarray) -> np.ndarray:

@@ -18,8 +18,6 @@ from ..plans.schedule import noise_levels
 from ..plans.storage import Kind, SafetensorsFile
 
 GUIDED = "guided"
-FLOW = "flow_prediction"
-PREDICTIONS = (FLOW, "epsilon", "v_prediction", "sample")  # as schedulers name them
 _SAME = 1e-6  # noise levels come from float32
 _RIDGE = 1e-6  # towards interpolation, relative
 _ROUNDING = 1e-9  # of squares: what float32 leaves of nothing
@@ -49,7 +47,6 @@ class Statistics(SafetensorsFile):
         denoiser: class name of the denoiser.
         config_hash: hash of its configuration.
         request: keyword arguments of the pipeline calls, JSON-able.
-        prediction: what the denoiser predicts, one of `PREDICTIONS`.
 
     Raises:
         StatisticsError: a value is out of place; the message names it.
@@ -70,7 +67,6 @@ class Statistics(SafetensorsFile):
     denoiser: str | None = None
     config_hash: str | None = None
     request: Mapping[str, Any] = field(default_factory=dict)
-    prediction: str = FLOW
 
     def __post_init__(self) -> None:
         for name in ("sigmas", "timesteps", "guidance"):
@@ -142,15 +138,6 @@ class Statistics(SafetensorsFile):
         """T, the number of steps of a request."""
         return len(self.sigmas) - 1
 
-    @property
-    def levels(self) -> np.ndarray:
-        """[T], sigma / (alpha + sigma) of the samples x = alpha data + sigma noise.
-
-        These are the sigmas, except in a loop on a model of the noise that gives sigma / alpha, which exceeds 1.
-        """
-        sigmas = np.asarray(self.sigmas[:-1])
-        return sigmas if sigmas.max() <= 1 else sigmas / (1 + sigmas)
-
     def gram(self, site: str, context: str) -> np.ndarray:
         """The inner products [T, T] of one context's features, or of what guidance makes of all contexts.
 
@@ -213,7 +200,7 @@ class Statistics(SafetensorsFile):
         arrays = {f"gram.{site}": gram[np.triu_indices(len(gram))] for site, gram in self.grams.items()}
         arrays |= {name: np.asarray(getattr(self, name), np.float64) for name in ("sigmas", "timesteps", "guidance")}
         arrays["response"] = self.impulse_response
-        names = ("requests", "scheduler", "denoiser", "config_hash", "prediction")
+        names = ("requests", "scheduler", "denoiser", "config_hash")
         description = {"contexts": list(self.contexts), "request": dict(self.request)}
         return arrays, description | {name: getattr(self, name) for name in names}
 
@@ -241,8 +228,6 @@ class Statistics(SafetensorsFile):
             raise StatisticsError(f"guidance={self.guidance}: expected a weight for each of {list(self.contexts)}")
         if self.requests < 1:
             raise StatisticsError(f"requests={self.requests}: expected at least 1")
-        if self.prediction not in PREDICTIONS:
-            raise StatisticsError(f"prediction={self.prediction!r}: expected one of {PREDICTIONS}")
         if not self.grams or not set(self.grams) <= set(SITES):
             raise StatisticsError(f"grams are of sites {sorted(self.grams)}: expected some of {SITES}")
         for site, gram in self.grams.items():

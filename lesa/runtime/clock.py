@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..planner.statistics import FLOW, PREDICTIONS, flow_impulse_response
+from ..planner.generic import FLOW, PREDICTIONS
+from ..planner.statistics import flow_impulse_response
 from ..plans.rows import LesaWarning, PlanError
 
 UNNAMED = "default"

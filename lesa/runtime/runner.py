@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from ..planner.build import adapt, default_budget, plan_for, surrogate_of
-from ..planner.generic import generic_plan
-from ..planner.statistics import FLOW, Statistics, flow_impulse_response
+from ..planner.generic import FLOW, generic_plan
+from ..planner.statistics import Statistics, flow_impulse_response
 from ..plans.plan import Plan
 from ..plans.rows import ANY_CONTEXT, LesaWarning, PlanError
 from .checks import Checks, checked, risky_steps

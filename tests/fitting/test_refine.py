@@ -14,7 +14,6 @@ from lesa.fitting.refine import (
     Candidate,
     Refiner,
     ScheduleSearch,
-    assumed_error_gains,
     expressible,
     fingerprint,
     table_of,
@@ -22,6 +21,7 @@ from lesa.fitting.refine import (
 from lesa.fitting.trials import Measured, Trials, run_in_full
 from lesa.forecasters import plan_of
 from lesa.models.pipeline import calls_of
+from lesa.planner.build import prior_error_gains
 from lesa.planner.surrogate import interpolated_error_gains
 from lesa.plans.plan import Plan
 from lesa.plans.rows import Row
@@ -151,7 +151,7 @@ def test_without_runs_two_calls_tell_how_the_denoiser_answers(trials: Trials) ->
 
 def test_gains_are_assumed_to_be_those_of_predicting_the_noise(trials: Trials) -> None:
     sigmas = np.asarray(trials.statistics.sigmas[:-1])
-    gains = assumed_error_gains(trials.statistics, 3)
+    gains = prior_error_gains(trials.statistics, 3)
     np.testing.assert_allclose(gains, np.minimum(1 / sigmas, 2.0)[None, :, None].repeat(3, 2), rtol=1e-5)
 
 
