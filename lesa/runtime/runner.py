@@ -326,6 +326,7 @@ class Generic:
         self._budget, self._make_runner = budget, runner
         self._bare = None if sigmas is None else _Kind.of_sigmas(sigmas)
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self._whole: PlanRunner | None = None  # of the latest request; its histories are used again
         self._request: Request | None = None
         self._kind: _Kind | None = None
         self._begin()
@@ -407,10 +408,12 @@ class Generic:
         whole = self.plan if begin else None
         budget = None if whole is None else max(1, sum(step >= begin for step in whole.computed))
         plan = self._plan_of(begin, guided, budget)
+        runner, requests = self._whole, self.stats.requests
+        if begin or runner is None or runner.plan is not plan:
+            runner = self._make_runner(plan)
+            self.stats.guard, runner.stats = runner.stats.guard, self.stats
         if not begin:
-            self.plan = plan
-        runner, requests = self._make_runner(plan), self.stats.requests
-        self.stats.guard, runner.stats = runner.stats.guard, self.stats
+            self.plan, self._whole = plan, runner
         assert self._request is not None
         runner.begin(replace(self._request, num_steps=plan.num_steps, sigmas=plan.sigmas))
         self.stats.requests = requests
