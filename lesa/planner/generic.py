@@ -44,8 +44,8 @@ KIND = Kind("generic statistics", "lesa-generic-1", "generic.safetensors", Stati
 _VARIANCE = 16.0  # of the data where forecasts err
 _TINY_SIGMA = 1e-6
 # Below so many computed steps rows are the mean of reuse and regression; regression; its mean with linear
-# extrapolation; the mean of that and the surrogate's best rows; these. The fewer, the wider are the gaps to bridge.
-_MOST = {False: (0, 0, 0, 10, math.inf), True: (5, 8, 13, 20, math.inf)}
+# extrapolation; that alone; its mean with the surrogate's best rows; these. The fewer, the wider are the gaps to bridge.
+_MOST = {False: (0, 0, 0, 0, 10, math.inf), True: (5, 8, 10, 16, 20, math.inf)}
 _BLIND = 3  # so few computed steps tell nothing: even steps, and reuse
 _REACH = 0.02  # how far above a source's noisiest level a request may start
 
@@ -196,7 +196,7 @@ def generic_plan(
     linear, regression = linear_extrapolation(computed, 1, total), closed_form(known, computed)
     best, _ = model.optimise(computed, linear)
     reuse = closed_form(known, computed, "reuse")
-    means = ((reuse, regression), (regression,), (regression, linear), (linear, best), (best,))
+    means = ((reuse, regression), (regression,), (regression, linear), (linear,), (linear, best), (best,))
     used = next(rows for most, rows in zip(_MOST[guided], means, strict=True) if number < most)
     return plan_from_weights(known, computed, np.mean(used, 0), training=training)
 
