@@ -44,7 +44,7 @@ KIND = Kind("generic statistics", "lesa-generic-1", "generic.safetensors", Stati
 _VARIANCE = 16.0  # of the data where forecasts err
 _TINY_SIGMA = 1e-6
 # Below so many computed steps rows are the mean of reuse and regression; regression; its mean with linear
-# extrapolation; that alone; its mean with the surrogate's best rows; these. The fewer, the wider are the gaps to bridge.
+# extrapolation; that alone; its mean with the surrogate's best rows; these. The fewer, the wider the gaps to bridge.
 _MOST = {False: (0, 0, 0, 0, 10, math.inf), True: (5, 8, 10, 16, 20, math.inf)}
 _BLIND = 3  # so few computed steps tell nothing: even steps, and reuse
 _REACH = 0.02  # how far above a source's noisiest level a request may start
