@@ -169,8 +169,8 @@ def computed_steps(budget: Any, total: int) -> int:
 
 
 def default_budget(num_steps: int) -> int:
-    """The computed steps where nobody says how many: 30 % of T, at least 4; half of 8 steps or fewer."""
-    return max(4, round(0.3 * num_steps)) if num_steps > 8 else max(1, num_steps // 2)
+    """The computed steps where nobody says how many: 30 % of T, at least 4; half of 8 steps or fewer, rounded up."""
+    return max(4, round(0.3 * num_steps)) if num_steps > 8 else (num_steps + 1) // 2
 
 
 def statistics_of(plan: Plan, surrogate: Surrogate, sigmas: Sequence[float]) -> Statistics:
