@@ -17,6 +17,7 @@ import lesa
 from lesa.forecasters import plan_of
 from lesa.models import hooks
 from lesa.plans.plan import Plan
+from lesa.plans.rows import PlanError
 from lesa.runtime.clock import sigmas_of
 
 FLUX = CASES_BY_NAME["flux_dev"]
@@ -163,6 +164,71 @@ def test_the_plan_of_a_handle_is_that_of_the_latest_request(pipe: Any) -> None:
         assert (run.plan.num_steps, run.plan.budget) == (12, 4)
         assert len(run.stats.checks) >= 0 and run.stats.forecast == 8
     assert run.plan.num_steps == 12
+
+
+# Without a plan
+
+
+@pytest.mark.parametrize(("budget", "computed"), [(None, (4, 6)), (3, (3, 3)), (0.5, (6, 10)), (1, (1, 1))])
+def test_the_handle_without_a_plan(pipe: Any, budget: float | None, computed: tuple[int, int]) -> None:
+    with lesa.enable(pipe, budget=budget) as run:
+        assert run.plan is None and (run.stats.requests, run.stats.computed) == (0, 0)
+        for number, steps in zip(computed, (12, 20), strict=True):
+            FLUX.call(pipe, steps=steps)
+            assert (run.plan.num_steps, run.plan.budget, run.plan.site) == (steps, number, "output")
+        assert run.stats is lesa.stats(pipe) and not run.stats.refused
+        assert (run.stats.requests, run.stats.computed, run.stats.forecast) == (2, sum(computed), 32 - sum(computed))
+    check(pipe, None, "output")
+    assert run.plan.num_steps == 20
+
+
+def test_a_bare_denoiser_without_a_plan_is_its_pipeline(pipe: Any) -> None:
+    FLUX.call(pipe, steps=12)
+    levels = sigmas_of(pipe.scheduler)
+    with lesa.enable(pipe, budget=5):
+        expected = FLUX.call(pipe, steps=12)
+    with lesa.enable(pipe.transformer, budget=5, sigmas=levels) as run:
+        torch.testing.assert_close(FLUX.call(pipe, steps=12), expected, rtol=1e-4, atol=1e-4)
+        assert run.plan.sigmas == levels and run.plan.budget == 5 and run.stats.forecast == 7
+        with pytest.raises(PlanError, match="sigmas"):
+            FLUX.call(pipe, steps=13)
+    with lesa.enable(pipe.transformer, statistics(), budget=5, sigmas=levels) as run:
+        FLUX.call(pipe, steps=12)
+        assert run.plan.sigmas == levels and run.stats.computed == 5
+    check(pipe, None, "output")
+
+
+@pytest.mark.parametrize("wrong", [0, -3, 0.0, 1.5, True, "4", float("nan")])
+def test_what_is_no_budget_enables_nothing(pipe: Any, wrong: Any) -> None:
+    with lesa.enable(pipe, plan(OUTER, "hidden")):
+        for target, more in ((pipe, {}), (pipe.transformer, {"sigmas": (1.0, 0.5, 0.0)})):
+            with pytest.raises(ValueError, match="budget="):
+                lesa.enable(target, budget=wrong, **more)
+        check(pipe, OUTER, "hidden")
+
+
+@pytest.mark.parametrize("wrong", [[], [1.0], [1.0, 0.5], [0.5, 1.0, 0.0], [1.0, float("nan"), 0.0], 5, "1, 0"])
+def test_what_are_no_sigmas_enables_nothing(pipe: Any, wrong: Any) -> None:
+    with pytest.raises(ValueError, match="sigmas"):
+        lesa.enable(pipe.transformer, sigmas=wrong)
+    with pytest.raises(ValueError, match="sigmas"):
+        lesa.enable(pipe, sigmas=[1.0, 0.5, 0.0])
+    with pytest.raises(ValueError, match="sigmas"):
+        lesa.enable(pipe.transformer)
+    with pytest.raises(ValueError, match="budget=3"):
+        lesa.enable(pipe.transformer, budget=3, sigmas=[1.0, 0.5, 0.0])
+    assert hooks.attached(pipe) is None
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("where", ["callback", "block"])
+def test_a_block_without_a_plan_left_by_an_error(pipe: Any, where: str, error: type[BaseException]) -> None:
+    with lesa.enable(pipe, plan(OUTER, "hidden")):
+        with pytest.raises(error), lesa.enable(pipe) as run:
+            raise_in(pipe, where, error)
+        assert run.stats.requests == 1
+        check(pipe, OUTER, "hidden")
+    check(pipe, None, "hidden")
 
 
 @pytest.mark.parametrize("error", ERRORS)

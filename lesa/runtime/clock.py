@@ -125,6 +125,9 @@ class Clock:
         if starts:
             self.abort()
             self._request = Request()
+        elif now <= min(self._last.values()):  # also a context that comes late, or comes back, is at this step
+            newest = min(self._last, key=self._last.__getitem__)
+            self._counts[context] = self._counts[newest] - (now == self._last[newest])
         self._last[context] = now
         if context == UNNAMED:
             self._sample = sample.clone()  # a loop may go on in the same memory
@@ -152,6 +155,9 @@ class Clock:
             self._request = Request(len(sigmas) - 1, sigmas, scheduler)
         assert self._request is not None and self._request.num_steps is not None
         if not hasattr(scheduler, "step_index"):
+            if not starts and (context not in self._counts or self._counts[context] + 1 < max(self._counts.values())):
+                # It comes late, or comes back.
+                self._counts[context] = max(self._counts[context], begin_index(scheduler, timestep) - self._begin)
             step = self._counts[context]
             self._counts[context] += 1
             if step >= self._request.num_steps:

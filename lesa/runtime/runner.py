@@ -352,9 +352,20 @@ class Generic:
         self._parts: dict[str, _Part] = {}
 
     def forecast(self, call: Call) -> Forecast | None:
-        """The forecast of a step by the plan of its context."""
+        """The forecast of a step by the plan of its context.
+
+        Raises:
+            PlanError: a bare denoiser runs more steps than it has sigmas.
+        """
         if call.step == 0:
             return None
+        assert self._kind is not None
+        total = len(self._kind.levels) - 1
+        if call.request.num_steps is None and call.step >= total:
+            raise PlanError(
+                f"sigmas are of {total} steps, but a request runs step {call.step + 1} in context {call.context!r}: "
+                "give lesa.enable(denoiser, sigmas=[...]) a level for each step and the final 0"
+            )
         if self._first:
             self._plan_request()
         part = self._parts.get(call.context)

@@ -381,6 +381,29 @@ def test_bare_second_call_with_another_sample_is_refused() -> None:
         clock.tick(None, 0.5, SAMPLE + 1)
 
 
+@pytest.mark.parametrize("names", [("cond", "uncond"), ("uncond", "cond")])
+@pytest.mark.parametrize("counts_steps", [False, True])
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_context_that_comes_late_or_back_is_at_the_step_of_the_others(
+    names: tuple[str, str], counts_steps: bool, bare: bool
+) -> None:
+    scheduler, clock = fake(8)
+    if bare:
+        clock = Clock()
+    elif not counts_steps:
+        scheduler = DDIMScheduler()
+        scheduler.set_timesteps(8)
+        clock = Clock(lambda: scheduler)
+    for _ in range(2):
+        for step, timestep in enumerate(scheduler.timesteps):
+            for name in names if step in (2, 3, 6, 7) else ("cond",):
+                call = clock.tick(name, timestep, SAMPLE)
+                assert place(call) == (name, step, step == 0)
+            if hasattr(scheduler, "step_index"):
+                scheduler.step()
+        scheduler.set_timesteps(8)
+
+
 def test_bare_request_left_between_two_contexts() -> None:
     clock = bare()
     for context, timestep in (("cond", 1.0), ("uncond", 1.0), ("cond", 0.5)):
