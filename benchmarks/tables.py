@@ -258,10 +258,12 @@ def _time(row: Row | None) -> str:
     return f"{us / 1000:.2f} ms" if us >= 1000 else f"{us:.1f} us"
 
 
-def demo() -> str:
-    """What `make demo` prints."""
+def demo(requests: str) -> str:
+    """What `make demo` prints of one kind of requests."""
     lines = []
     for row in json.loads((RESULTS / "demo.json").read_text()):
+        if row["requests"] != requests:
+            continue
         quality = ["", ""] if row["psnr"] is None else [f"{row['psnr']:.2f}", f"{row['ssim']:.4f}"]
         method = f"**{row['method']}**" if row["method"].startswith("lesa") else row["method"]
         speed = [f"{row['flops_speedup']:.2f}x", f"{row['speedup']:.2f}x"]
@@ -329,7 +331,8 @@ CONTENTS: dict[str, Callable[[], str]] = {
     "ablation": ablation,
     "operators": operators,
     "operators-cpu": operators_cpu,
-    "demo": demo,
+    "demo": lambda: demo("without guidance"),
+    "demo-guided": lambda: demo("with true_cfg_scale=3"),
     "full-size": full_size,
     "full-size-peers": full_size_peers,
     "flux-full": lambda: flux("full"),

@@ -90,6 +90,15 @@ def test_bundled_fitted_plans(budget, pipe):
     lesa.disable(pipe)
 
 
+def test_the_bundled_fitted_plan_of_guided_requests(pipe):
+    plan = Plan.load(assets.guided_path())
+    assert (plan.num_steps, plan.budget, plan.site, plan.forecaster) == (50, 8, "output", "fitted")
+    assert plan.training["held_out_psnr"] > 40 and assets.guided_path().stat().st_size < 200_000
+    with lesa.enable(pipe, plan) as run:
+        pipe("red apple", output_type="latent", **assets.REQUEST, **assets.GUIDANCE)
+    assert (run.stats.computed, run.stats.forecast, dict(run.stats.refused)) == (16, 84, {})
+
+
 def test_plans_that_are_not_bundled():
     with pytest.raises(ValueError, match="interval=6"):
         assets.plan_path(6)

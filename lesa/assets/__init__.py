@@ -15,6 +15,7 @@ BUDGETS = (13, 10, 8, 6)
 # are far larger than what emoji-flux was trained on. num_inference_steps must be the plan's number of steps, 50 for the
 # bundled plans.
 REQUEST = {"num_inference_steps": 50, "height": 64, "width": 64, "max_sequence_length": 16}
+GUIDANCE = {"true_cfg_scale": 3.0, "negative_prompt": ""}  # FLUX's own keywords for guidance
 
 _FITTING, _HELD_OUT = 100, 64
 
@@ -65,6 +66,11 @@ def fitted_path(budget: int) -> Path:
             f"budget={budget!r}: fitted plans are bundled for {', '.join(map(str, BUDGETS))} computed steps"
         )
     return HERE / f"emoji-flux-fitted-{budget}.safetensors"
+
+
+def guided_path() -> Path:
+    """The bundled plan that `lesa.fit` made of 8 fitting prompts with `GUIDANCE`, for 8 computed steps."""
+    return HERE / "emoji-flux-guided-8.safetensors"
 
 
 def _shuffled() -> list[str]:

@@ -71,7 +71,7 @@ def _request(options: argparse.Namespace, steps: int) -> dict[str, Any]:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Compare methods on the bundled pipeline: results.json, grid.png and steps.png."""
+    """Compare methods on the bundled pipeline, without and with guidance: results.json, grid.png and steps.png."""
     from ..evaluation import compare, plots
 
     captions, seeds = assets.held_out_prompts(), assets.held_out_seeds()
@@ -81,16 +81,22 @@ def demo(options: argparse.Namespace) -> int:
     captions, seeds = captions[: options.prompts], seeds[: options.prompts]
     plans = [(interval, Plan.load(assets.plan_path(interval))) for interval in assets.INTERVALS]
     fitted = [Plan.load(assets.fitted_path(plan.budget)) for _, plan in plans]
+    guided_fit = [Plan.load(assets.guided_path())]
     pipe = assets.load(_device(options.device))
-    results = compare.compare(pipe, compare.demo_methods(plans, fitted), captions, seeds, assets.REQUEST)
-    rows = [result.row(results[0]) for result in results]
+    methods, guided_methods = compare.demo_methods(plans, fitted), compare.demo_methods(plans[-1:], guided_fit, True)
+    plain = compare.compare(pipe, methods, captions, seeds, assets.REQUEST)
+    guided = compare.compare(pipe, guided_methods, captions, seeds, {**assets.REQUEST, **assets.GUIDANCE})
+    parts = {"without guidance": plain, "with true_cfg_scale=3": guided}
+    rows = [{"requests": name, **result.row(part[0])} for name, part in parts.items() for result in part]
     replace_file(options.out / "results.json", json.dumps(rows, indent=1).encode())
-    grid, shown = compare.demo_grid_rows(results), captions[: compare.DEMO_COLUMNS]
+    grid, shown = compare.demo_grid_rows(guided), captions[: compare.DEMO_COLUMNS]
     plots.method_grid(options.out / "grid.png", grid, shown, amplify=compare.DEMO_AMPLIFY)
-    panels = compare.demo_panels(results, plans, fitted)
+    panels = compare.demo_panels(plain, plans)
     plots.step_errors(options.out / "steps.png", panels, ylabel="relative error of the latents")
-    print(f"\n{compare.demo_table(rows)}\n\n{compare.demo_headline(rows)}\n")
-    print(f"results.json, grid.png and steps.png are in {options.out}/")
+    for name in parts:
+        part = [row for row in rows if row["requests"] == name]
+        print(f"\nRequests {name}:\n{compare.demo_table(part)}\n\n{compare.demo_headline(part)}")
+    print(f"\nresults.json, grid.png (with guidance) and steps.png (without) are in {options.out}/")
     return 0
 
 

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"lesa {__version__}")
     known = parser.add_subparsers(dest="name", metavar="command")
-    demo = known.add_parser("demo", help="compare methods on the bundled pipeline; writes a table and two pictures")
+    demo = known.add_parser("demo", help="compare methods on the bundled pipeline; writes tables and two pictures")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder of the files (default: %(default)s)")
     demo.add_argument("--prompts", type=int, default=5, help="held-out captions, 2 to 64 (default: %(default)s)")
     _add_device(demo)

@@ -21,6 +21,7 @@ from .. import metrics
 from ..forecasters import plan_of
 from ..models import hooks
 from ..models.pipeline import run
+from ..planner.generic import FLOW, generic_plan
 from ..plans import schedule
 from ..plans.plan import Plan
 from ..runtime.runner import PlanRunner
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
     from .plots import StepPanel
 
 FORECASTERS = ("reuse", "taylor-1", "taylor-2")
-FITTED = "lesa.fit"
+FITTED, GENERIC = "lesa.fit", "lesa (no fit)"
 # What the grid shows at the smallest budget, each with a word of explanation.
 _EXPLAINED = {
     "fewer steps": "the sampler with {computed} steps",
     "taylor-1": "linear extrapolation",
     "lesa": "the paper's predictor",
+    GENERIC: "statistics of other models",
     FITTED: "fitted schedule and weights",
 }
 DEMO_COLUMNS, DEMO_AMPLIFY = 8, 20
@@ -309,13 +311,16 @@ def frontier_table(results: Iterable[BudgetResult], folder: str | os.PathLike[st
 
 
 def demo_methods(
-    lesa_plans: Sequence[tuple[int, Plan]], fitted: Sequence[Plan] = (), site: str = "hidden"
+    lesa_plans: Sequence[tuple[int, Plan]], fitted: Sequence[Plan] = (), guided: bool = False, site: str = "hidden"
 ) -> list[Method]:
-    """The full request, fewer Euler steps, every forecaster on the paper's schedule of each interval, fitted plans.
+    """Full, fewer Euler steps, every forecaster on the paper's schedule of each interval, plans without and with a fit.
+
+    Plans without a fit do without the statistics of emoji-flux, as for a model that nobody recorded.
 
     Args:
         lesa_plans: (interval, LESA plan) pairs.
         fitted: plans of `lesa.fit`.
+        guided: whether the requests have guidance.
         site: of the closed-form forecasters.
     """
     total = lesa_plans[0][1].num_steps
@@ -326,6 +331,9 @@ def demo_methods(
         for name in FORECASTERS:
             chosen.append(Method(name, plan_of(name, computed, plan.sigmas, site), total, interval))
         chosen.append(Method("lesa", plan, total, interval))
+    for _, plan in lesa_plans:
+        made = generic_plan(FLOW, guided, plan.budget, plan.sigmas, without=("emoji-flux",))
+        chosen.append(Method(GENERIC, made, total))
     return chosen + [Method(FITTED, plan, total) for plan in fitted]
 
 
@@ -341,19 +349,19 @@ def demo_headline(rows: Sequence[dict[str, Any]]) -> str:
 
 def demo_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text."""
-    lines = [f"{'method':<12} {'N':>3} {'computed':>8} {'FLOPs':>7} {'speed':>7} {'PSNR':>7} {'SSIM':>6}"]
+    lines = [f"{'method':<14} {'N':>3} {'computed':>8} {'FLOPs':>7} {'speed':>7} {'PSNR':>7} {'SSIM':>6}"]
     for row in rows:
         interval = "" if row["interval"] is None else row["interval"]
         speed = "" if row["speedup"] is None else f"{row['speedup']:.2f}x"
         quality = ("", "") if row["psnr"] is None else (f"{row['psnr']:.2f}", f"{row['ssim']:.4f}")
         flops = f"{row['flops_speedup']:.2f}x"
-        start = f"{row['method']:<12} {interval:>3} {row['computed']:>8} {flops:>7} {speed:>7}"
+        start = f"{row['method']:<14} {interval:>3} {row['computed']:>8} {flops:>7} {speed:>7}"
         lines.append(f"{start} {quality[0]:>7} {quality[1]:>6}")
     return "\n".join(lines)
 
 
 def demo_grid_rows(results: Sequence[MethodResult]) -> list[tuple[str, list[np.ndarray]]]:
-    """The full request, and at the smallest budget what tells most: fewer steps, taylor-1, lesa, lesa.fit."""
+    """The full request, and at the smallest budget what tells most."""
     full = results[0]
     smallest = min(result.method.computed for result in results)
     at_smallest = [r for r in results if r.method.computed == smallest and r.method.name in _EXPLAINED]
@@ -371,27 +379,22 @@ def _grid_label(result: MethodResult, full: MethodResult) -> str:
     return "\n".join([*lines, f"{row['speedup']:.2f}× faster, {row['psnr']:.1f} dB PSNR"])
 
 
-def demo_panels(
-    results: Sequence[MethodResult], plans: Sequence[tuple[int, Plan]], fitted: Sequence[Plan] = ()
-) -> list[StepPanel]:
-    """One column of the steps picture for every interval, and the fitted plan with as many computed steps."""
+def demo_panels(results: Sequence[MethodResult], plans: Sequence[tuple[int, Plan]]) -> list[StepPanel]:
+    """One column of the steps picture for every interval, with the plans of no interval that compute as many steps."""
     from .plots import StepPanel  # matplotlib
 
     columns = []
-    own = {plan.budget: plan for plan in fitted}
     for interval, plan in plans:
-        of_interval = [
-            r
-            for r in results
-            if r.method.interval == interval or (r.method.name == FITTED and r.method.computed == plan.budget)
-        ]
+        others = [r for r in results if r.method.name in (GENERIC, FITTED) and r.method.computed == plan.budget]
+        shown = [r for r in results if r.method.interval == interval] + others
         alphas = plan.training["alphas"]["*"]
         columns.append(
             StepPanel(
                 title=f"N = {interval}: {plan.budget} of {plan.num_steps} computed",
                 sigmas=plan.sigmas,
-                errors={r.method.name: list(r.step_errors) for r in of_interval if r.step_errors is not None},
-                computed={"lesa": plan.computed} | ({FITTED: own[plan.budget].computed} if plan.budget in own else {}),
+                errors={r.method.name: list(r.step_errors) for r in shown if r.step_errors is not None},
+                computed={"lesa": plan.computed}
+                | {r.method.name: r.method.plan.computed for r in others if r.method.plan},
                 alphas={"lesa": [(step, alpha) for step, alpha in enumerate(alphas) if alpha is not None]},
                 stages=plan.stages,
             )

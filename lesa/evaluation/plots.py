@@ -38,6 +38,7 @@ class MethodStyle(NamedTuple):
 # Okabe and Ito's colours: apart for all common kinds of colour blindness, and the marker says it again.
 _KNOWN = {
     "lesa-fit": MethodStyle("#E69F00", "P"),
+    "lesa-no-fit": MethodStyle("#56B4E9", "p"),
     "full": MethodStyle("#444444", "s"),
     "fewer": MethodStyle("#999999", "x"),
     "reuse": MethodStyle("#0072B2", "v"),
@@ -45,7 +46,7 @@ _KNOWN = {
     "taylor-2": MethodStyle("#CC79A7", "D"),
     "lesa": MethodStyle("#D55E00", "o"),
 }
-_SPARE = tuple(map(MethodStyle, ("#56B4E9", "#882255", "#332288", "#117733"), "p*hd"))
+_SPARE = tuple(map(MethodStyle, ("#882255", "#332288", "#117733"), "*hd"))
 
 
 def method_styles(labels: Iterable[str]) -> dict[str, MethodStyle]:
