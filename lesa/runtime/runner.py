@@ -343,6 +343,7 @@ class Generic:
         if request.sigmas is not None and not all(map(math.isfinite, request.sigmas)):
             sigmas = f"sigmas={request.sigmas!r:.200} of the request"
             raise PlanError(f"{sigmas} are not finite: give finite sigmas, or check the scheduler's settings")
+        self._left = self._first[0][0].timestep if self._first else None  # the last request ended at its first step
         self._begin()
         self._request, self._kind = request, self._bare if request.sigmas is None else _Kind.of_request(request)
         self.stats.requests += 1
@@ -355,9 +356,10 @@ class Generic:
         """The forecast of a step by the plan of its context.
 
         Raises:
-            PlanError: a bare denoiser runs more steps than it has sigmas.
+            PlanError: a bare denoiser runs more steps than it has sigmas, or its timesteps rise.
         """
         if call.step == 0:
+            self._check_falling(call)
             return None
         assert self._kind is not None
         total = len(self._kind.levels) - 1
@@ -399,6 +401,17 @@ class Generic:
         """Wait for the pending error measurements."""
         for part in self._parts.values():
             part.runner.settle()
+
+    def _check_falling(self, call: Call) -> None:
+        """Requests of a bare denoiser are told apart by timesteps that rise, so within one they must fall."""
+        if call.request.num_steps is not None or self._left is None:
+            return
+        before, now = (float(torch.as_tensor(timestep).max()) for timestep in (self._left, call.timestep))
+        if now > before:
+            raise PlanError(
+                f"timestep={now:g} came after {before:g}, but in a request they must fall: wrap the denoiser in a "
+                "module that is given falling timesteps and turns them round, or enable the pipeline"
+            )
 
     def _plan_request(self) -> None:
         """Plan the whole request, and hand the first step to it."""

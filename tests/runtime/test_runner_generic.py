@@ -538,6 +538,21 @@ def test_loops_longer_than_their_sigmas(contexts: tuple, levels: int) -> None:
     assert run.stats.requests == 2 and not run.stats.refused
 
 
+@pytest.mark.parametrize("contexts", [(None,), (None, None), ("cond", "uncond")])
+def test_timesteps_that_rise_are_refused(contexts: tuple) -> None:
+    loop = Loop(lambda step: contexts, timesteps=tuple(1.0 - sigma for sigma in shifted(STEPS)[:-1]))
+    run, stats = enabled(loop)
+    for _ in range(2):
+        with pytest.raises(PlanError, match="timestep="):
+            loop.run()
+    run.disable()
+    falling = Loop(lambda step: contexts)
+    run, stats = enabled(falling)
+    sample = falling.run()
+    falling.step(0, exact(falling.timesteps[0]), sample)  # left after its first step
+    assert torch.equal(falling.run(), sample) and stats.requests == 3
+
+
 def test_loops_shorter_than_their_sigmas() -> None:
     loop = Loop()
     run, stats = enabled(loop)
