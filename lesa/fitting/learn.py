@@ -20,13 +20,12 @@ from ..plans.plan import Plan
 from ..plans.rows import LesaWarning
 from ..runtime.clock import Call, Request
 from ..runtime.driver import Forecast, Relay
-from ..runtime.runner import Adaptive, PlanRunner
+from ..runtime.runner import Adaptive, PlanRunner, kind_of
 from .fit import EFFORTS, finished
 from .refine import ScheduleSearch, candidate
 from .trials import Gathering, Reference, Trials, reference_of
 
 _MOST_KINDS = 16  # of requests: a few hundred kilobytes each
-_DIGITS = 6  # kept of a sigma: noise levels come from float32
 
 
 class Learner(Relay):
@@ -121,8 +120,7 @@ class Learner(Relay):
         """Keep the inner products of a request, and learn when these are enough."""
         self._runner = FeatureRecorder([])  # which watches nothing
         request = recorder.request or Request()
-        # A scheduler's repr holds its settings.
-        kind = tuple(round(sigma, _DIGITS) for sigma in request.sigmas or ()), repr(request.scheduler)
+        kind = kind_of(request)
         if kind not in self._kinds:
             loop: dict[str, Any] = {"sigmas": self._sigmas, "scheduler": request.scheduler}
             self._kinds[kind] = Gathering(self._denoiser, {}, ("output",), **loop), []

@@ -8,7 +8,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +88,7 @@ class PlanRunner:
         self._check_position(call)
         if call.step == self.plan.num_steps - 1:
             self._checks.settle(self.stats)
-        signature = (call.sample.shape, call.sample.dtype, call.sample.device)
+        signature = _signature(call)
         changed = self._inputs.setdefault(call.context, signature) != signature
         if changed:
             self._inputs[call.context] = signature
@@ -224,7 +223,7 @@ class Adaptive(Relay):
         runner: Callable[[Plan], PlanRunner] = PlanRunner,
     ) -> None:
         self._source, self._budget, self._make_runner = source, budget, runner
-        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self._plans = _Plans()
         self._home = self._plan = self._made()
         self._runner: PlanRunner
         super().__init__(self._runner_of(self._home))
@@ -286,20 +285,15 @@ class Adaptive(Relay):
     def _plan_of(self, request: Request) -> Plan:
         if request.sigmas is None:  # a bare denoiser, with a fitted plan
             return self._home
-        key = (tuple(round(sigma, _DIGITS) for sigma in request.sigmas), _identity(request.scheduler))
-        plan = self._plans.get(key)
-        if plan is None:
-            if not all(map(math.isfinite, request.sigmas)):
-                sigmas = f"sigmas={request.sigmas!r:.200} of the request"
-                raise PlanError(f"{sigmas} are not finite: give finite sigmas, or check the scheduler's settings")
+        sigmas = request.sigmas
+
+        def make() -> Plan:
+            _check_finite(sigmas)
             impulse_response = _response(request)
-            own = self._serves(request.sigmas, impulse_response)
-            plan = self._home if own else self._made(request.sigmas, impulse_response)
-            self._plans[key] = plan
-            if len(self._plans) > _MOST_PLANS:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
-        return plan
+            own = self._serves(sigmas, impulse_response)
+            return self._home if own else self._made(sigmas, impulse_response)
+
+        return self._plans.of(kind_of(request), make)
 
 
 class Generic:
@@ -325,7 +319,7 @@ class Generic:
         self.plan: Plan | None = None  # of the latest request, from its second step on
         self._budget, self._make_runner = budget, runner
         self._bare = None if sigmas is None else _Kind.of_sigmas(sigmas)
-        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self._plans = _Plans()
         self._whole: PlanRunner | None = None  # of the latest request; its histories are used again
         self._request: Request | None = None
         self._kind: _Kind | None = None
@@ -340,9 +334,8 @@ class Generic:
         self.settle()
         if request.sigmas is None and self._bare is None:
             raise PlanError("a bare denoiser does not tell its noise levels: give lesa.enable(denoiser, sigmas=[...])")
-        if request.sigmas is not None and not all(map(math.isfinite, request.sigmas)):
-            sigmas = f"sigmas={request.sigmas!r:.200} of the request"
-            raise PlanError(f"{sigmas} are not finite: give finite sigmas, or check the scheduler's settings")
+        if request.sigmas is not None:
+            _check_finite(request.sigmas)
         self._left = self._first[0][0].timestep if self._first else None  # the last request ended at its first step
         self._begin()
         self._request, self._kind = request, self._bare if request.sigmas is None else _Kind.of_request(request)
@@ -446,19 +439,17 @@ class Generic:
     def _plan_of(self, begin: int, guided: bool, budget: int | None) -> Plan:
         kind = self._kind
         assert kind is not None
-        key = (kind.key, begin, guided, budget)
-        plan = self._plans.get(key)
-        if plan is None:
+
+        def make() -> Plan:
             levels, response = kind.levels[begin:], kind.impulse_response()
             response = None if response is None else response[begin:, begin:]
             wanted = budget or self._budget or default_budget(len(levels) - 1)
-            plan = self._plans[key] = generic_plan(kind.prediction, guided, wanted, levels, response)
+            plan = generic_plan(kind.prediction, guided, wanted, levels, response)
             if not begin:
                 _warn_if_all(plan)
-            if len(self._plans) > _MOST_PLANS:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
-        return plan
+            return plan
+
+        return self._plans.of((kind.key, begin, guided, budget), make)
 
 
 @dataclass(frozen=True)
@@ -487,8 +478,7 @@ class _Kind:
     def of_request(cls, request: Request) -> _Kind:
         """That of a pipeline's request."""
         assert request.sigmas is not None
-        key = (tuple(round(sigma, _DIGITS) for sigma in request.sigmas), _identity(request.scheduler))
-        return cls(prediction_of(request.scheduler), request.sigmas, key, lambda: _response(request))
+        return cls(prediction_of(request.scheduler), request.sigmas, kind_of(request), lambda: _response(request))
 
     @classmethod
     def of_sigmas(cls, sigmas: Sequence[float]) -> _Kind:
@@ -523,6 +513,32 @@ def _response(request: Request) -> np.ndarray | None:
     return impulse_response_of(scheduler, len(scheduler.timesteps) - request.num_steps)
 
 
-def _identity(scheduler: Any) -> tuple[str, str]:
-    """The scheduler's class and settings: with the noise levels they fix the impulse response."""
-    return type(scheduler).__name__, repr(sorted(dict(getattr(scheduler, "config", {})).items()))
+def kind_of(request: Request) -> tuple:
+    """What requests of one kind share: noise levels, and the scheduler's class and settings.
+
+    Together they fix the impulse response.
+    """
+    scheduler = request.scheduler
+    settings = repr(sorted(dict(getattr(scheduler, "config", {})).items()))
+    return tuple(round(sigma, _DIGITS) for sigma in request.sigmas or ()), type(scheduler).__name__, settings
+
+
+def _check_finite(sigmas: Sequence[float]) -> None:
+    if not all(map(math.isfinite, sigmas)):
+        raise PlanError(
+            f"sigmas={sigmas!r:.200} of the request are not finite: give finite sigmas, or check the scheduler's "
+            "settings"
+        )
+
+
+class _Plans(OrderedDict[tuple, Plan]):
+    """The plans of the latest kinds of requests."""
+
+    def of(self, kind: tuple, make: Callable[[], Plan]) -> Plan:
+        """The plan of a kind, made if it is not there."""
+        if kind not in self:
+            self[kind] = make()
+            if len(self) > _MOST_PLANS:
+                self.popitem(last=False)
+        self.move_to_end(kind)
+        return self[kind]
