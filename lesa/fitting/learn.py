@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +16,9 @@ from ..models.pipeline import FeatureRecorder
 from ..planner.build import computed_steps, default_budget
 from ..planner.statistics import StatisticsError
 from ..plans.plan import Plan
-from ..plans.rows import LesaWarning
 from ..runtime.clock import Call, Request
 from ..runtime.driver import Forecast, Relay
-from ..runtime.runner import Adaptive, PlanRunner, kind_of
+from ..runtime.runner import Adaptive, PlanRunner, kind_of, tell
 from .fit import EFFORTS, finished
 from .refine import ScheduleSearch, candidate
 from .trials import Gathering, Reference, Trials, reference_of
@@ -90,7 +88,7 @@ class Learner(Relay):
         self._num_steps = len(request.sigmas or self._sigmas or ()) - 1
         sites = ("output",) if self._computed_steps() < self._num_steps else ()
         if not sites:
-            self._warn(f"lesa learns nothing from requests of {self._num_steps} steps: the budget covers them")
+            tell(self.stats, f"lesa learns nothing from requests of {self._num_steps} steps: the budget covers them")
         self._runner = FeatureRecorder([f"request {self.stats.requests}"], sites)
         super().begin(request)
 
@@ -116,6 +114,13 @@ class Learner(Relay):
             if recorder.sites and all(len(own) == self._num_steps for own in recorder.features("output").values()):
                 self._end(recorder)
 
+    def lose(self, reason: str) -> None:
+        """Watch this request no longer; compute the rest of it in full."""
+        if self._learned is not None:
+            return super().lose(reason)
+        self._runner = FeatureRecorder([])  # which watches nothing
+        tell(self.stats, f"lesa learns nothing from this request: {reason}")
+
     def _end(self, recorder: FeatureRecorder) -> None:
         """Keep the inner products of a request, and learn when these are enough."""
         self._runner = FeatureRecorder([])  # which watches nothing
@@ -133,7 +138,7 @@ class Learner(Relay):
             found[0].drop_outputs()
             references += found
         except StatisticsError as error:
-            self._warn(f"lesa learns nothing from this request: {error}")
+            tell(self.stats, f"lesa learns nothing from this request: {error}")
         if not references:
             del self._kinds[kind]
         if len(self._kinds) > _MOST_KINDS:
@@ -162,13 +167,6 @@ class Learner(Relay):
 
     def _tell_progress(self, watched: int) -> None:
         self.stats.learning = f"{watched} of {self._wanted} requests watched"
-
-    def _warn(self, what: str) -> None:
-        """Warn once per topic: the text before the first colon."""
-        topic = what.partition(":")[0]
-        if topic not in self.stats.told:
-            self.stats.told.add(topic)
-            warnings.warn(what, LesaWarning, stacklevel=2)
 
 
 def learned_plan(watched: Trials, budget: int) -> Plan:

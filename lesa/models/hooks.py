@@ -9,26 +9,46 @@ below are the bare denoiser's, with its blocks or with stand-ins. So the hook ad
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import pickle
+import sys
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from torch._dynamo.decorators import skip  # permanent; torch.compiler.disable acts per call
+from torch.utils import _pytree as pytree  # diffusers registers its outputs with it
 
 from .. import ops
-from ..runtime.clock import Call, Clock
+from ..plans.rows import PlanError
+from ..runtime.clock import Call, Clock, Loop
 from ..runtime.driver import Driver, Forecast
-from .layouts import denoiser_of, layout_of
+from .layouts import denoiser_of, denoisers_of, layout_of, sample_name, timestep_name
 from .standins import Exchange, Stands, Tail, Tap
 
 _NAME = "lesa"
 _TAIL_LOST = "the denoiser's last block was not run (something skips it or runs another forward)"
+_GRADIENTS = "gradients are recorded, which a forecast has not (sample under torch.no_grad())"
+# Arguments that are the same at all steps of a context, unless somebody changes them: parts of their names.
+_CONDITIONS = (
+    "encoder_hidden_states",
+    "pooled",
+    "prompt",
+    "text",
+    "embeds",
+    "cap_feats",
+    "class_labels",
+    "clip",
+    "cond",
+)
+_NO_CONDITIONS = ("control", "residual", "timestep", "time_cond")  # these follow the sample and the step
 
 
 def attach(target: Any, driver: Driver, site: str) -> RootHook:
@@ -39,34 +59,49 @@ def attach(target: Any, driver: Driver, site: str) -> RootHook:
         driver: decides what each call does.
         site: "hidden" or "output".
 
+    Returns:
+        The hook of the denoiser; where two take turns, that of the first.
+
     Raises:
         ValueError: the target has no supported denoiser, or the denoiser has no such site.
     """
-    denoiser = denoiser_of(target)
-    stands = Stands(denoiser, layout_of(denoiser)) if site == "hidden" else None
-    scheduler_of = None if isinstance(target, torch.nn.Module) else _scheduler_of(target)
-    return attach_hook(denoiser, RootHook(driver, Clock(scheduler_of), stands))
+    denoisers = denoisers_of(target)
+    stands = [Stands(one, layout_of(one)) if site == "hidden" else None for one in denoisers]
+    clock = Clock(None if isinstance(target, torch.nn.Module) else LoopOf(target))
+    hooks = [RootHook(driver, clock, stand, i) for i, stand in enumerate(stands)]
+    for hook in hooks[1:]:
+        hook.like = hooks[0].like  # the next call of a context may be another denoiser's
+    hooks[0].others = tuple(zip(denoisers, hooks, strict=True))[1:]
+    return attach_hook(denoisers[0], hooks[0])
 
 
 def attach_hook(denoiser: torch.nn.Module, hook: RootHook) -> RootHook:
-    """Put a hook on a denoiser, in place of an earlier one."""
-    detach(denoiser)
+    """Put a hook on a denoiser, and those of the denoisers that take turns with it, in place of earlier ones."""
+    chosen = ((denoiser, hook), *hook.others)
+    for one, _ in chosen:
+        detach(one)
     try:
-        _register(denoiser, hook)
-        _invalidate_caches(denoiser)
+        for one, own in chosen:
+            _register(one, own)
+            _invalidate_caches(one)
     except BaseException:
-        detach(denoiser)
+        for one, _ in chosen:
+            detach(one)
         raise
     return hook
 
 
 def detach(target: Any) -> None:
     """Take lesa's hook off, if there is one."""
-    denoiser = denoiser_of(target)
+    denoiser = denoisers_of(target)[0]
     registry = getattr(denoiser, "_diffusers_hook", None)
     if registry is not None and _NAME in registry.hooks:
-        registry.hooks[_NAME].restore()
+        hook = registry.hooks[_NAME]
+        hook.restore()
         _remove(denoiser, registry)
+        for other, own in hook.others:
+            if attached(other) is own:
+                detach(other)
     _invalidate_caches(denoiser)
 
 
@@ -87,10 +122,49 @@ def check_free(target: Any) -> None:
         raise ValueError(f"lesa is enabled on this {name}: call lesa.disable(...) before you fit, record or compare")
 
 
-def _scheduler_of(pipe: Any) -> Callable[[], Any]:
-    # A weak reference: the hook must not keep a dropped pipeline and its text encoders in memory.
-    reference = weakref.ref(pipe)
-    return lambda: getattr(reference(), "scheduler", None)
+class LoopOf:
+    """Finds the loop that calls the denoiser: a pipeline among the callers, else the one that was enabled.
+
+    So whatever pipeline runs an enabled denoiser, a copy or one made for a single request, its scheduler is followed.
+
+    Args:
+        pipe: that was enabled. A weak reference is kept: a hook must not keep a dropped pipeline in memory.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = weakref.ref(pipe)
+
+    def __call__(self) -> Loop | None:
+        """What the running pipeline tells; None where no pipeline with a scheduler is left."""
+        running = self._running()
+        pipe = self._pipe() if running is None else running
+        scheduler = getattr(pipe, "scheduler", None)
+        if scheduler is None:
+            return None
+        # Pipelines that were left early, or run no loop of their own, tell those of another request.
+        count, timestep = (getattr(running, name, None) for name in ("num_timesteps", "current_timestep"))
+        return Loop(scheduler, count if isinstance(count, int) else None, timestep)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoopOf:
+        pipe = self._pipe()
+        return LoopOf(memo.get(id(pipe), pipe))
+
+    @staticmethod
+    def _running() -> Any:
+        """The innermost pipeline that is running, by the first arguments of the functions that called."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            code = frame.f_code
+            names = code.co_varnames[: min(code.co_argcount, 2)]  # self, or self and components of modular blocks
+            if names and names[0] == "self":
+                known = frame.f_locals
+                for name in names:
+                    one = known.get(name)
+                    # Looked for on the class: an instance would make all of its components a dictionary.
+                    if hasattr(type(one), "components") and hasattr(one, "scheduler"):
+                        return one
+            frame = frame.f_back
+        return None
 
 
 def _invalidate_caches(denoiser: torch.nn.Module) -> None:
@@ -140,25 +214,40 @@ class RootHook(ModelHook):
     Args:
         clock: finds the request, context and step of each call.
         stands: stand-ins of the denoiser's children; None at the output site.
+        index: of this denoiser among those that take turns.
     """
 
     _is_stateful = True
 
-    def __init__(self, driver: Driver, clock: Clock, stands: Stands | None) -> None:
+    def __init__(self, driver: Driver, clock: Clock, stands: Stands | None, index: int = 0) -> None:
         super().__init__()
         self.driver = driver
         self.retired = False  # True once its handle ended: never attached again
         self.before: RootHook | None = None  # the hook that returns at the end of its `with` block
+        self.others: tuple[tuple[torch.nn.Module, RootHook], ...] = ()  # of the denoisers that take turns with this one
         self.context = _ContextName()  # diffusers looks for this attribute and sets the cache context
         self._clock = clock
         self._stands = stands
-        self._like: Any = None
+        self._index = index
+        self.like: dict[str, Any] = {}  # the last computed output of each context
         self._active: Exchange | None = None
         self._owner: dict[str, int] = {}  # setdefault is atomic; a lock cannot be copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise pickle.PicklingError(
+            "lesa is enabled on this denoiser: call lesa.disable(...) before you pickle or save it"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RootHook:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        own = {**vars(self), "_owner": {}, "_active": None, "before": None}
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in own.items()})
+        return copied
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         """Learn the names of the denoiser's arguments."""
         self._names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self._sample, self._timestep = sample_name(module), timestep_name(module)
         return module
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -171,7 +260,11 @@ class RootHook(ModelHook):
         """Compute or forecast one step."""
         self._acquire()
         try:
+            if torch.is_grad_enabled() and self._records(module, args, kwargs):
+                return self._original()(*args, **kwargs)
             turn = self._begin(args, kwargs)
+            if turn is None:
+                return self._original()(*args, **kwargs)
             output = self._run(turn, args, kwargs)
             if not self._end(turn, output):
                 turn = self._compute(turn.call)
@@ -225,11 +318,27 @@ class RootHook(ModelHook):
         self._clock.abort()
 
     @torch.compiler.disable
-    def _begin(self, args: tuple, kwargs: dict) -> _Turn:
-        """Find the request, context and step, and ask the driver."""
+    def _records(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
+        """Whether gradients would flow through this call: then it is the denoiser's own, and no step of a request."""
+        tensors = (*pytree.tree_leaves((args, kwargs)), *module.parameters())
+        if not any(isinstance(one, torch.Tensor) and one.requires_grad for one in tensors):
+            return False
+        self.driver.lose(_GRADIENTS)
+        self.driver.stats.refused[_GRADIENTS] += 1
+        return True
+
+    @torch.compiler.disable
+    def _begin(self, args: tuple, kwargs: dict) -> _Turn | None:
+        """Find the request, context and step, and ask the driver; None where the call fits no step of a request."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        sample: Any = given.get("sample" if "sample" in self._names else "hidden_states")
-        call = self._clock.tick(self.context.name, given.get("timestep"), sample)
+        timestep, sample = given.pop(self._timestep, None), _tensor(given.pop(self._sample, None))
+        told = self.context
+        try:
+            call = self._clock.tick(told.name, timestep, sample, _conditions(given), told.step, self._index)
+        except PlanError as error:
+            self.driver.lose(str(error))
+            self.driver.stats.refused[str(error)] += 1
+            return None
         if call.starts:
             self.driver.begin(call.request)
         coming = self.driver.forecast(call)
@@ -250,7 +359,8 @@ class RootHook(ModelHook):
         ring, stands = forecast.ring, self._stands
         name = "forecast_into_"
         if stands is None:
-            turn = _Turn(call, stop, _copy(forecast.feature()), wrap=functools.partial(_like, self._like))
+            like = functools.partial(_like, self.like[call.context])
+            turn = _Turn(call, stop, _copy(forecast.feature()), wrap=like)
         elif ring is not None and stands.fuses(ring, call.timestep):
             name = "forecast_head"
             turn = _Turn(call, stop, self._original(), *stands.head(call.context, ring))
@@ -283,7 +393,7 @@ class RootHook(ModelHook):
         turn.stop()
         feature: torch.Tensor | None
         if stand is None:
-            self._like, feature = output, _first(output)
+            self.like[call.context], feature = output, _packed(output)
         else:
             feature, stand.feature = stand.feature, None
         if feature is None:
@@ -313,19 +423,52 @@ class _Turn:
 
 
 class _ContextName(StateManager):
-    """Keeps the name of the current cache context; diffusers sets it around each denoiser call."""
+    """Keeps what the current cache context tells; diffusers sets it around each denoiser call."""
 
     def __init__(self) -> None:
         super().__init__(BaseState)
         self.name: str | None = None
+        self.step: int | None = None
 
     def set_context(self, context: Any) -> None:
         # A CacheContext; older diffusers pass its name.
         self.name = getattr(context, "name", context)
+        self.step = getattr(context, "step_index", None)
+
+
+def _tensor(sample: Any) -> torch.Tensor:
+    """The noisy sample; some denoisers take a list of them."""
+    if isinstance(sample, (list, tuple)):
+        return torch.stack(list(sample)) if len({one.shape for one in sample}) == 1 else sample[0]
+    return sample
+
+
+def _conditions(given: Any, name: str = "") -> tuple[torch.Tensor, ...]:
+    """The tensors among a call's arguments that stay the same in a context."""
+    if isinstance(given, torch.Tensor):
+        named = any(part in name for part in _CONDITIONS) and not any(part in name for part in _NO_CONDITIONS)
+        return (given,) if named else ()
+    if isinstance(given, dict):
+        return tuple(one for key, value in given.items() for one in _conditions(value, f"{name} {key}"))
+    if isinstance(given, (list, tuple)):
+        return tuple(one for value in given for one in _conditions(value, name))
+    return ()
 
 
 def _first(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output[0]
+    return output if isinstance(output, torch.Tensor) else _tensors(output)[0]
+
+
+def _packed(output: Any) -> torch.Tensor:
+    """All tensors of an output in one: a single one as it is, several flat and joined."""
+    if isinstance(output, torch.Tensor):
+        return output
+    tensors = _tensors(output)
+    return tensors[0] if len(tensors) == 1 else torch.cat([one.flatten() for one in tensors])
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def _copy(feature: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -339,7 +482,11 @@ def _copy(feature: torch.Tensor) -> Callable[..., torch.Tensor]:
 
 @torch.compiler.disable
 def _like(output: Any, feature: torch.Tensor) -> Any:
-    """`feature` in the output type of the last computed step."""
-    if isinstance(output, torch.Tensor):
-        return feature
-    return (feature,) if type(output) is tuple else type(output)(sample=feature)
+    """`feature`, see `_packed`, in the output type of the last computed step."""
+    tensors = _tensors(output)
+    parts = [feature]
+    if len(tensors) > 1:
+        split = feature.split([one.numel() for one in tensors])
+        parts = [part.view(one.shape) for part, one in zip(split, tensors, strict=True)]
+    made = iter(parts)
+    return pytree.tree_map_only(torch.Tensor, lambda _: next(made), output)

@@ -71,36 +71,55 @@ LAYOUTS = {
     "DiTTransformer2DModel": Layout(("transformer_blocks",), _IMAGE_ONLY, "norm_out", "proj_out_2", ("pos_embed",)),
 }
 
-_DENOISER_ATTRIBUTES = ("transformer", "unet")
+_DENOISER_ATTRIBUTES = ("transformer", "unet", "decoder", "prior")  # the last two are Stable Cascade's
+_SECOND = "transformer_2"  # takes over within a request, as Wan 2.2's expert for low noise does
+_SAMPLE_NAMES = ("sample", "hidden_states", "x")
+_TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 
-def denoiser_of(target: Any) -> torch.nn.Module:
-    """The denoiser of a pipeline, or the bare denoiser itself.
+def denoisers_of(target: Any) -> tuple[torch.nn.Module, ...]:
+    """The denoiser of a pipeline, or the bare denoiser itself; two where these take turns in a request.
 
     Raises:
         ValueError: there is none that lesa can run.
     """
-    module = target
-    if not isinstance(target, torch.nn.Module):
-        parts = [getattr(target, name, None) for name in _DENOISER_ATTRIBUTES]
-        module = next((part for part in parts if isinstance(part, torch.nn.Module)), None)
-        if module is None:
+    if isinstance(target, torch.nn.Module):
+        module = getattr(target, "_orig_mod", target)
+        if timestep_name(module) is None:
             raise ValueError(
-                f"{type(target).__name__} has no supported denoiser: expected a diffusers pipeline with a "
-                f"{' or '.join(_DENOISER_ATTRIBUTES)}, or a denoiser module"
+                f"{type(module).__name__} is not a supported denoiser: its forward has no argument {_TIMESTEP_NAMES}, "
+                f"and no scheduler tells its steps; give the pipeline, or one of its denoisers, e.g. "
+                f"{', '.join(LAYOUTS)} or a U-Net"
             )
-        if getattr(target, "transformer_2", None) is not None:
-            raise ValueError(
-                f"{type(target).__name__} switches between two denoisers within a request, which lesa does not "
-                "support; a pipeline with one denoiser is needed"
-            )
-    module = getattr(module, "_orig_mod", module)
-    if "timestep" not in inspect.signature(type(module).forward).parameters:
+        return (module,)
+    parts = [getattr(target, name, None) for name in _DENOISER_ATTRIBUTES]
+    found = [part for part in parts if isinstance(part, torch.nn.Module)][:1]
+    second = getattr(target, _SECOND, None)
+    if isinstance(second, torch.nn.Module):
+        found.append(second)
+    if not found:
         raise ValueError(
-            f"{type(module).__name__} is not a supported denoiser: its forward has no `timestep` argument; give a "
-            f"diffusers pipeline or one of its denoisers, e.g. {', '.join(LAYOUTS)} or a U-Net"
+            f"{type(target).__name__} has no supported denoiser: expected a diffusers pipeline with a "
+            f"{', '.join(_DENOISER_ATTRIBUTES)}, or a denoiser module"
         )
-    return module
+    return tuple(getattr(module, "_orig_mod", module) for module in found)
+
+
+def denoiser_of(target: Any) -> torch.nn.Module:
+    """The first of `denoisers_of`."""
+    return denoisers_of(target)[0]
+
+
+def sample_name(denoiser: torch.nn.Module) -> str:
+    """The argument of a denoiser's forward that is the noisy sample: the first one if none has a usual name."""
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    return next((name for name in _SAMPLE_NAMES if name in names), names[0] if names else "")
+
+
+def timestep_name(denoiser: torch.nn.Module) -> str | None:
+    """The argument of a denoiser's forward that is the timestep; None if it has none."""
+    names = inspect.signature(type(denoiser).forward).parameters
+    return next((name for name in _TIMESTEP_NAMES if name in names), None)
 
 
 def layout_of(denoiser: torch.nn.Module) -> Layout:

@@ -1,8 +1,9 @@
 """The clock of a denoiser: which request, context and step a call belongs to, and what the scheduler tells.
 
-Pipelines do not say. A pipeline's scheduler does: `set_timesteps` makes a new `timesteps` tensor for every request, and
-`step_index` counts the updates made. A bare denoiser in a loop of your own has only its timestep argument, which falls
-within a request and rises when the next one starts. Calls of one step have one timestep and one sample.
+A pipeline's scheduler tells: `set_timesteps` makes a new `timesteps` tensor for every request, and `step_index` counts
+the updates made. Where a request begins is the scheduler's `begin_index`, or the first call's timestep; how many steps
+it has, the pipeline may say. A bare denoiser in a loop of your own has only its timestep argument, which falls within a
+request, or rises, and turns back when the next one starts. Calls of one step have one timestep and one sample.
 
 A scheduler also tells its noise levels, and its impulse response: how the sample at each step depends on what the
 scheduler was given at every earlier one. Between the denoiser's outputs v_i and the samples x_t every sampler in use is
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -32,6 +34,8 @@ UNNAMED = "default"
 # cond, uncond and two more guidance branches: no pipeline calls its denoiser more often for one step.
 _MOST_CALLS_A_STEP = 4
 _TOLERANCE = 1e-3  # schedulers work in float32
+_TRAIN_STEPS = 1000.0  # what denoisers that are given t / 1000 divide by
+_BFLOAT16 = 2**-8  # relative: what timesteps may be rounded by
 _NONLINEAR = ("clip_sample", "thresholding")
 # What schedulers remember of earlier steps of a request, as it is before the first.
 _BEFORE = ("_step_index", "last_sample", "prev_derivative", "dt", "sample")
@@ -46,13 +50,31 @@ class Request:
 
     Args:
         num_steps: denoiser calls to come in each context; None for a bare denoiser.
-        sigmas: the noise levels with the final 0, `num_steps` + 1 of them; None for a bare denoiser.
+        sigmas: the noise levels before and after each step, `num_steps` + 1 of them; the last one is 0 where the
+            request runs to its end. None for a bare denoiser.
         scheduler: the pipeline's, its timesteps set and no update made yet; None for a bare denoiser.
+        begin: index of the first step among the scheduler's, not 0 in image-to-image.
     """
 
     num_steps: int | None = None
     sigmas: tuple[float, ...] | None = None
     scheduler: Any = field(default=None, repr=False, compare=False)
+    begin: int = 0
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What is known of the loop that calls the denoiser.
+
+    Args:
+        scheduler: the one that makes its steps.
+        num_steps: how many steps it says it runs; None where it does not say.
+        timestep: the scheduler's timestep at this call; None where it does not say.
+    """
+
+    scheduler: Any
+    num_steps: int | None = None
+    timestep: Any = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +88,8 @@ class Call:
         sample: the denoiser's first tensor argument, the noisy sample.
         request: the request it belongs to.
         starts: whether it is the first call of that request.
+        changed: what the earlier features of this context do not fit any more, as a reason; None where they do.
+        switched: whether another denoiser made the context's last call.
     """
 
     context: str
@@ -74,59 +98,96 @@ class Call:
     sample: torch.Tensor
     request: Request
     starts: bool
+    changed: str | None = None
+    switched: bool = False
 
 
 class Clock:
-    """Counts the steps of every context of one denoiser.
+    """Counts the steps of every context of one denoiser, or of several that take turns in a request.
 
     Args:
-        scheduler_of: returns the scheduler of the enabled pipeline, at each call anew since it may be
-            swapped; None, or a function that returns None, for a bare denoiser.
+        loop_of: returns what is known of the loop, at each call anew since pipelines and schedulers may be swapped;
+            None, or a function that returns None, for a bare denoiser.
     """
 
-    def __init__(self, scheduler_of: Callable[[], Any] | None = None) -> None:
-        self._scheduler_of = scheduler_of or (lambda: None)
+    def __init__(self, loop_of: Callable[[], Loop | None] | None = None) -> None:
+        self.loop_of = loop_of or (lambda: None)
+        self._direction = 0.0  # of a bare denoiser's timesteps within a request: they fall (-1) or rise (1)
         self.abort()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
+        copied = memo[id(self)] = Clock(copy.deepcopy(self.loop_of, memo))
+        return copied
 
     def abort(self) -> None:
         """Forget the request under way: the next call starts a new one."""
         self._request: Request | None = None
         self._timesteps: Any = None
-        self._begin = 0
         self._counts: dict[str, int] = defaultdict(int)
         self._last: dict[str, float] = {}
         self._sample: Tensor | None = None
+        self._given: dict[str, _Given] = {}
+        self._told: Any = None  # the timestep of the last call
+        self._advances = False  # whether the scheduler was seen to count its updates
+        self._looks_up = False  # whether another one makes the steps: then the timestep is looked up
 
-    def tick(self, context: str | None, timestep: Any, sample: torch.Tensor) -> Call:
+    def tick(
+        self,
+        context: str | None,
+        timestep: Any,
+        sample: torch.Tensor,
+        conditions: tuple[Tensor, ...] = (),
+        step: int | None = None,
+        denoiser: int = 0,
+    ) -> Call:
         """Place one denoiser call.
+
+        Args:
+            context: its name, None where it has none.
+            timestep: the denoiser's timestep argument, None where it has none.
+            sample: the noisy sample.
+            conditions: what else it was given that stays the same in a context, such as embedded prompts.
+            step: its index, where the loop tells it.
+            denoiser: which of the denoisers that take turns is called.
 
         Raises:
             PlanError: the calls do not fit the scheduler's steps.
         """
-        scheduler = self._scheduler_of()
-        if scheduler is None:
-            name, step, starts = self._tick_bare(context or UNNAMED, timestep, sample)
+        given, name = _Given.of(sample, conditions, denoiser), context or UNNAMED
+        loop = self.loop_of()
+        if loop is None:
+            name, index, starts = self._tick_bare(name, timestep, sample, given)
         else:
-            name, step, starts = self._tick_scheduler(context or UNNAMED, scheduler, timestep)
+            name, index, starts = self._tick_scheduler(name, loop, timestep, given, step)
+        known, self._given[name] = self._given.get(name), given
         assert self._request is not None
-        return Call(name, step, timestep, sample, self._request, starts)
+        changed, switched = (None, False) if known is None else (given.apart(known), given.denoiser != known.denoiser)
+        return Call(name, index, timestep, sample, self._request, starts, changed, switched)
 
-    def _tick_bare(self, context: str, timestep: Any, sample: torch.Tensor) -> tuple[str, int, bool]:
-        now, step = float(torch.as_tensor(timestep).max()), self._counts[context] - 1
+    def _tick_bare(self, context: str, timestep: Any, sample: Tensor, given: _Given) -> tuple[str, int, bool]:
+        if timestep is None:
+            raise PlanError("nothing tells the step of this call: run the denoiser in a pipeline that has a scheduler")
+        now, step = _largest(timestep), self._counts[context] - 1
         if now == self._last.get(context):
             if self._is_another_branch(context, step, sample):
-                return self._branch(context, step), step, False
+                return self._branch(context, step, given), step, False
             if step:  # after the first step it is the next request, if both have one step
                 raise PlanError(
                     f"the denoiser was called twice at timestep {now:g} in context {context!r}: give the calls of one "
                     "step the same sample and no name, or name each with `with denoiser.cache_context(name)`"
                 )
-        starts = self._request is None or now >= self._last.get(context, float("inf"))
+        last = self._last.get(context)
+        if last is not None and not self._direction and (now < last or now >= 2.0 * last):
+            # Those that rise begin near 0; another rise is that to the next request.
+            self._direction = math.copysign(1.0, now - last)
+        direction = self._direction or -1.0
+        starts = self._request is None or (last is not None and (now - last) * direction <= 0)
         if starts:
             self.abort()
             self._request = Request()
-        elif now <= min(self._last.values()):  # also a context that comes late, or comes back, is at this step
-            newest = min(self._last, key=self._last.__getitem__)
+        elif all((now - other) * direction >= 0 for other in self._last.values()):
+            # Also a context that comes late, or comes back, is at the step of the newest.
+            newest = max(self._last, key=lambda other: self._last[other] * direction)
             self._counts[context] = self._counts[newest] - (now == self._last[newest])
         self._last[context] = now
         if context == UNNAMED:
@@ -145,47 +206,150 @@ class Clock:
         full = step == 0 and self._name(context, _MOST_CALLS_A_STEP) in self._counts
         return not full and torch.equal(sample, known)
 
-    def _tick_scheduler(self, context: str, scheduler: Any, timestep: Any) -> tuple[str, int, bool]:
+    def _tick_scheduler(
+        self, context: str, loop: Loop, timestep: Any, given: _Given, step: int | None
+    ) -> tuple[str, int, bool]:
+        scheduler = loop.scheduler
+        told = timestep if loop.timestep is None else loop.timestep
         starts = self._request is None or scheduler.timesteps is not self._timesteps
+        if not starts and self._looks_up:
+            starts = self._looked_up(told) < max(self._counts.values()) - 1
         if starts:
-            self.abort()
-            self._timesteps = scheduler.timesteps
-            self._begin = begin_index(scheduler, timestep)
-            sigmas = sigmas_of(scheduler)[self._begin :]
-            self._request = Request(len(sigmas) - 1, sigmas, scheduler)
-        assert self._request is not None and self._request.num_steps is not None
-        if not hasattr(scheduler, "step_index"):
-            if not starts and (context not in self._counts or self._counts[context] + 1 < max(self._counts.values())):
-                # It comes late, or comes back.
-                self._counts[context] = max(self._counts[context], begin_index(scheduler, timestep) - self._begin)
-            step = self._counts[context]
-            self._counts[context] += 1
-            if step >= self._request.num_steps:
-                raise PlanError(
-                    f"the denoiser was called {step + 1} times in context {context!r} of a request of "
-                    f"{self._request.num_steps} steps: name the calls of one step with "
-                    "`with denoiser.cache_context(name)`"
-                )
-            return context, step, starts
-        # None until the first update of the request.
-        step = max((scheduler.step_index or self._begin) - self._begin, 0)
-        return self._branch(context, step), step, starts
+            self._start(loop, told)
+        request = self._request
+        assert request is not None and request.num_steps is not None
+        if step is None and not hasattr(scheduler, "step_index"):
+            step = self._counted(context, scheduler, told)
+        elif step is None:
+            step = self._step_of(context, scheduler, told)
+        self._told = told
+        if step >= request.num_steps:
+            raise PlanError(
+                f"more calls in context {context!r} than the {request.num_steps} steps of this "
+                f"{type(scheduler).__name__}, so another scheduler makes the steps: call the denoiser from a pipeline "
+                "that has the scheduler, or enable the bare denoiser with its sigmas"
+            )
+        return self._branch(context, step, given), step, starts
 
-    def _branch(self, context: str, step: int) -> str:
-        """The context of a call; calls of one step that carry one name are told apart by their order."""
-        for i in range(1, _MOST_CALLS_A_STEP + 1):
-            name = self._name(context, i)
-            if self._counts[name] <= step:
-                self._counts[name] = step + 1
-                return name
-        raise PlanError(
-            f"the denoiser was called more than {_MOST_CALLS_A_STEP} times at step {step}: it is used outside the "
-            "pipeline or loop it was enabled for; enable it on the one that runs"
-        )
+    def _start(self, loop: Loop, told: Any) -> None:
+        """Begin a request of a scheduler.
+
+        Raises:
+            PlanError: the scheduler's timesteps are not set.
+        """
+        self.abort()
+        scheduler = loop.scheduler
+        total = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+        if getattr(scheduler, "num_inference_steps", None) is None and len(scheduler.timesteps) == total:
+            raise PlanError(
+                f"the timesteps of this {type(scheduler).__name__} are not set, so another scheduler makes the steps: "
+                "call the denoiser from a pipeline that has the scheduler, or enable the bare denoiser with its sigmas"
+            )
+        self._timesteps = scheduler.timesteps
+        begin = begin_index(scheduler, told)
+        sigmas = sigmas_of(scheduler)[begin:]
+        left = len(sigmas) - 1
+        count = loop.num_steps if loop.num_steps is not None and 1 <= loop.num_steps <= left else left
+        self._request = Request(count, sigmas[: count + 1], scheduler, begin)
+
+    def _step_of(self, context: str, scheduler: Any, told: Any) -> int:
+        """The step by the scheduler's updates, or by its timesteps if another one, such as a copy, makes the steps."""
+        assert self._request is not None
+        # None until the first update of the request.
+        step = max((scheduler.step_index or self._request.begin) - self._request.begin, 0)
+        self._advances |= step > 0
+        if not (self._advances or self._looks_up) and self._counts.get(context, 0) > step:
+            self._looks_up = not _equal(told, self._told)
+        return self._looked_up(told) if self._looks_up else step
+
+    def _looked_up(self, told: Any) -> int:
+        assert self._request is not None
+        return _index_of(self._request.scheduler, told, self._request.begin) - self._request.begin
+
+    def _counted(self, context: str, scheduler: Any, told: Any) -> int:
+        """The step by the calls so far, for a scheduler that does not count its updates."""
+        request, step = self._request, self._counts.get(context, 0)
+        assert request is not None and request.num_steps is not None
+        newest = max(self._counts.values(), default=0) - 1
+        if isinstance(told, Tensor) and told is self._told:
+            return newest
+        if newest >= 0 and (not step or step < newest):  # it comes late, or comes back
+            step = max(step, _index_of(scheduler, told, request.begin) - request.begin)
+        if step >= request.num_steps:
+            raise PlanError(
+                f"more calls in context {context!r} than the {request.num_steps} steps of the request: name the calls "
+                "of one step with `with denoiser.cache_context(name)`"
+            )
+        return step
+
+    def _branch(self, context: str, step: int, given: _Given) -> str:
+        """The context of a call; calls of one step that carry one name are told apart by what they are given.
+
+        Those that are given the same, or what was never given before, by their order.
+        """
+        names = [self._name(context, i) for i in range(1, _MOST_CALLS_A_STEP + 1)]
+        free = [name for name in names if self._counts.get(name, 0) <= step]
+        if not free:
+            raise PlanError(
+                f"the denoiser was called more than {_MOST_CALLS_A_STEP} times at step {step}: it is used outside the "
+                "pipeline or loop it was enabled for; enable it on the one that runs"
+            )
+        same = (name for name in free if name in self._given and given.apart(self._given[name]) is None)
+        name = next(same, free[0])
+        self._counts[name] = step + 1
+        return name
 
     @staticmethod
     def _name(context: str, call: int) -> str:
         return context if call == 1 else f"{context}#{call}"
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What stays the same at all calls of one context.
+
+    Args:
+        kind: shape, dtype and device of the sample.
+        conditions: tensors, and how often each had been written to.
+        denoiser: which one was called.
+    """
+
+    kind: tuple
+    conditions: tuple[tuple[Tensor, int], ...]
+    denoiser: int
+
+    @classmethod
+    def of(cls, sample: Tensor, conditions: tuple[Tensor, ...], denoiser: int) -> _Given:
+        versions = tuple((one, 0 if one.is_inference() else one._version) for one in conditions)
+        return cls((sample.shape, sample.dtype, sample.device), versions, denoiser)
+
+    def apart(self, other: _Given) -> str | None:
+        """The reason why features of the other do not fit; waits for the device only for new tensors."""
+        if self.kind != other.kind:
+            return "the sample changed shape, dtype or device in the middle of a request"
+        same = len(self.conditions) == len(other.conditions)
+        if same and all(map(_is_same, self.conditions, other.conditions)):
+            return None
+        return "the conditions (such as prompt embeddings) changed in the middle of a request"
+
+
+def _is_same(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:
+    (a, version), (b, known) = one, other
+    if a is b:
+        return version == known
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    # The other one is still held, so equal addresses are the same memory.
+    held = a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and version == known
+    return held or torch.equal(a, b)
+
+
+def _largest(timestep: Any) -> float:
+    return float(torch.as_tensor(timestep).max())
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or (a is not None and b is not None and _largest(a) == _largest(b))
 
 
 def impulse_response_of(scheduler: Any, begin: int | None = None) -> np.ndarray:
@@ -221,12 +385,33 @@ def impulse_response_of(scheduler: Any, begin: int | None = None) -> np.ndarray:
 
 
 def begin_index(scheduler: Any, timestep: Any) -> int:
-    """The index of the request's first step: not 0 in image-to-image, which leaves out the noisiest steps."""
-    if hasattr(scheduler, "begin_index"):
-        return scheduler.begin_index or 0
-    now = float(torch.as_tensor(timestep).max())
-    found = (torch.as_tensor(scheduler.timesteps).double().cpu() == now).nonzero().flatten()
-    return int(found[0]) if len(found) else 0
+    """The index of the request's first step: not 0 in image-to-image, which leaves out the noisiest steps.
+
+    Args:
+        scheduler: of the request; the index it was told is taken where there is one.
+        timestep: of the first denoiser call.
+    """
+    told = getattr(scheduler, "begin_index", None)
+    return _index_of(scheduler, timestep) if told is None else told
+
+
+def _index_of(scheduler: Any, timestep: Any, begin: int = 0) -> int:
+    """The index of a timestep among a scheduler's, from `begin` on.
+
+    Along a flow denoisers may be given t / 1000 or 1 - t / 1000.
+
+    Returns:
+        The first of the nearest ones; `begin` where none is near.
+    """
+    if timestep is None:
+        return begin
+    now, known = _largest(timestep), torch.as_tensor(scheduler.timesteps).double().cpu()[begin:]
+    scaled = 0.0 <= now <= 1.0 and prediction_of(scheduler) == FLOW
+    for one in (now * _TRAIN_STEPS, (1.0 - now) * _TRAIN_STEPS, now) if scaled else (now,):
+        gaps = (known - one).abs()
+        if float(gaps.min()) <= _BFLOAT16 * max(abs(one), 1.0):
+            return begin + int(gaps.argmin())
+    return begin
 
 
 def sigmas_of(scheduler: Any) -> tuple[float, ...]:

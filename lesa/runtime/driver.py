@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -184,6 +184,9 @@ class _Timer:
         self._seconds = 0.0
         self._latest: deque[float] = deque(maxlen=_LATEST)
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy does not wait for events
+        return {**self.__dict__, "_events": []}
 
     @property
     def seconds(self) -> float:

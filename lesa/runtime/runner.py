@@ -48,21 +48,22 @@ class PlanRunner:
         self._checks = Checks(self._checked_plan, self._tell)
         self._computed = frozenset(plan.computed)
         self._histories: dict[str, History] = {}
-        self._inputs: dict[str, tuple] = {}
+        self._contexts: set[str] = set()  # of this request
         self._risky: dict[tuple[str, torch.dtype], frozenset[int]] = {}
         self._lost: str | None = None
 
     def begin(self, request: Request) -> None:
-        """Start a request with empty histories.
+        """Start a request with empty histories. One that stops before its noise is gone runs the plan's first steps.
 
         Raises:
             PlanError: the request has another number of steps than the plan.
         """
-        if request.num_steps is not None and request.num_steps != self.plan.num_steps:
+        total, stops = request.num_steps, request.sigmas is not None and request.sigmas[-1] > 0
+        if total is not None and total != self.plan.num_steps and not (stops and total < self.plan.num_steps):
             raise PlanError(
-                f"this request runs {request.num_steps} denoiser steps but the plan was made for "
+                f"this request runs {total} denoiser steps but the plan was made for "
                 f"{self.plan.num_steps}: call the pipeline with num_inference_steps={self.plan.num_steps}, "
-                f"make a plan for {request.num_steps} steps, or lesa.disable(pipe) (image-to-image runs strength x "
+                f"make a plan for {total} steps, or lesa.disable(pipe) (image-to-image runs strength x "
                 "num_inference_steps steps)"
             )
         if request.sigmas is not None:
@@ -71,7 +72,7 @@ class PlanRunner:
         self.stats.requests += 1
         for history in self._histories.values():
             history.clear()
-        self._inputs.clear()
+        self._contexts.clear()
         self._lost = None
 
     def lose(self, reason: str) -> None:
@@ -88,10 +89,11 @@ class PlanRunner:
         self._check_position(call)
         if call.step == self.plan.num_steps - 1:
             self._checks.settle(self.stats)
-        signature = _signature(call)
-        changed = self._inputs.setdefault(call.context, signature) != signature
+        self._contexts.add(call.context)
+        changed = call.changed
+        if call.switched and self.plan.site == "hidden":
+            changed = "another denoiser took over, whose hidden features are others"
         if changed:
-            self._inputs[call.context] = signature
             self._history(call.context).clear()
         if call.step in self._computed:
             return None
@@ -100,7 +102,7 @@ class PlanRunner:
         if reason is None and row is None:
             reason = f"the plan has no row for context {call.context!r}"
         elif reason is None and changed:
-            reason = "the sample changed shape, dtype or device in the middle of a request"
+            reason = changed
         elif reason is None and row is not None and not self._history(call.context).holds(row):
             reason = "a feature that the forecast needs is missing (its step did not run, or it was not finite)"
         if reason is not None:
@@ -145,9 +147,9 @@ class PlanRunner:
 
     def _note_guidance(self) -> None:
         """Warn if the request has guidance but the plan was fitted without it."""
-        if len(self._inputs) > 1 and self._checked_plan.expected and set(self._checked_plan.rows) == {ANY_CONTEXT}:
+        if len(self._contexts) > 1 and self._checked_plan.expected and set(self._checked_plan.rows) == {ANY_CONTEXT}:
             self._tell(
-                f"this request calls the denoiser in {len(self._inputs)} contexts per step (guidance), but the plan "
+                f"this request calls the denoiser in {len(self._contexts)} contexts per step (guidance), but the plan "
                 "was fitted without guidance. The plan goes on with worse pictures; fit it with the same guidance"
             )
 
@@ -161,11 +163,7 @@ class PlanRunner:
         self._tell(f"lesa computes steps in full: {reason}")
 
     def _tell(self, what: str) -> None:
-        """Warn once per topic: the text before the first colon."""
-        topic = what if what.startswith("lesa computes") else what.partition(":")[0]
-        if topic not in self.stats.told:
-            self.stats.told.add(topic)
-            warnings.warn(what, LesaWarning, stacklevel=2)
+        tell(self.stats, what)
 
     def _history(self, context: str) -> History:
         if context not in self._histories:
@@ -173,7 +171,7 @@ class PlanRunner:
         return self._histories[context]
 
     def _compare_sigmas(self, sigmas: tuple[float, ...]) -> None:
-        gap = max(abs(a - b) for a, b in zip(sigmas, self.plan.sigmas, strict=True))
+        gap = max(abs(a - b) for a, b in zip(sigmas, self.plan.sigmas[: len(sigmas)], strict=True))
         if self.plan.budget < self.plan.num_steps and gap > _SIGMA_TOLERANCE:
             self._tell(
                 f"the sigmas of this request differ from the plan's: by up to {gap:.3f} (another shift, spacing or "
@@ -300,8 +298,8 @@ class Generic:
     """A driver that runs requests of any model by plans of generic statistics, one for each kind of request.
 
     The first step of a request, which every plan computes, tells its kind: with guidance it calls the denoiser in two
-    contexts, or with a batch whose halves are equal. If a context comes later, or a sample changes its shape, then
-    the rest of the request is planned anew for that context.
+    contexts, or with a batch whose halves are equal. If a context comes later, changes its sample's shape or its
+    conditions, or goes on with another denoiser, then the rest of the request is planned anew for that context.
 
     Args:
         budget: computed steps of each request, or their share; None takes `default_budget`.
@@ -344,6 +342,7 @@ class Generic:
     def _begin(self) -> None:
         self._first: list[tuple[Call, torch.Tensor | None]] = []
         self._parts: dict[str, _Part] = {}
+        self._lost: str | None = None
 
     def forecast(self, call: Call) -> Forecast | None:
         """The forecast of a step by the plan of its context.
@@ -364,8 +363,9 @@ class Generic:
         if self._first:
             self._plan_request()
         part = self._parts.get(call.context)
-        if part is None or part.signature != _signature(call):
+        if part is None or call.changed or call.switched:
             part = self._parts[call.context] = self._rest(call)
+            call = replace(call, changed=None, switched=False)
         return part.runner.forecast(part.placed(call))
 
     def keep(self, call: Call, feature: torch.Tensor | None) -> None:
@@ -384,6 +384,8 @@ class Generic:
 
     def lose(self, reason: str) -> None:
         """Compute the rest of this request in full."""
+        self._lost = reason
+        tell(self.stats, f"lesa computes steps in full: {reason}")
         for part in self._parts.values():
             part.runner.lose(reason)
 
@@ -396,14 +398,14 @@ class Generic:
             part.runner.settle()
 
     def _check_falling(self, call: Call) -> None:
-        """Requests of a bare denoiser are told apart by timesteps that rise, so within one they must fall."""
+        """Requests of a bare denoiser are told apart by timesteps that turn back, so within one they go one way."""
         if call.request.num_steps is not None or self._left is None:
             return
         before, now = (float(torch.as_tensor(timestep).max()) for timestep in (self._left, call.timestep))
         if now > before:
             raise PlanError(
-                f"timestep={now:g} came after {before:g}, but in a request they must fall: wrap the denoiser in a "
-                "module that is given falling timesteps and turns them round, or enable the pipeline"
+                f"timestep={now:g} came after {before:g}, but in a request they must fall, or rise from 0: wrap the "
+                "denoiser in a module that is given falling timesteps and turns them round, or enable the pipeline"
             )
 
     def _plan_request(self) -> None:
@@ -411,7 +413,7 @@ class Generic:
         guided = len(self._first) > 1 or _doubled(self._first[0][0].sample)
         runner = self._runner_of(0, guided)
         for call, feature in self._first:
-            self._parts[call.context] = _Part(0, runner, _signature(call))
+            self._parts[call.context] = _Part(0, runner)
             runner.forecast(call)
             runner.store(call, feature)
         self._first.clear()
@@ -419,7 +421,7 @@ class Generic:
     def _rest(self, call: Call) -> _Part:
         """The plan of the rest of a request from a call on, with the steps that were still to be computed."""
         guided = len(self._parts.keys() | {call.context}) > 1 or _doubled(call.sample)
-        return _Part(call.step, self._runner_of(call.step, guided), _signature(call))
+        return _Part(call.step, self._runner_of(call.step, guided))
 
     def _runner_of(self, begin: int, guided: bool) -> PlanRunner:
         whole = self.plan if begin else None
@@ -434,6 +436,8 @@ class Generic:
         assert self._request is not None
         runner.begin(replace(self._request, num_steps=plan.num_steps, sigmas=plan.sigmas))
         self.stats.requests = requests
+        if self._lost is not None:
+            runner.lose(self._lost)
         return runner
 
     def _plan_of(self, begin: int, guided: bool, budget: int | None) -> Plan:
@@ -454,11 +458,10 @@ class Generic:
 
 @dataclass(frozen=True)
 class _Part:
-    """From which step on a context of a request runs by which runner, and what its samples are like."""
+    """From which step on a context of a request runs by which runner."""
 
     begin: int
     runner: PlanRunner
-    signature: tuple
 
     def placed(self, call: Call) -> Call:
         """The call with its step counted from the part's first one."""
@@ -489,8 +492,12 @@ class _Kind:
         return cls(FLOW if flow else "epsilon", levels, (levels,), lambda: response)
 
 
-def _signature(call: Call) -> tuple:
-    return call.sample.shape, call.sample.dtype, call.sample.device
+def tell(stats: Stats, what: str) -> None:
+    """Warn once per topic: the text before the first colon, or all of why steps are computed."""
+    topic = what if what.startswith("lesa computes") else what.partition(":")[0]
+    if topic not in stats.told:
+        stats.told.add(topic)
+        warnings.warn(what, LesaWarning, stacklevel=2)
 
 
 def _doubled(sample: torch.Tensor) -> bool:
@@ -506,11 +513,11 @@ def _warn_if_all(plan: Plan) -> None:
 
 
 def _response(request: Request) -> np.ndarray | None:
-    """The impulse response of a request's scheduler; image-to-image skips its first steps."""
+    """The impulse response of a request's scheduler; some requests skip its first steps, or end before its last."""
     scheduler = request.scheduler
     if scheduler is None or request.num_steps is None:
         return None
-    return impulse_response_of(scheduler, len(scheduler.timesteps) - request.num_steps)
+    return impulse_response_of(scheduler, request.begin)[: request.num_steps + 1, : request.num_steps]
 
 
 def kind_of(request: Request) -> tuple:

@@ -17,7 +17,7 @@ from diffusers import (
 )
 
 from lesa.plans.rows import PlanError
-from lesa.runtime.clock import UNNAMED, Call, Clock, Request, prediction_of, sigmas_of
+from lesa.runtime.clock import UNNAMED, Call, Clock, Loop, Request, prediction_of, sigmas_of
 
 SAMPLE = torch.zeros(1, 4, 8, 8)
 
@@ -42,7 +42,7 @@ class FakeScheduler:
 
 def fake(steps: int, begin: int | None = None) -> tuple[FakeScheduler, Clock]:
     scheduler = FakeScheduler(steps, begin)
-    return scheduler, Clock(lambda: scheduler)
+    return scheduler, Clock(lambda: Loop(scheduler))
 
 
 def place(call: Call) -> tuple[str, int, bool]:
@@ -158,7 +158,7 @@ def test_abort_makes_the_next_call_a_start() -> None:
 
 def test_swapped_scheduler_is_a_new_request() -> None:
     current = [FakeScheduler(3)]
-    clock = Clock(lambda: current[0])
+    clock = Clock(lambda: Loop(current[0]))
     clock.tick("cond", None, SAMPLE)
     current[0] = FakeScheduler(5)
     call = clock.tick("cond", None, SAMPLE)
@@ -170,7 +170,7 @@ def test_begin_index() -> None:
     assert request(clock, scheduler, ("cond",)) == [("cond", step, step == 0) for step in range(5)]
     scheduler.set_timesteps(8)
     found = clock.tick("cond", None, SAMPLE).request
-    assert found == Request(5, tuple(torch.linspace(1, 0, 9)[3:].tolist()))
+    assert found == Request(5, tuple(torch.linspace(1, 0, 9)[3:].tolist()), begin=3)
 
 
 # Schedulers of diffusers
@@ -209,7 +209,7 @@ def begin_at(scheduler: Any, begin: int) -> None:
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_real_scheduler(name: str) -> None:
     scheduler = SCHEDULERS[name]()
-    clock = Clock(lambda: scheduler)
+    clock = Clock(lambda: Loop(scheduler))
     for steps, stop in ((6, None), (6, 4), (6, None), (9, 1), (9, None)):
         scheduler.set_timesteps(steps)
         begin_at(scheduler, 0)
@@ -223,7 +223,7 @@ def test_real_scheduler(name: str) -> None:
 def test_real_scheduler_without_begin_index(name: str) -> None:
     """SDXL and others never set it; the scheduler then finds its index by the timestep."""
     scheduler = SCHEDULERS[name]()
-    clock = Clock(lambda: scheduler)
+    clock = Clock(lambda: Loop(scheduler))
     for _ in range(2):
         scheduler.set_timesteps(5)
         assert [place(call) for call in drive(clock, scheduler)] == expected_places(5)
@@ -232,22 +232,22 @@ def test_real_scheduler_without_begin_index(name: str) -> None:
 @pytest.mark.parametrize("name", WITH_BEGIN)
 def test_real_scheduler_that_begins_late(name: str) -> None:
     scheduler = SCHEDULERS[name]()
-    clock = Clock(lambda: scheduler)
+    clock = Clock(lambda: Loop(scheduler))
     for begin in (3, 3, 0, 5):
         scheduler.set_timesteps(8)
         scheduler.set_begin_index(begin)
         calls = drive(clock, scheduler, begin)
         assert [place(call) for call in calls] == expected_places(8 - begin)
-        assert calls[0].request == Request(8 - begin, sigmas_of(scheduler)[begin:])
+        assert calls[0].request == Request(8 - begin, sigmas_of(scheduler)[begin:], begin=begin)
 
 
 def test_ddim_called_more_often_than_it_has_steps() -> None:
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(3)
-    clock = Clock(lambda: scheduler)
+    clock = Clock(lambda: Loop(scheduler))
     for timestep in scheduler.timesteps:
         clock.tick(None, timestep, SAMPLE)
-    with pytest.raises(PlanError, match="4 times in context 'default' of a request of 3 steps.*cache_context"):
+    with pytest.raises(PlanError, match="context 'default' than the 3 steps"):
         clock.tick(None, scheduler.timesteps[-1], SAMPLE)
 
 
@@ -255,7 +255,7 @@ def test_ddim_image_to_image_starts_late() -> None:
     """DDIM keeps no begin_index: the first timestep tells how many steps were left out."""
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(8)
-    clock = Clock(lambda: scheduler)
+    clock = Clock(lambda: Loop(scheduler))
     calls = [clock.tick(None, timestep, SAMPLE) for timestep in scheduler.timesteps[3:]]
     assert [call.step for call in calls] == [0, 1, 2, 3, 4]
     assert calls[0].request.num_steps == 5
@@ -393,7 +393,7 @@ def test_a_context_that_comes_late_or_back_is_at_the_step_of_the_others(
     elif not counts_steps:
         scheduler = DDIMScheduler()
         scheduler.set_timesteps(8)
-        clock = Clock(lambda: scheduler)
+        clock = Clock(lambda: Loop(scheduler))
     for _ in range(2):
         for step, timestep in enumerate(scheduler.timesteps):
             for name in names if step in (2, 3, 6, 7) else ("cond",):
@@ -412,6 +412,98 @@ def test_bare_request_left_between_two_contexts() -> None:
     assert seen == [("cond", 0, True), ("uncond", 0, False), ("cond", 1, False), ("uncond", 1, False)]
 
 
+@pytest.mark.parametrize("left_after", [2, 3])
+def test_bare_timesteps_that_rise(left_after: int) -> None:
+    """1 - t, as Lumina 2 and SiT are given it."""
+    clock = bare()
+    times = (0.0, 0.2, 0.6, 0.9)
+    for stop in (4, left_after, 4, 1, 4):
+        seen = [place(clock.tick(name, t, SAMPLE)) for t in times[:stop] for name in ("cond", "uncond")]
+        assert seen == [(name, i, not i and name == "cond") for i in range(stop) for name in ("cond", "uncond")]
+
+
+def test_branches_are_known_by_what_they_are_given() -> None:
+    """Of three unnamed calls a step the second one stops; the last one is still the last one."""
+    scheduler, clock = fake(4)
+    texts = tuple(torch.full((1, 2, 3), float(i)) for i in range(2))
+    given = [texts[0], texts[1], texts[0]]
+    seen = []
+    for i, timestep in enumerate(scheduler.timesteps):
+        if i == 2:
+            del given[1]
+        seen.append([clock.tick(None, timestep, SAMPLE, (text if i < 3 else text.clone(),)) for text in given])
+        scheduler.step()
+    names = [[call.context for call in calls] for calls in seen]
+    whole = [UNNAMED, f"{UNNAMED}#2", f"{UNNAMED}#3"]
+    assert names == [whole, whole, whole[::2], whole[::2]]
+    assert not any(call.changed for calls in seen for call in calls)
+
+
+@pytest.mark.parametrize("how", ["another tensor", "written to", "another number"])
+def test_changed_conditions_are_told_once(how: str) -> None:
+    scheduler, clock = fake(4)
+    text = torch.ones(1, 2, 3)
+    changed = []
+    for i, timestep in enumerate(scheduler.timesteps):
+        if i == 2 and how == "written to":
+            text.mul_(2)
+        given = (text + 1,) if i >= 2 and how == "another tensor" else (text,) * (1 + (i >= 2 and how[-1] == "r"))
+        call, other = clock.tick("cond", timestep, SAMPLE, given), clock.tick("uncond", timestep, SAMPLE)
+        changed.append(call.changed is not None)
+        assert other.changed is None
+        scheduler.step()
+    assert changed == [False, False, True, False]
+
+
+def test_where_a_request_begins_is_told_by_its_first_timestep() -> None:
+    """Wan's video-to-video slices its timesteps and calls no set_begin_index."""
+    scheduler, clock = fake(8)
+    scheduler.step_index = None
+    calls = []
+    for timestep in scheduler.timesteps[3:]:
+        calls.append(clock.tick("cond", timestep / 1000, SAMPLE))
+        scheduler.step_index = 3 + len(calls)
+    assert [call.step for call in calls] == list(range(5))
+    assert calls[0].request == Request(5, tuple(torch.linspace(1, 0, 9)[3:].tolist()), begin=3)
+
+
+def test_the_pipeline_says_how_many_steps_it_runs() -> None:
+    """SDXL's denoising_end."""
+    scheduler = FakeScheduler(8)
+    clock = Clock(lambda: Loop(scheduler, 5))
+    first = [clock.tick("cond", timestep, SAMPLE) for timestep in scheduler.timesteps[:1]][0].request
+    assert first == Request(5, tuple(torch.linspace(1, 0, 9)[:6].tolist()))
+    scheduler.set_timesteps(4)  # what it said is of another request
+    assert clock.tick("cond", scheduler.timesteps[0], SAMPLE).request.num_steps == 4
+
+
+def test_steps_that_a_copy_of_the_scheduler_makes() -> None:
+    """SkyReels-V2's diffusion forcing steps copies; its long videos run their timesteps again."""
+    scheduler, clock = fake(4)
+    for _ in range(2):
+        seen = [place(clock.tick(name, t, SAMPLE)) for t in scheduler.timesteps for name in ("cond", "uncond")]
+        assert seen == [(name, i, not i and name == "cond") for i in range(4) for name in ("cond", "uncond")]
+
+
+def test_unset_schedulers_are_refused_before_anything_is_planned() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(PlanError, match="not set"):
+        Clock(lambda: Loop(scheduler)).tick(None, torch.tensor(1.0), SAMPLE)
+
+
+def test_the_loop_may_tell_the_step() -> None:
+    scheduler, clock = fake(4)
+    assert [clock.tick("cond", t, SAMPLE, step=i).step for i, t in enumerate(scheduler.timesteps)] == [0, 1, 2, 3]
+
+
+def test_unnamed_calls_of_one_step_of_a_scheduler_that_does_not_count() -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(3)
+    clock = Clock(lambda: Loop(scheduler))
+    seen = [place(clock.tick(None, t, SAMPLE)) for t in scheduler.timesteps for _ in range(2)]
+    assert seen == [(name, i, not i and name == UNNAMED) for i in range(3) for name in (UNNAMED, f"{UNNAMED}#2")]
+
+
 def test_bare_abort() -> None:
     clock = bare()
     clock.tick(None, 1.0, SAMPLE)
@@ -421,7 +513,7 @@ def test_bare_abort() -> None:
 
 def test_a_dropped_pipeline_leaves_a_bare_denoiser() -> None:
     scheduler: list[Any] = [FakeScheduler(3)]
-    clock = Clock(lambda: scheduler[0])
+    clock = Clock(lambda: Loop(scheduler[0]) if scheduler[0] else None)
     clock.tick("cond", 1.0, SAMPLE)
     scheduler[0] = None
     clock.abort()

@@ -539,18 +539,24 @@ def test_loops_longer_than_their_sigmas(contexts: tuple, levels: int) -> None:
 
 
 @pytest.mark.parametrize("contexts", [(None,), (None, None), ("cond", "uncond")])
-def test_timesteps_that_rise_are_refused(contexts: tuple) -> None:
-    loop = Loop(lambda step: contexts, timesteps=tuple(1.0 - sigma for sigma in shifted(STEPS)[:-1]))
-    run, stats = enabled(loop)
-    for _ in range(2):
-        with pytest.raises(PlanError, match="timestep="):
-            loop.run()
-    run.disable()
+def test_timesteps_may_rise(contexts: tuple) -> None:
+    rising = Loop(lambda step: contexts, timesteps=tuple(1.0 - sigma for sigma in shifted(STEPS)[:-1]))
     falling = Loop(lambda step: contexts)
-    run, stats = enabled(falling)
-    sample = falling.run()
-    falling.step(0, exact(falling.timesteps[0]), sample)  # left after its first step
-    assert torch.equal(falling.run(), sample) and stats.requests == 3
+    outputs = []
+    for loop in (rising, falling):
+        run, stats = enabled(loop)
+        outputs.append([loop.run(seed) for seed in range(2)])
+        assert stats.requests == 2 and stats.forecast and not stats.refused
+    assert all(map(torch.equal, *outputs))
+    falling.step(0, exact(falling.timesteps[0]), outputs[1][0])  # left after its first step
+    assert torch.equal(falling.run(1), outputs[1][1]) and stats.requests == 4
+
+
+def test_timesteps_that_rise_from_elsewhere_are_refused() -> None:
+    loop = Loop(timesteps=tuple(2.0 - sigma for sigma in shifted(STEPS)[:-1]))
+    enabled(loop)
+    with pytest.raises(PlanError, match="timestep="):
+        loop.run()
 
 
 def test_loops_shorter_than_their_sigmas() -> None:
