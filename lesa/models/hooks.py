@@ -18,7 +18,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ _CONDITIONS = (
     "clip",
     "cond",
 )
+_METHODS: set[CodeType] = set()  # of modules, which call a denoiser but are no pipeline
 _NO_CONDITIONS = ("control", "residual", "timestep", "time_cond")  # these follow the sample and the step
 
 
@@ -155,14 +156,16 @@ class LoopOf:
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             code = frame.f_code
-            names = code.co_varnames[: min(code.co_argcount, 2)]  # self, or self and components of modular blocks
-            if names and names[0] == "self":
-                known = frame.f_locals
-                for name in names:
-                    one = known.get(name)
+            if code not in _METHODS:
+                # self, or self and components of modular blocks
+                names = code.co_varnames[: min(code.co_argcount, 2)]
+                known = frame.f_locals if names[:1] == ("self",) else {}
+                for one in map(known.get, names):
                     # Looked for on the class: an instance would make all of its components a dictionary.
                     if hasattr(type(one), "components") and hasattr(one, "scheduler"):
                         return one
+                if isinstance(known.get("self"), (torch.nn.Module, RootHook, Clock)):
+                    _METHODS.add(code)
             frame = frame.f_back
         return None
 
@@ -446,13 +449,17 @@ def _tensor(sample: Any) -> torch.Tensor:
 def _conditions(given: Any, name: str = "") -> tuple[torch.Tensor, ...]:
     """The tensors among a call's arguments that stay the same in a context."""
     if isinstance(given, torch.Tensor):
-        named = any(part in name for part in _CONDITIONS) and not any(part in name for part in _NO_CONDITIONS)
-        return (given,) if named else ()
+        return (given,) if _is_condition(name) else ()
     if isinstance(given, dict):
         return tuple(one for key, value in given.items() for one in _conditions(value, f"{name} {key}"))
     if isinstance(given, (list, tuple)):
         return tuple(one for value in given for one in _conditions(value, name))
     return ()
+
+
+@functools.cache
+def _is_condition(name: str) -> bool:
+    return any(part in name for part in _CONDITIONS) and not any(part in name for part in _NO_CONDITIONS)
 
 
 def _first(output: Any) -> torch.Tensor:
