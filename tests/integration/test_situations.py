@@ -19,6 +19,9 @@ from diffusers import (
     WanPipeline,
     WanVideoToVideoPipeline,
 )
+from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, PerturbedAttentionGuidance
+from diffusers.hooks import LayerSkipConfig
+from diffusers.modular_pipelines import QwenImageAutoBlocks
 from pipelines import Case
 from test_dropin import FLUX, QWEN, SDXL, WAN, assert_same, enabled, expected, plan_for, stats_of, untouched
 from torch import Tensor, nn
@@ -263,6 +266,81 @@ def by_oracle_of_swapped(call: Any, site: str, plan: Plan) -> Tensor:
     fresh = WAN.make()
     module = fresh.transformer.blocks[-1] if site == "hidden" else fresh.transformer
     return _by_oracle(lambda: call(fresh), [module], plan)
+
+
+# Modular pipelines, whose guiders call the denoiser without names
+
+GUIDERS: dict[str, Any] = {
+    "classifier-free": lambda: ClassifierFreeGuidance(guidance_scale=3.0),
+    "adaptive projected": lambda: AdaptiveProjectedGuidance(guidance_scale=3.0),
+    "perturbed attention": lambda: PerturbedAttentionGuidance(
+        guidance_scale=3.0,
+        perturbed_guidance_scale=2.0,
+        perturbed_guidance_start=0.0,
+        perturbed_guidance_stop=0.6,
+        perturbed_guidance_config=LayerSkipConfig(
+            indices=[1], fqn="transformer_blocks", skip_attention=False, skip_attention_scores=True, skip_ff=False
+        ),
+    ),
+}
+
+
+@SITES
+@pytest.mark.parametrize("guider", GUIDERS)
+def test_guiders_of_modular_pipelines(guider: str, site: str) -> None:
+    def make() -> Any:
+        pipe = QwenImageAutoBlocks().init_pipeline()
+        pipe.update_components(**QWEN.make().components, guider=GUIDERS[guider]())
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def call(pipe: Any) -> Tensor:
+        texts = (" ".join(f"{word}{i}" for i in range(40)) for word in ("word", "bad"))  # 34 tokens are a template's
+        given = dict(zip(("prompt", "negative_prompt"), texts, strict=True))
+        more = {"num_inference_steps": 8, "height": 32, "width": 32, "output_type": "pt"}
+        return pipe(**given, **more, generator=torch.Generator().manual_seed(0)).get("images")
+
+    pipe = make()
+    full = call(pipe)
+    plan = plan_of("reuse", (0, 1, 4, 7), sigmas_of(pipe.scheduler), site=site)
+    run = lesa.enable(pipe, plan)
+    output = call(pipe)
+    assert run.stats.forecast and not run.stats.refused
+    assert_same(output, _by_guider(make(), call, plan))
+    assert not torch.equal(output, full)
+    run.disable()
+    assert_same(call(pipe), full)
+
+
+def _by_guider(pipe: Any, call: Any, plan: Plan) -> Tensor:
+    """What a request gives whose features are overwritten; a call is known by its text and its place in the step."""
+    kept: dict[tuple[int, int], Any] = {}
+    seen: list[int] = []
+    scheduler, now = type(pipe.scheduler), {"step": 0}
+    step, module = (
+        scheduler.step,
+        pipe.transformer if plan.site == "output" else pipe.transformer.transformer_blocks[-1],
+    )
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        now["step"] += 1
+        seen.clear()
+        return step(*args, **kwargs)
+
+    def begins(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
+        seen.append(given["encoder_hidden_states"].data_ptr())
+
+    def overwrite(_: nn.Module, __: Any, output: Any) -> Any:
+        key = seen[-1], seen.count(seen[-1])
+        if now["step"] in plan.computed:
+            kept[key] = output
+        return kept[key]
+
+    pipe.transformer.register_forward_pre_hook(begins, with_kwargs=True)
+    module.register_forward_hook(overwrite)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "step", counted)
+        return call(pipe)
 
 
 # Gradients
