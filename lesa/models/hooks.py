@@ -31,10 +31,10 @@ from ..plans.rows import PlanError
 from ..runtime.clock import Call, Clock, Loop
 from ..runtime.driver import Driver, Forecast
 from .layouts import denoiser_of, denoisers_of, layout_of, sample_name, timestep_name
-from .standins import Exchange, Stands, Tail, Tap
+from .standins import Exchange, Feed, Stands, Tap
 
 _NAME = "lesa"
-_TAIL_LOST = "the denoiser's last block was not run (something skips it or runs another forward)"
+_HEAD_LOST = "the denoiser's head was not run (something skips it or runs another forward)"
 _GRADIENTS = "gradients are recorded, which a forecast has not (sample under torch.no_grad())"
 # Arguments that are the same at all steps of a context, unless somebody changes them: parts of their names.
 _CONDITIONS = (
@@ -50,6 +50,8 @@ _CONDITIONS = (
 )
 _METHODS: set[CodeType] = set()  # of modules, which call a denoiser but are no pipeline
 _NO_CONDITIONS = ("control", "residual", "timestep", "time_cond")  # these follow the sample and the step
+# What a forward raises that does not bear stand-ins. Other exceptions are somebody's way to stop a request.
+_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def attach(target: Any, driver: Driver, site: str) -> RootHook:
@@ -285,6 +287,11 @@ class RootHook(ModelHook):
         try:
             self._enter(turn)
             return turn.run(*args, **kwargs)
+        except _FAULTS as error:
+            if not isinstance(turn.stand, Feed):
+                raise
+            told = (str(error).splitlines() or [""])[0][:120]
+            turn.failed = f"the denoiser cannot run without its blocks ({type(error).__name__}: {told})"
         finally:
             self._leave()
 
@@ -353,7 +360,7 @@ class RootHook(ModelHook):
         stop = self.driver.stats.start("computed", call.sample.device)
         if self._stands is None:
             return _Turn(call, stop, self._original())
-        exchange, tap = self._stands.tap()
+        exchange, tap = self._stands.tap(call.sample.dtype)
         return _Turn(call, stop, self._original(), exchange, tap)
 
     def _forecast(self, call: Call, forecast: Forecast) -> _Turn:
@@ -366,9 +373,9 @@ class RootHook(ModelHook):
             turn = _Turn(call, stop, _copy(forecast.feature()), wrap=like)
         elif ring is not None and stands.fuses(ring, call.timestep):
             name = "forecast_head"
-            turn = _Turn(call, stop, self._original(), *stands.head(call.context, ring))
+            turn = _Turn(call, stop, *stands.head(self._original(), call.context, ring))
         else:
-            turn = _Turn(call, stop, self._original(), *stands.tail(forecast.feature()))
+            turn = _Turn(call, stop, *stands.tail(self._original(), forecast.feature()))
         turn.forecast, turn.accept = True, forecast.accept
         if ring is not None:
             turn.operator = f"{name}: {ring.backend or ops.backend_of(name, ring.history)}"
@@ -379,11 +386,12 @@ class RootHook(ModelHook):
         """Count the call; return whether its output is accepted."""
         driver, call, stand = self.driver, turn.call, turn.stand
         if turn.forecast:
-            if isinstance(stand, Tail):
+            if isinstance(stand, Feed):
                 stand.feature = None
-                if not stand.reached:
-                    driver.lose(_TAIL_LOST)
-                    driver.refuse(call, _TAIL_LOST)
+                lost = turn.failed or (None if stand.reached else _HEAD_LOST)
+                if lost is not None:
+                    driver.lose(lost)
+                    driver.refuse(call, lost)
                     return False
             if turn.accept is not None and not turn.accept(_first(output)):
                 return False
@@ -400,7 +408,7 @@ class RootHook(ModelHook):
         else:
             feature, stand.feature = stand.feature, None
         if feature is None:
-            driver.lose(_TAIL_LOST)
+            driver.lose(_HEAD_LOST)
         driver.keep(call, feature)
         driver.observe(call, _first(output))
         return True
@@ -418,11 +426,12 @@ class _Turn:
     stop: Callable[[], None]
     run: Callable[..., Any]
     exchange: Exchange | None = None
-    stand: Tap | Tail | None = None
+    stand: Tap | Feed | None = None
     wrap: Callable[[torch.Tensor], Any] | None = None
     operator: str | None = None
     accept: Callable[[torch.Tensor], bool] | None = None
     forecast: bool = False
+    failed: str | None = None
 
 
 class _ContextName(StateManager):

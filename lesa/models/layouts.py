@@ -19,15 +19,14 @@ class Layout:
     """Where the hidden site of a denoiser class is.
 
     Args:
-        blocks: attributes that hold its blocks, in the order they run; the feature is the
-            `hidden_states` that the last block returns.
+        blocks: attributes that hold its blocks, in the order they run.
         returns: what a block returns, in order, by the names of its arguments; one name means a bare tensor.
-        norm: the layer norm of the head. What the denoiser does between it and `proj` must be
-            x * scale + shift, with one scale and shift for each sample and channel.
+        norm: the layer norm of the head; the feature is what it is given. What the denoiser does between it and
+            `proj` must be x * scale + shift, with one scale and shift for each sample and channel.
         proj: the Linear that projects to the output's channels.
         embedders: modules whose outputs only the blocks read; the rest of the forward must work with one
             channel of their inputs in place of their outputs.
-        wide_head: whether the modulation is computed in float32 and then cast to the dtype of the image stream.
+        wide_head: whether norm and modulation are computed in float32 and cast to the dtype of the image stream.
     """
 
     blocks: tuple[str, ...]
@@ -65,7 +64,7 @@ LAYOUTS = {
         _IMAGE_ONLY,
         "norm_out",
         "proj_out",
-        ("patch_embedding", "rope", "condition_embedder.text_embedder", "condition_embedder.image_embedder"),
+        ("patch_embedding", "rope"),  # the others are small, and one joins two images' tokens
         wide_head=True,
     ),
     "DiTTransformer2DModel": Layout(("transformer_blocks",), _IMAGE_ONLY, "norm_out", "proj_out_2", ("pos_embed",)),

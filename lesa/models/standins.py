@@ -1,8 +1,9 @@
 """Stand-ins that replace a denoiser's children during one call.
 
-The denoiser's own forward runs at every step. At a computed step a wrapper around the last block takes the feature. At
-a forecast step stand-ins replace the blocks and the embedders, whose results nothing needs; the model's own head
-finishes the step, or, if a fused operator can, stand-ins of its norm and projection.
+The denoiser's own forward runs at every step. At a computed step a wrapper around the norm of the head takes what the
+head is given, the feature: all that the forward does between and after its blocks is in it. At a forecast step
+stand-ins replace the blocks and the embedders, whose results nothing needs, and the norm is given the forecast; the
+model's own head finishes the step, or, if a fused operator can, stand-ins of its norm and projection.
 
 Between norm and projection the head modulates: m(x) = scale x + shift. The fused head learns both numbers from the
 model itself: the norm's stand-in returns a row of zeros and a row of ones, and the projection's stand-in receives
@@ -13,10 +14,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.decorators import skip  # permanent; torch.compiler.disable acts per call
 
 from .. import ops
 from ..runtime.history import Ring
@@ -47,21 +51,69 @@ class Exchange:
 
 
 class Tap(nn.Module):
-    """A block that also keeps its image stream, the feature."""
+    """The head's norm, which also keeps what it is given, the feature."""
 
-    block: nn.Module
+    norm: nn.Module
 
-    def __init__(self, block: nn.Module, layout: Layout) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        # DiT needs the timestep embedder in its first block, which may also be the last one.
-        self.__dict__ |= {"_modules": block._modules, "block": block}
-        self.position = layout.returns.index("hidden_states") if len(layout.returns) > 1 else None
+        self.__dict__["norm"] = norm
+        self.dtype: torch.dtype | None = None
         self.feature: Tensor | None = None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.block(*args, **kwargs)
-        self.feature = output if self.position is None else output[self.position]
-        return output
+    def forward(self, stream: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.feature = stream if self.dtype is None else stream.to(self.dtype)
+        return self.norm(stream, *args, **kwargs)
+
+
+class Feed(nn.Module):
+    """The head's norm, which takes the forecast for what it is given."""
+
+    norm: nn.Module
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["norm"] = norm
+        self.feature: Tensor | None = None
+        self.reached = False
+
+    def forward(self, stream: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.reached = True
+        assert self.feature is not None
+        return self.norm(self.feature.to(stream.dtype), *args, **kwargs)
+
+    def stream(self) -> Tensor:
+        """Zeros like the forecast, one number in memory, for what the forward does between the blocks and the head."""
+        assert self.feature is not None
+        return self.feature.new_zeros(1).expand(self.feature.shape)
+
+
+class Probe(Feed):
+    """Replaces the head's norm: returns zeros and ones, in float32 so that the model does not round them.
+
+    Args:
+        norm: that it replaces.
+        ring: the operands of the fused head.
+        wide: whether the model casts the modulated probes to the dtype of its image stream.
+    """
+
+    rows: Tensor
+
+    def __init__(self, norm: nn.LayerNorm, ring: Ring, wide: bool) -> None:
+        super().__init__(norm)
+        self.ring, self.wide = ring, wide
+        zeros = torch.zeros(1, 1, norm.normalized_shape[-1], device=ring.history.device)
+        self.register_buffer("rows", torch.cat([zeros, zeros + 1], 1), persistent=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.reached = True
+        return self.rows
+
+    def stream(self) -> Tensor:
+        """Zeros like a feature, one number in memory."""
+        history = self.ring.history
+        zero = history.new_zeros(1, dtype=torch.float32 if self.wide else history.dtype)
+        return zero.expand(history.shape[1:])
 
 
 class Pass(nn.Module):
@@ -88,26 +140,17 @@ class Pass(nn.Module):
 
 
 class Tail(Pass):
-    """Replaces the last list of blocks and returns their inputs, with the forecast as the image stream.
+    """Replaces the last list of blocks and returns their inputs, with the image stream that the head's norm stands for.
 
-    With the fused head only the stream's dtype is used: some models cast the modulated probes to it.
+    Nothing of its values is used: only what the forward does with its shape and dtype.
     """
 
-    def __init__(self, block: nn.Module, layout: Layout) -> None:
-        super().__init__(block, layout)
-        self.feature: Tensor | None = None
-        self.reached = False
-        self.wide_head = layout.wide_head
+    head: Feed
 
     def passed(self, args: tuple, kwargs: dict) -> list[Any]:
-        """The inputs, with the forecast as the image stream."""
+        """The inputs, with zeros as the image stream."""
         passed = super().passed(args, kwargs)
-        stream = self.returns.index("hidden_states")
-        if self.feature is not None:
-            passed[stream] = self.feature
-        elif self.wide_head:
-            passed[stream] = passed[stream].float()
-        self.reached = True
+        passed[self.returns.index("hidden_states")] = self.head.stream()
         return passed
 
 
@@ -115,21 +158,8 @@ class Skip(nn.Module):
     """Replaces an embedder: returns one channel of its input, so that the model can still join and reshape it."""
 
     def forward(self, given: Any, *args: Any, **kwargs: Any) -> Any:
-        return given[..., :1] if isinstance(given, Tensor) else given
-
-
-class Probe(nn.Module):
-    """Replaces the head's norm: returns zeros and ones, in float32 so that the model does not round them."""
-
-    rows: Tensor
-
-    def __init__(self, norm: nn.LayerNorm, device: torch.device) -> None:
-        super().__init__()
-        zeros = torch.zeros(1, 1, norm.normalized_shape[-1], device=device)
-        self.register_buffer("rows", torch.cat([zeros, zeros + 1], 1), persistent=False)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.rows
+        # A copy: a forward may write into what an embedder returns.
+        return given[..., :1].clone() if isinstance(given, Tensor) else given
 
 
 class FusedHead(nn.Module):
@@ -157,32 +187,34 @@ class Stands:
         self._denoiser, self._layout = denoiser, layout
         self._made: dict[Any, tuple[tuple[Any, ...], Any]] = {}
 
-    def tap(self) -> tuple[Exchange, Tap]:
-        """Exchange the last block for a computed step."""
-        name = self._lists()[-1]
-        last = len(_blocks(self._denoiser, name)) - 1
-        block = _blocks(self._denoiser, name)[last]
-        tap = self._keep("tap", (block,), lambda: Tap(block, self._layout))
-        return Exchange(self._denoiser, {f"{name}.{last}": tap}), tap
+    def tap(self, dtype: torch.dtype) -> tuple[Exchange, Tap]:
+        """Exchange the head's norm for a computed step.
 
-    def tail(self, feature: Tensor | None) -> tuple[Exchange, Tail]:
-        """Exchange embedders and blocks for a forecast step that ends in the model's own head."""
-        places, tail = self._body()
-        tail.feature = feature
-        return Exchange(self._denoiser, places), tail
+        Args:
+            dtype: of the image stream, which a wide head's norm is given in float32.
+        """
+        norm, _ = self._head()
+        tap = self._keep("tap", (norm,), lambda: Tap(norm))
+        tap.dtype = dtype if self._layout.wide_head else None
+        return Exchange(self._denoiser, {self._layout.norm: tap}), tap
 
-    def head(self, context: str, ring: Ring) -> tuple[Exchange, Tail]:
-        """Exchange all but the timestep's path for a forecast step with the fused head; needs `fuses(ring)`."""
-        places, tail = self._body()
-        tail.feature = None
+    def tail(self, forward: Callable[..., Any], feature: Tensor) -> tuple[Callable[..., Any], Exchange, Feed]:
+        """What runs a forecast step that ends in the model's own head, its exchange and what stands for the norm."""
+        norm, _ = self._head()
+        feed = self._keep("feed", (norm,), lambda: Feed(norm))
+        # A copy: a view of the ring, at another offset each step, makes torch.compile compile again.
+        return self._finish(forward, {}, feed, feature.clone())
+
+    def head(self, forward: Callable[..., Any], context: str, ring: Ring) -> tuple[Callable[..., Any], Exchange, Feed]:
+        """As `tail`, for a forecast step with the fused head; needs `fuses(ring)`."""
         norm, proj = self._head()
-        device = ring.history.device
-        places[self._layout.norm] = self._keep("norm", (norm, device), lambda: Probe(norm, device))
-        head = self._keep(("proj", context), (norm, proj), lambda: FusedHead(ring, norm, proj))
-        if head.ring is not ring:
-            head.ring = ring
-        places[self._layout.proj] = head
-        return Exchange(self._denoiser, places), tail
+        of = norm, proj, ring.history.device
+        probe, fused = self._keep(
+            ("fused", context), of, lambda: (Probe(norm, ring, self._layout.wide_head), FusedHead(ring, norm, proj))
+        )
+        if fused.ring is not ring:
+            probe.ring = fused.ring = ring
+        return self._finish(forward, {self._layout.proj: fused}, probe, None)
 
     def fuses(self, ring: Ring, timestep: Any) -> bool:
         """Whether the fused operator can replace the head: same device and dtype, and no wrapper."""
@@ -202,7 +234,13 @@ class Stands:
     def _head(self) -> tuple[Any, Any]:
         return self._denoiser.get_submodule(self._layout.norm), self._denoiser.get_submodule(self._layout.proj)
 
-    def _body(self) -> tuple[dict[str, nn.Module], Tail]:
+    def _finish(
+        self, forward: Callable[..., Any], places: dict[str, nn.Module], head: Feed, feature: Tensor | None
+    ) -> tuple[Callable[..., Any], Exchange, Feed]:
+        run = functools.partial(_run, _finish_of(type(self._denoiser).__name__), forward, head, feature)
+        return run, Exchange(self._denoiser, {**self._body(head), self._layout.norm: head, **places}), head
+
+    def _body(self, head: Feed) -> dict[str, nn.Module]:
         embedders = [path for path in self._layout.embedders if _child(self._denoiser, path) is not None]
         places: dict[str, nn.Module] = {path: self._keep(path, (), Skip) for path in embedders}
         names = self._lists()
@@ -211,13 +249,45 @@ class Stands:
             kind = Tail if name == names[-1] else Pass
             stand = self._keep((name, "block"), (first,), functools.partial(kind, first, self._layout))
             places[name] = self._keep(name, (stand,), functools.partial(nn.ModuleList, [stand]))
-        return places, stand
+        stand.__dict__["head"] = head  # its `_modules` are the block's own
+        return places
 
     def _keep(self, key: Any, of: tuple[Any, ...], make: Any) -> Any:
         known = self._made.get(key)
         if known is None or known[0] != of:
             known = self._made[key] = (of, make())
         return known[1]
+
+
+def _finish(forward: Callable[..., Any], head: Feed, feature: Tensor | None, args: tuple, kwargs: dict) -> Any:
+    """Run a forward with stand-ins; the feature is an argument so that torch.compile takes its shape for a variable."""
+    head.feature, head.reached = feature, False
+    return forward(*args, **kwargs)
+
+
+@functools.cache
+def _finish_of(denoiser: str) -> Callable[..., Any]:
+    """`_finish` with code of its own for a class: torch.compile limits the recompilations of each code object."""
+    code = _finish.__code__.replace(co_name=f"_finish_{denoiser}")
+    return types.FunctionType(code, _finish.__globals__)
+
+
+@skip
+def _run(
+    finish: Callable[..., Any], forward: Any, head: Feed, feature: Tensor | None, *args: Any, **kwargs: Any
+) -> Any:
+    args, kwargs = _without_offsets(args, kwargs)
+    return finish(forward, head, feature, args, kwargs)
+
+
+@torch.compiler.disable
+def _without_offsets(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Arguments with copies of timesteps, whose offset into all timesteps makes torch.compile compile again."""
+
+    def own(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.dim() < 2 and value.storage_offset() else value
+
+    return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
 
 
 def _place(denoiser: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -15,7 +15,8 @@ from ..plans.rows import Row
 class Ring(torch.nn.Module):
     """The memory of a history: features, the plan's rows as tables, and the step they are read at.
 
-    All of it are buffers, so that a compiled forecast step reads them in place and no step makes it compile again.
+    A compiled forecast step reads all of it in place, and no step makes it compile again: tables are buffers. Features
+    are none, because torch.compile compiles again for each shape of a buffer.
 
     Args:
         feature: one feature; shape, dtype and device of the ring.
@@ -37,8 +38,8 @@ class Ring(torch.nn.Module):
         self.backend = backend
         self._capacity = max(plan.capacity, 1)
         keep = torch.tensor(plan.slots, dtype=torch.int32)
+        self.history = torch.empty((self._capacity, *feature.shape), dtype=feature.dtype, device=feature.device)
         tensors = {
-            "history": torch.empty((self._capacity, *feature.shape), dtype=feature.dtype, device=feature.device),
             **_tables(plan, context, ops.wide_dtype(feature)),
             "keep": keep,
             "target": torch.where(keep < 0, self._capacity, keep),
@@ -55,6 +56,7 @@ class Ring(torch.nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Ring:
         self._forget()
+        self.history = fn(self.history)
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy has memory of its own

@@ -498,8 +498,12 @@ def test_request_after_an_error_in_the_callback(case: Case, site: str, error: ty
     assert_same(case.call(pipe), untouched(case))
 
 
-@ERRORS
-def test_request_after_an_error_in_the_head_of_a_forecast_step(error: type[BaseException]) -> None:
+class StopError(Exception):
+    """Raised by a user's hook."""
+
+
+@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
+def test_request_after_a_stop_in_the_head_of_a_forecast_step(error: type[BaseException]) -> None:
     plan = plan_for(FLUX, "linear", "hidden")
     pipe = enabled(FLUX, plan)
     Interruption(pipe.transformer.norm_out, error, call=4)

@@ -15,14 +15,14 @@ from torch import nn
 
 import lesa
 from lesa.models import hooks, standins
-from lesa.models.standins import FusedHead, Pass, Probe, Skip, Tap
+from lesa.models.standins import Feed, FusedHead, Pass, Skip, Tap
 
 FLUX, DIT, WAN = (CASES_BY_NAME[name] for name in ("flux_dev", "dit", "wan"))
 FILES = {hooks.__file__, standins.__file__}
 
 
 def stand_ins(denoiser: nn.Module) -> list[str]:
-    kinds = (Tap, Pass, Skip, Probe, FusedHead)
+    kinds = (Tap, Pass, Skip, Feed, FusedHead)
     return [name for name, module in denoiser.named_modules() if isinstance(module, kinds)]
 
 

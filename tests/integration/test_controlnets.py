@@ -1,0 +1,172 @@
+"""ControlNets at the hidden site: what a forward adds after its blocks, by their index and number, is in the feature.
+
+The oracle runs every block and overwrites what the head's norm is given at forecast steps.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    QwenImageControlNetModel,
+    QwenImageControlNetPipeline,
+    QwenImageMultiControlNetModel,
+)
+from pipelines import CASES_BY_NAME, NEGATIVE, PROMPTS, Case, _picture, _quiet, _random
+from test_dropin import assert_same, plan_for
+from torch import Tensor, nn
+
+import lesa
+from lesa.models import standins
+from lesa.models.layouts import layout_of
+from lesa.plans.plan import Plan
+
+pytestmark = pytest.mark.filterwarnings("error::lesa.LesaWarning")
+
+FLUX, QWEN = CASES_BY_NAME["flux_dev"], CASES_BY_NAME["qwen_image"]
+
+
+def flux_controlnet(blocks: int, single_blocks: int, seed: int = 9) -> FluxControlNetModel:
+    torch.manual_seed(seed)
+    return _random(
+        FluxControlNetModel(
+            in_channels=16,
+            num_layers=blocks,
+            num_single_layers=single_blocks,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        )
+    )
+
+
+def qwen_controlnet(blocks: int) -> QwenImageControlNetModel:
+    torch.manual_seed(9)
+    sizes = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16}
+    return _random(
+        QwenImageControlNetModel(in_channels=16, out_channels=4, num_layers=blocks, axes_dims_rope=(4, 6, 6), **sizes)
+    )
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """A case with ControlNets.
+
+    Args:
+        case: whose components the pipeline has.
+        pipeline: its class.
+        controlnet: makes its `controlnet`.
+        count: how many images they take; 0 stands for one image that is no list.
+    """
+
+    case: Case
+    pipeline: type
+    controlnet: Callable[[], Any]
+    count: int = 0
+
+    def make(self) -> Any:
+        pipe = self.pipeline(**self.case.make().components, controlnet=self.controlnet())
+        if self.case is QWEN:
+            pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "{}", 0
+        return _quiet(pipe)
+
+    def call(self, pipe: Any, scale: float = 1.0, **more: Any) -> Tensor:
+        picture = _picture(32, 32)
+        several = {"control_image": [picture] * self.count, "controlnet_conditioning_scale": [scale] * self.count}
+        one = {"control_image": picture, "controlnet_conditioning_scale": scale}
+        request = {"prompt": PROMPTS[0], "num_inference_steps": 8, "height": 32, "width": 32, "return_dict": False}
+        request |= {**self.case.request, **(several if self.count else one), **more}
+        # What the pipeline of the case has by default.
+        request |= {"negative_prompt": NEGATIVE} if self.case is QWEN else {"guidance_scale": 3.5}
+        generator = torch.Generator("cpu").manual_seed(0)
+        return pipe(generator=generator, **request)[0]
+
+
+SUBJECTS = {
+    "flux": Controlled(FLUX, FluxControlNetPipeline, lambda: flux_controlnet(2, 2)),
+    "flux, fewer layers": Controlled(FLUX, FluxControlNetPipeline, lambda: flux_controlnet(1, 1)),
+    "flux, none of the single blocks": Controlled(FLUX, FluxControlNetPipeline, lambda: flux_controlnet(2, 0)),
+    "flux, two": Controlled(
+        FLUX, FluxControlNetPipeline, lambda: [flux_controlnet(2, 2), flux_controlnet(2, 2, seed=10)], count=2
+    ),
+    "qwen": Controlled(QWEN, QwenImageControlNetPipeline, lambda: qwen_controlnet(3)),
+    "qwen, fewer layers": Controlled(QWEN, QwenImageControlNetPipeline, lambda: qwen_controlnet(2)),
+    "qwen, two images": Controlled(
+        QWEN, QwenImageControlNetPipeline, lambda: QwenImageMultiControlNetModel([qwen_controlnet(3)]), count=2
+    ),
+}
+ON_SUBJECTS = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+
+
+@contextmanager
+def oracle(denoiser: nn.Module, plan: Plan, contexts: tuple[str, ...]) -> Iterator[None]:
+    """Overwrite what the head's norm is given at the plan's forecast steps."""
+    features: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    calls = 0
+
+    def overwrite(_: nn.Module, given: tuple[Any, ...]) -> Any:
+        nonlocal calls
+        context, step = contexts[calls % len(contexts)], calls // len(contexts)
+        calls += 1
+        kept = features[context]
+        if step in plan.computed:
+            kept[step] = given[0].clone()
+            return given
+        row = plan.rows_of(context)[step]
+        kept[step] = sum((w * kept[s] for w, s in zip(row.weights, row.steps, strict=True)), torch.zeros(()))
+        return kept[step], *given[1:]
+
+    handle = denoiser.get_submodule(layout_of(denoiser).norm).register_forward_pre_hook(overwrite)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@ON_SUBJECTS
+@pytest.mark.parametrize("fused", [False, True], ids=["own head", "fused head"])
+def test_controlnets_match_the_oracle(subject: Controlled, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, bare = plan_for(subject.case, "linear", "hidden"), subject.make()
+    full = subject.call(bare)
+    assert (full - subject.call(bare, scale=0.0)).norm() > 0.05 * full.norm()
+    with oracle(bare.transformer, plan, subject.case.contexts):
+        expected = subject.call(bare)
+    if fused:
+        monkeypatch.setattr(standins.ops, "backend_of", lambda name, tensor: "triton")
+    pipe = subject.make()
+    with lesa.enable(pipe, plan) as run:
+        found = subject.call(pipe)
+        stats = run.stats
+        assert stats.forecast == len(subject.case.contexts) * (subject.case.steps - len(plan.computed))
+        assert not stats.refused
+    if fused:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert_same(found, expected)
+    with lesa.enable(pipe, plan_for(subject.case, "all", "hidden")):
+        assert_same(subject.call(pipe), full)
+    assert_same(subject.call(pipe), full)
+
+
+@ON_SUBJECTS
+def test_a_scale_of_zero_is_no_controlnet(subject: Controlled) -> None:
+    plan = plan_for(subject.case, "linear", "hidden")
+    plain, pipe = subject.case.make(), subject.make()
+    # The pipeline draws noise for the control image, too.
+    latents = torch.randn(subject.case.call(plain).shape, generator=torch.Generator().manual_seed(1))
+    with lesa.enable(plain, plan), lesa.enable(pipe, plan):
+        assert_same(
+            subject.call(pipe, scale=0.0, latents=latents),
+            subject.case.call(plain, latents=latents),
+        )
