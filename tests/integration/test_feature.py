@@ -1,4 +1,4 @@
-"""ControlNets at the hidden site: what a forward adds after its blocks, by their index and number, is in the feature.
+"""What the feature holds: whatever a forward does before its head, between and after its blocks.
 
 The oracle runs every block and overwrites what the head's norm is given at forecast steps.
 """
@@ -134,6 +134,9 @@ def oracle(denoiser: nn.Module, plan: Plan, contexts: tuple[str, ...]) -> Iterat
         handle.remove()
 
 
+# ControlNets: a forward adds what they return after its blocks, chosen by their index and number.
+
+
 @ON_SUBJECTS
 @pytest.mark.parametrize("fused", [False, True], ids=["own head", "fused head"])
 def test_controlnets_match_the_oracle(subject: Controlled, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,3 +173,24 @@ def test_a_scale_of_zero_is_no_controlnet(subject: Controlled) -> None:
             subject.call(pipe, scale=0.0, latents=latents),
             subject.case.call(plain, latents=latents),
         )
+
+
+# Other work between the blocks and the head
+
+
+class LeavesOutItsLast(nn.ModuleList):
+    """Blocks of which somebody skips the last, as some guidance methods do."""
+
+    def __iter__(self) -> Any:
+        return iter([self[i] for i in range(len(self) - 1)])
+
+
+def test_a_last_block_that_is_not_run() -> None:
+    plan, bare, pipe = plan_for(FLUX, "linear", "hidden"), FLUX.make(), FLUX.make()
+    for each in (bare, pipe):
+        each.transformer.single_transformer_blocks = LeavesOutItsLast(each.transformer.single_transformer_blocks)
+    with oracle(bare.transformer, plan, FLUX.contexts):
+        expected = FLUX.call(bare)
+    with lesa.enable(pipe, plan) as run:
+        assert_same(FLUX.call(pipe), expected)
+        assert run.stats.forecast == FLUX.steps - len(plan.computed)
