@@ -66,9 +66,12 @@ def attach(target: Any, driver: Driver, site: str) -> RootHook:
         The hook of the denoiser; where two take turns, that of the first.
 
     Raises:
-        ValueError: the target has no supported denoiser, or the denoiser has no such site.
+        ValueError: the target has no supported denoiser, the denoiser has no such site, or a cache of diffusers.
     """
     denoisers = denoisers_of(target)
+    for one in denoisers:
+        if other := _other_cache(one):
+            raise ValueError(f"{other} is enabled on this {type(one).__name__}: call its disable_cache() first")
     stands = [Stands(one, layout_of(one)) if site == "hidden" else None for one in denoisers]
     clock = Clock(None if isinstance(target, torch.nn.Module) else LoopOf(target))
     hooks = [RootHook(driver, clock, stand, i) for i, stand in enumerate(stands)]
@@ -267,7 +270,7 @@ class RootHook(ModelHook):
         try:
             if torch.is_grad_enabled() and self._records(module, args, kwargs):
                 return self._original()(*args, **kwargs)
-            turn = self._begin(args, kwargs)
+            turn = self._begin(module, args, kwargs)
             if turn is None:
                 return self._original()(*args, **kwargs)
             output = self._run(turn, args, kwargs)
@@ -338,7 +341,7 @@ class RootHook(ModelHook):
         return True
 
     @torch.compiler.disable
-    def _begin(self, args: tuple, kwargs: dict) -> _Turn | None:
+    def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> _Turn | None:
         """Find the request, context and step, and ask the driver; None where the call fits no step of a request."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         timestep, sample = given.pop(self._timestep, None), _tensor(given.pop(self._sample, None))
@@ -351,6 +354,8 @@ class RootHook(ModelHook):
             return None
         if call.starts:
             self.driver.begin(call.request)
+            if other := _other_cache(module):
+                self.driver.lose(f"{other} is enabled too (call the denoiser's disable_cache())")
         coming = self.driver.forecast(call)
         return self._compute(call) if coming is None else self._forecast(call, coming)
 
@@ -432,6 +437,12 @@ class _Turn:
     accept: Callable[[torch.Tensor], bool] | None = None
     forecast: bool = False
     failed: str | None = None
+
+
+def _other_cache(denoiser: torch.nn.Module) -> str | None:
+    """The name of diffusers' own cache, such as "FirstBlockCacheConfig", if one is enabled."""
+    config = getattr(denoiser, "_cache_config", None)
+    return None if config is None else f"diffusers' {type(config).__name__.removesuffix('Config')}"
 
 
 class _ContextName(StateManager):

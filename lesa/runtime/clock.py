@@ -225,9 +225,9 @@ class Clock:
         self._told = told
         if step >= request.num_steps:
             raise PlanError(
-                f"more calls in context {context!r} than the {request.num_steps} steps of this "
-                f"{type(scheduler).__name__}, so another scheduler makes the steps: call the denoiser from a pipeline "
-                "that has the scheduler, or enable the bare denoiser with its sigmas"
+                f"a call in context {context!r} after the {request.num_steps} steps of this "
+                f"{type(scheduler).__name__}: it is no step, or another scheduler makes the steps (then call the "
+                "denoiser from a pipeline that has it, or enable the bare denoiser with its sigmas)"
             )
         return self._branch(context, step, given), step, starts
 

@@ -20,7 +20,7 @@ from diffusers import (
     WanVideoToVideoPipeline,
 )
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, PerturbedAttentionGuidance
-from diffusers.hooks import LayerSkipConfig
+from diffusers.hooks import FirstBlockCacheConfig, LayerSkipConfig, TaylorSeerCacheConfig
 from diffusers.modular_pipelines import QwenImageAutoBlocks
 from pipelines import Case
 from test_dropin import FLUX, QWEN, SDXL, WAN, assert_same, enabled, expected, plan_for, stats_of, untouched
@@ -498,3 +498,32 @@ def test_two_experts_take_turns(site: str) -> None:
     with lesa.enable(pipe.transformer_2, plan):  # one of them alone, as a bare denoiser
         pass
     assert_same(WAN.call(pipe), full)
+
+
+# Another cache
+
+
+CACHES = {
+    "FirstBlockCache": FirstBlockCacheConfig(threshold=0.5),
+    "TaylorSeerCache": TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=1),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_of_diffusers_is_refused_in_either_order(name: str) -> None:
+    alone = FLUX.make()
+    alone.transformer.enable_cache(CACHES[name])
+    with pytest.raises(ValueError, match=name):
+        lesa.enable(alone, plan_for(FLUX, "reuse", "output"))
+    wanted = FLUX.call(alone)
+    alone.transformer.disable_cache()
+    assert_same(FLUX.call(alone), untouched(FLUX))
+    for site in ("hidden", "output"):
+        plan = plan_for(FLUX, "reuse", site)
+        pipe = enabled(FLUX, plan)
+        pipe.transformer.enable_cache(CACHES[name])
+        with pytest.warns(lesa.LesaWarning, match=name):
+            assert_same(FLUX.call(pipe), wanted)
+        assert stats_of(pipe) == (1, plan.budget, 0, FLUX.steps - plan.budget)
+        pipe.transformer.disable_cache()
+        assert_same(FLUX.call(pipe), expected(FLUX, "reuse", site))
