@@ -14,8 +14,9 @@ from torch._dynamo.utils import counters
 import lesa
 from lesa.models import standins
 from lesa.models.layouts import layout_of
+from lesa.plans.plan import Plan
 
-FLUX = CASES_BY_NAME["flux_dev"]
+FLUX, WAN = CASES_BY_NAME["flux_dev"], CASES_BY_NAME["wan"]
 COMPILERS: dict[str, Callable[[Any], None]] = {
     "blocks": lambda pipe: pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager"),
     "whole": lambda pipe: setattr(
@@ -93,6 +94,29 @@ def test_no_new_graph_break_and_no_recompilation(site: str, how: str, enabled_fi
 @pytest.mark.usefixtures("fused")
 def test_with_the_fused_head(case: Case, how: str) -> None:
     check(case, "hidden", how, False)
+
+
+def graphs_of_sizes(plan: Plan | None) -> int:
+    """How many graphs requests of several sizes make."""
+    pipe = WAN.make()
+    pipe.transformer.blocks = pipe.transformer.blocks[:1]
+    if plan is not None:
+        lesa.enable(pipe, plan)
+    pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, dynamic=True, backend="eager")
+    for size in ((32, 32), (48, 32), (64, 32)):
+        WAN.call(pipe, size=size)
+    assert plan is None or not lesa.stats(pipe).refused
+    _, graphs = compiled_frames()
+    torch._dynamo.reset()
+    counters.clear()
+    return graphs
+
+
+def test_dynamic_shapes_make_at_most_twice_the_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, bare = plan_for(WAN, "linear", "hidden"), graphs_of_sizes(None)
+    assert graphs_of_sizes(plan) <= 2 * bare
+    monkeypatch.setattr(standins.ops, "backend_of", lambda name, tensor: "triton")  # the fused head
+    assert graphs_of_sizes(plan) <= 2 * bare
 
 
 def test_disable_leaves_the_compiled_denoiser_as_it_was() -> None:

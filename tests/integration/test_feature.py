@@ -19,6 +19,8 @@ from diffusers import (
     QwenImageControlNetModel,
     QwenImageControlNetPipeline,
     QwenImageMultiControlNetModel,
+    WanImageToVideoPipeline,
+    WanTransformer3DModel,
 )
 from pipelines import CASES_BY_NAME, NEGATIVE, PROMPTS, Case, _picture, _quiet, _random
 from test_dropin import assert_same, plan_for
@@ -31,7 +33,7 @@ from lesa.plans.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("error::lesa.LesaWarning")
 
-FLUX, QWEN = CASES_BY_NAME["flux_dev"], CASES_BY_NAME["qwen_image"]
+FLUX, QWEN, WAN = (CASES_BY_NAME[name] for name in ("flux_dev", "qwen_image", "wan"))
 
 
 def flux_controlnet(blocks: int, single_blocks: int, seed: int = 9) -> FluxControlNetModel:
@@ -194,3 +196,62 @@ def test_a_last_block_that_is_not_run() -> None:
     with lesa.enable(pipe, plan) as run:
         assert_same(FLUX.call(pipe), expected)
         assert run.stats.forecast == FLUX.steps - len(plan.computed)
+
+
+# Wan with images: an embedder that joins the tokens of a first and a last one
+
+
+def wan_image(joined: bool) -> Any:
+    """Wan 2.1 I2V, and with `joined` FLF2V: its image embedder makes one row of tokens out of two images'."""
+    parts = WAN.make().components
+    torch.manual_seed(4)
+    parts["transformer"] = _random(
+        WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=10,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=3,
+            image_dim=8,
+            added_kv_proj_dim=32,
+            pos_embed_seq_len=2 * 5 if joined else None,
+        )
+    )
+    del parts["transformer_2"]
+    pipe = _quiet(WanImageToVideoPipeline(**parts, image_processor=None, image_encoder=None))
+    embeds = torch.randn(2 if joined else 1, 5, 8, generator=torch.Generator().manual_seed(3))
+    pipe.encode_image = lambda image, device: embeds
+    return pipe
+
+
+def call_wan_image(pipe: Any, joined: bool) -> Tensor:
+    return pipe(
+        image=_picture(32, 32),
+        last_image=_picture(32, 32) if joined else None,
+        prompt=PROMPTS[0],
+        negative_prompt=NEGATIVE,
+        num_inference_steps=8,
+        height=32,
+        width=32,
+        num_frames=5,
+        guidance_scale=3.0,
+        output_type="latent",
+        max_sequence_length=12,
+        generator=torch.Generator("cpu").manual_seed(0),
+        return_dict=False,
+    )[0]
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["one image", "first and last"])
+def test_wan_with_images_matches_the_oracle(joined: bool) -> None:
+    plan, bare, pipe = plan_for(WAN, "linear", "hidden"), wan_image(joined), wan_image(joined)
+    with oracle(bare.transformer, plan, WAN.contexts):
+        expected = call_wan_image(bare, joined)
+    with lesa.enable(pipe, plan) as run:
+        assert_same(call_wan_image(pipe, joined), expected)
+        assert run.stats.forecast == len(WAN.contexts) * (WAN.steps - len(plan.computed))
+        assert not run.stats.refused

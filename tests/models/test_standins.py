@@ -140,3 +140,27 @@ def test_the_modulation_of_wan_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -
     WAN.call(pipe)
     assert seen
     assert set(seen) == {torch.float32}
+
+
+def test_a_forward_that_cannot_run_without_its_blocks_is_computed(fused: bool) -> None:
+    """Here somebody writes into what the blocks returned, and stand-ins' zeros have no memory for it."""
+
+    def write(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return given[0].mul_(1.5), *given[1:]
+
+    plan, bare, pipe = plan_for(FLUX, "linear", "hidden"), FLUX.make(), FLUX.make()
+    for each in (bare, pipe):
+        each.transformer.norm_out.register_forward_pre_hook(write)
+    with lesa.enable(pipe, plan) as run, pytest.warns(lesa.LesaWarning, match="without its blocks") as warned:
+        for seed in (0, 1):
+            assert_same(FLUX.call(pipe, seed=seed), FLUX.call(bare, seed=seed))
+        assert len(warned) == 1
+        assert run.stats.computed == 2 * len(plan.computed)
+        assert run.stats.forecast == 0
+        assert sum(run.stats.refused.values()) == 2 * (FLUX.steps - len(plan.computed))
+
+
+def test_what_stands_for_an_embedder_is_no_view_of_the_sample() -> None:
+    sample = torch.ones(1, 2, 3)
+    Skip()(sample).zero_()
+    assert torch.equal(sample, torch.ones(1, 2, 3))
