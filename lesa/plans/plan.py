@@ -206,8 +206,10 @@ class Plan(SafetensorsFile):
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], description: dict[str, Any]) -> Plan:
         """The plan that `to_arrays` or an earlier version wrote."""
-        computed = tuple(arrays["computed"].tolist())
-        forecast = sorted(set(range(description["num_steps"])) - set(computed))
+        computed, total = tuple(arrays["computed"].tolist()), len(arrays["sigmas"]) - 1
+        if description["num_steps"] != total:  # looked at first: a number may be any, an array is there
+            raise PlanError(f"num_steps={description['num_steps']!r:.40} with {total + 1} sigmas")
+        forecast = sorted(set(range(total)) - set(computed))
         # Earlier files lack checks and expected errors; only fitted plans have a surrogate.
         checks = rows_from_arrays("check_", arrays, description.get("check_contexts", []), computed)
         surrogate = None
@@ -367,6 +369,10 @@ class Plan(SafetensorsFile):
             raise PlanError(f"computed={self.computed!r}: expected ascending steps, the first of them 0")
         if self.computed[-1] >= total:
             raise PlanError(f"computed step {self.computed[-1]} is outside a request of {total} steps")
+        if wrong := [name for name in (*self.rows, *self.checks, *self.expected) if not isinstance(name, str)]:
+            raise PlanError(f"context {wrong[0]!r:.40}: expected a name")
+        if not isinstance(self.training, Mapping):
+            raise PlanError(f"training={self.training!r:.40}: expected figures by name")
         if self.site not in SITES:
             raise PlanError(f"site={self.site!r}: expected one of {SITES}")
         timesteps = self.timesteps

@@ -103,6 +103,8 @@ def rows_from_arrays(
 ) -> dict[str, dict[int, Row]]:
     """The rows of `rows_to_arrays` at some steps."""
     steps = list(steps)
+    if len(contexts) and not np.issubdtype(arrays[f"{prefix}steps"].dtype, np.integer):
+        raise TypeError(f"{prefix}steps are no integers")
     return {context: {step: _row(prefix, arrays, i, step) for step in steps} for i, context in enumerate(contexts)}
 
 
