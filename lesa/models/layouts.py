@@ -21,53 +21,111 @@ class Layout:
     Args:
         blocks: attributes that hold its blocks, in the order they run.
         returns: what a block returns, in order, by the names of its arguments; one name means a bare tensor.
-        norm: the layer norm of the head; the feature is what it is given. What the denoiser does between it and
-            `proj` must be x * scale + shift, with one scale and shift for each sample and channel.
+        norm: the layer norm of the head, or the head itself where it has none; the feature is what it is given. What
+            the denoiser does between a layer norm and `proj` must be x * scale + shift, with one scale and shift for
+            each sample and channel.
         proj: the Linear that projects to the output's channels.
         embedders: modules whose outputs only the blocks read; the rest of the forward must work with one
             channel of their inputs in place of their outputs.
         wide_head: whether norm and modulation are computed in float32 and cast to the dtype of the image stream.
+        last: what a block of the last list returns, where that differs.
     """
 
     blocks: tuple[str, ...]
     returns: tuple[str, ...]
     norm: str
     proj: str
-    embedders: tuple[str, ...]
+    embedders: tuple[str, ...] = ()
     wide_head: bool = False
+    last: tuple[str, ...] = ()
+
+    def returns_of(self, name: str) -> tuple[str, ...]:
+        """What a block of a list returns."""
+        return self.last if self.last and name == self.blocks[-1] else self.returns
 
 
 _TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
 _IMAGE_FIRST = ("hidden_states", "encoder_hidden_states")
 _IMAGE_ONLY = ("hidden_states",)
 
+_BLOCKS = ("transformer_blocks",)
+_DOUBLE_SINGLE = ("transformer_blocks", "single_transformer_blocks")
+_ADA_HEAD = ("norm_out.norm", "proj_out")  # the norm stands in a module that modulates
+_HEAD = ("norm_out", "proj_out")
+_FLUX_EMBEDDERS = ("x_embedder", "context_embedder", "pos_embed")
+
+# Embedders are named where they take long; the others run at forecast steps too.
 LAYOUTS = {
-    "FluxTransformer2DModel": Layout(
-        ("transformer_blocks", "single_transformer_blocks"),
-        _TEXT_FIRST,
-        "norm_out.norm",
-        "proj_out",
-        ("x_embedder", "context_embedder", "pos_embed"),
+    "AllegroTransformer3DModel": Layout(_BLOCKS, _IMAGE_ONLY, *_HEAD),
+    "AuraFlowTransformer2DModel": Layout(
+        ("joint_transformer_blocks", "single_transformer_blocks"), _TEXT_FIRST, *_HEAD, last=_IMAGE_ONLY
     ),
-    "QwenImageTransformer2DModel": Layout(
-        ("transformer_blocks",), _TEXT_FIRST, "norm_out.norm", "proj_out", ("img_in", "txt_norm", "txt_in", "pos_embed")
+    "BriaFiboTransformer2DModel": Layout(_DOUBLE_SINGLE, _TEXT_FIRST, *_ADA_HEAD, last=_IMAGE_ONLY),
+    "BriaTransformer2DModel": Layout(_DOUBLE_SINGLE, _TEXT_FIRST, *_ADA_HEAD, _FLUX_EMBEDDERS),
+    "ChromaTransformer2DModel": Layout(_DOUBLE_SINGLE, _TEXT_FIRST, *_ADA_HEAD, _FLUX_EMBEDDERS, last=_IMAGE_ONLY),
+    "ChronoEditTransformer3DModel": Layout(
+        ("blocks",), _IMAGE_ONLY, *_HEAD, ("patch_embedding", "rope"), wide_head=True
     ),
-    "HunyuanVideoTransformer3DModel": Layout(
-        ("transformer_blocks", "single_transformer_blocks"),
+    "CogVideoXTransformer3DModel": Layout(_BLOCKS, _IMAGE_FIRST, *_ADA_HEAD),
+    "CogView3PlusTransformer2DModel": Layout(_BLOCKS, _IMAGE_FIRST, *_ADA_HEAD),
+    "CogView4Transformer2DModel": Layout(_BLOCKS, _IMAGE_FIRST, *_ADA_HEAD),
+    "ConsisIDTransformer3DModel": Layout(_BLOCKS, _IMAGE_FIRST, *_ADA_HEAD),
+    "CosmosTransformer3DModel": Layout(_BLOCKS, _IMAGE_ONLY, *_ADA_HEAD),
+    "DiTTransformer2DModel": Layout(_BLOCKS, _IMAGE_ONLY, "norm_out", "proj_out_2", ("pos_embed",)),
+    "EasyAnimateTransformer3DModel": Layout(_BLOCKS, _IMAGE_FIRST, *_ADA_HEAD),
+    "Flux2Transformer2DModel": Layout(_DOUBLE_SINGLE, _TEXT_FIRST, *_ADA_HEAD, _FLUX_EMBEDDERS, last=_IMAGE_ONLY),
+    "FluxTransformer2DModel": Layout(_DOUBLE_SINGLE, _TEXT_FIRST, *_ADA_HEAD, _FLUX_EMBEDDERS),
+    "GlmImageTransformer2DModel": Layout(_BLOCKS, _IMAGE_FIRST, *_ADA_HEAD),
+    "HiDreamImageTransformer2DModel": Layout(
+        ("double_stream_blocks", "single_stream_blocks"),
         _IMAGE_FIRST,
-        "norm_out.norm",
-        "proj_out",
-        ("x_embedder", "context_embedder", "rope"),
+        "final_layer.norm_final",
+        "final_layer.linear",
+        last=_IMAGE_ONLY,
     ),
-    "WanTransformer3DModel": Layout(
-        ("blocks",),
-        _IMAGE_ONLY,
-        "norm_out",
-        "proj_out",
-        ("patch_embedding", "rope"),  # the others are small, and one joins two images' tokens
-        wide_head=True,
+    "HunyuanDiT2DModel": Layout(("blocks",), _IMAGE_ONLY, *_ADA_HEAD),
+    "HunyuanImageTransformer2DModel": Layout(_DOUBLE_SINGLE, _IMAGE_FIRST, *_ADA_HEAD),
+    "HunyuanVideo15Transformer3DModel": Layout(
+        _BLOCKS, _IMAGE_FIRST, *_ADA_HEAD, ("x_embedder", "context_embedder", "rope")
     ),
-    "DiTTransformer2DModel": Layout(("transformer_blocks",), _IMAGE_ONLY, "norm_out", "proj_out_2", ("pos_embed",)),
+    "HunyuanVideoFramepackTransformer3DModel": Layout(_DOUBLE_SINGLE, _IMAGE_FIRST, *_ADA_HEAD),
+    "HunyuanVideoTransformer3DModel": Layout(
+        _DOUBLE_SINGLE, _IMAGE_FIRST, *_ADA_HEAD, ("x_embedder", "context_embedder", "rope")
+    ),
+    "Kandinsky5Transformer3DModel": Layout(
+        ("text_transformer_blocks", "visual_transformer_blocks"),
+        ("x",),
+        "out_layer",
+        "out_layer.out_layer",
+        last=("visual_embed",),
+    ),
+    "Krea2Transformer2DModel": Layout(_BLOCKS, _IMAGE_ONLY, "final_layer", "final_layer"),
+    "LTXVideoTransformer3DModel": Layout(_BLOCKS, _IMAGE_ONLY, *_HEAD, ("rope",)),
+    "LatteTransformer3DModel": Layout(("transformer_blocks", "temporal_transformer_blocks"), _IMAGE_ONLY, *_HEAD),
+    "LongCatImageTransformer2DModel": Layout(_DOUBLE_SINGLE, _TEXT_FIRST, *_ADA_HEAD, _FLUX_EMBEDDERS),
+    "Lumina2Transformer2DModel": Layout(
+        ("context_refiner", "noise_refiner", "layers"), _IMAGE_ONLY, "norm_out.norm", "norm_out.linear_2"
+    ),
+    "LuminaNextDiT2DModel": Layout(("layers",), _IMAGE_ONLY, "norm_out.norm", "norm_out.linear_2"),
+    "MochiTransformer3DModel": Layout(_BLOCKS, _IMAGE_FIRST, *_ADA_HEAD),
+    "OmniGenTransformer2DModel": Layout(("layers",), _IMAGE_ONLY, *_ADA_HEAD),
+    "OvisImageTransformer2DModel": Layout(_DOUBLE_SINGLE, _TEXT_FIRST, *_ADA_HEAD, _FLUX_EMBEDDERS),
+    "PRXTransformer2DModel": Layout(("blocks",), _IMAGE_ONLY, "final_layer.norm_final", "final_layer.linear"),
+    "PixArtTransformer2DModel": Layout(_BLOCKS, _IMAGE_ONLY, *_HEAD, ("pos_embed",)),
+    "QwenImageTransformer2DModel": Layout(
+        _BLOCKS, _TEXT_FIRST, *_ADA_HEAD, ("img_in", "txt_norm", "txt_in", "pos_embed")
+    ),
+    "SD3Transformer2DModel": Layout(_BLOCKS, _TEXT_FIRST, *_ADA_HEAD, ("pos_embed", "context_embedder")),
+    "SanaTransformer2DModel": Layout(_BLOCKS, _IMAGE_ONLY, *_ADA_HEAD),
+    "SanaVideoTransformer3DModel": Layout(_BLOCKS, _IMAGE_ONLY, *_ADA_HEAD),
+    "SkyReelsV2Transformer3DModel": Layout(("blocks",), _IMAGE_ONLY, *_HEAD, wide_head=True),
+    "StableAudioDiTModel": Layout(_BLOCKS, _IMAGE_ONLY, "proj_out", "proj_out"),  # it has no norm
+    "WanAnimateTransformer3DModel": Layout(("blocks",), _IMAGE_ONLY, *_HEAD, wide_head=True),
+    # The conditioner's embedders are small, and one joins the tokens of two images.
+    "WanTransformer3DModel": Layout(("blocks",), _IMAGE_ONLY, *_HEAD, ("patch_embedding", "rope"), wide_head=True),
+    "WanVACETransformer3DModel": Layout(
+        ("vace_blocks", "blocks"), ("control_hidden_states",) * 2, *_HEAD, wide_head=True, last=_IMAGE_ONLY
+    ),
 }
 
 _DENOISER_ATTRIBUTES = ("transformer", "unet", "decoder", "prior")  # the last two are Stable Cascade's
@@ -87,8 +145,7 @@ def denoisers_of(target: Any) -> tuple[torch.nn.Module, ...]:
         if timestep_name(module) is None:
             raise ValueError(
                 f"{type(module).__name__} is not a supported denoiser: its forward has no argument {_TIMESTEP_NAMES}, "
-                f"and no scheduler tells its steps; give the pipeline, or one of its denoisers, e.g. "
-                f"{', '.join(LAYOUTS)} or a U-Net"
+                "and no scheduler tells its steps; give the pipeline, or one of its denoisers"
             )
         return (module,)
     parts = [getattr(target, name, None) for name in _DENOISER_ATTRIBUTES]
@@ -131,7 +188,7 @@ def layout_of(denoiser: torch.nn.Module) -> Layout:
     if layout is None:
         raise ValueError(
             f"site='hidden' is not known for {type(denoiser).__name__}: use a plan for site='output', which any "
-            f"denoiser has, or one of {', '.join(LAYOUTS)}"
+            "denoiser has; docs/models.md lists the classes with a hidden site"
         )
     return layout
 

@@ -120,15 +120,17 @@ class Pass(nn.Module):
     """Replaces a list of blocks and returns their inputs.
 
     Args:
-        block: the first block. Its children stay reachable: DiT looks for its timestep embedder there.
-        layout: the layout of the denoiser.
+        block: the first block. Its children and plain attributes stay reachable: DiT looks for its timestep embedder
+            there, and SD3 for whether a block is the last one.
+        returns: what a block returns, by the names of its arguments.
     """
 
-    def __init__(self, block: nn.Module, layout: Layout) -> None:
+    def __init__(self, block: nn.Module, returns: tuple[str, ...]) -> None:
         super().__init__()
-        self.__dict__["_modules"] = block._modules
+        plain = {name: value for name, value in vars(block).items() if type(value) in (bool, int, float, str)}
+        self.__dict__ |= {**plain, "_modules": block._modules}
         self.names = tuple(list(inspect.signature(type(block).forward).parameters)[1:])
-        self.returns = layout.returns
+        self.returns = returns
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         passed = self.passed(args, kwargs)
@@ -150,7 +152,7 @@ class Tail(Pass):
     def passed(self, args: tuple, kwargs: dict) -> list[Any]:
         """The inputs, with zeros as the image stream."""
         passed = super().passed(args, kwargs)
-        passed[self.returns.index("hidden_states")] = self.head.stream()
+        passed[self.returns.index("hidden_states") if len(passed) > 1 else 0] = self.head.stream()
         return passed
 
 
@@ -247,7 +249,7 @@ class Stands:
         for name in names:
             first = _blocks(self._denoiser, name)[0]
             kind = Tail if name == names[-1] else Pass
-            stand = self._keep((name, "block"), (first,), functools.partial(kind, first, self._layout))
+            stand = self._keep((name, "block"), (first,), functools.partial(kind, first, self._layout.returns_of(name)))
             places[name] = self._keep(name, (stand,), functools.partial(nn.ModuleList, [stand]))
         stand.__dict__["head"] = head  # its `_modules` are the block's own
         return places
