@@ -23,6 +23,7 @@ from .driver import Forecast, Relay, Stats
 from .history import History
 
 _SIGMA_TOLERANCE = 0.05  # beyond this: visibly different noise levels
+_MISSING = "a feature that the forecast needs is missing (its step did not run, or it was not finite)"
 _ELSEWHERE = "enable a plan for your steps; plan.adapt(sigmas=...) makes one from a fitted plan"
 _MOST_PLANS = 16  # a few kilobytes each
 _DIGITS = 6  # kept of a sigma: noise levels come from float32
@@ -48,7 +49,7 @@ class PlanRunner:
         self._checks = Checks(self._checked_plan, self._tell)
         self._computed = frozenset(plan.computed)
         self._histories: dict[str, History] = {}
-        self._contexts: set[str] = set()  # of this request
+        self._contexts: dict[str, str] = {}  # of this request, and why features of theirs are missing
         self._risky: dict[tuple[str, torch.dtype], frozenset[int]] = {}
         self._lost: str | None = None
 
@@ -89,11 +90,12 @@ class PlanRunner:
         self._check_position(call)
         if call.step == self.plan.num_steps - 1:
             self._checks.settle(self.stats)
-        self._contexts.add(call.context)
+        self._contexts.setdefault(call.context, _MISSING)
         changed = call.changed
         if call.switched and self.plan.site == "hidden":
             changed = "another denoiser took over, whose hidden features are others"
         if changed:
+            self._contexts[call.context] = changed
             self._history(call.context).clear()
         if call.step in self._computed:
             return None
@@ -101,10 +103,8 @@ class PlanRunner:
         row = self._checked_plan.rows_of(call.context).get(call.step)
         if reason is None and row is None:
             reason = f"the plan has no row for context {call.context!r}"
-        elif reason is None and changed:
-            reason = changed
         elif reason is None and row is not None and not self._history(call.context).holds(row):
-            reason = "a feature that the forecast needs is missing (its step did not run, or it was not finite)"
+            reason = self._contexts[call.context]
         if reason is not None:
             self.refuse(call, reason)
             return None
@@ -171,7 +171,8 @@ class PlanRunner:
         return self._histories[context]
 
     def _compare_sigmas(self, sigmas: tuple[float, ...]) -> None:
-        gap = max(abs(a - b) for a, b in zip(sigmas, self.plan.sigmas[: len(sigmas)], strict=True))
+        # Not the last one: a plan for a request that stops early may end at 0.
+        gap = max(abs(a - b) for a, b in zip(sigmas[:-1], self.plan.sigmas, strict=False))
         if self.plan.budget < self.plan.num_steps and gap > _SIGMA_TOLERANCE:
             self._tell(
                 f"the sigmas of this request differ from the plan's: by up to {gap:.3f} (another shift, spacing or "
