@@ -11,22 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lesa import assets
 from lesa.models.pipeline import run
 from lesa.runtime.driver import Driver
 
-from .measuring import append_row, hardware
+from .measuring import append_row, full_float32, hardware
 
 _LABELS = ("hardware", "commit", "date", "pipeline", "captions")
 
 
 def load(device: str) -> Any:
-    """emoji-flux in full float32: PSNR beyond 50 dB is made of small differences."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    """emoji-flux in full float32."""
+    full_float32()
     return assets.load(device)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from benchmarks.measuring import full_float32
 from lesa import assets, metrics
 from lesa.forecasters import LEARNED
 from lesa.forecasters import plan_of as forecaster_plan
@@ -97,9 +97,7 @@ class Bench:
     """
 
     def __init__(self, settings: Settings) -> None:
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
+        full_float32()
         self.settings, self.pipe = settings, assets.load(settings.device)
         self.captions = assets.held_out_prompts()[: settings.captions]
         self.seeds = assets.held_out_seeds()[: settings.captions]

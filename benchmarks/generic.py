@@ -37,7 +37,7 @@ import lesa
 from benchmarks import fitted_methods
 from benchmarks.fitted_solvers import DpmSolver, MultistepSubset
 from benchmarks.generic_table import FITTED_BUDGETS, Rows, margin_table, read
-from benchmarks.measuring import hardware
+from benchmarks.measuring import full_float32, hardware
 from benchmarks.tables import markdown
 from lesa import assets, metrics
 from lesa.forecasters import plan_of
@@ -45,7 +45,7 @@ from lesa.models.pipeline import run as run_pipeline
 from lesa.planner.generic import FLOW, generic_plan
 from lesa.plans import schedule
 from lesa.plans.plan import Plan
-from lesa.runtime.clock import impulse_response_of, sigmas_of
+from lesa.runtime.clock import impulse_response_of, prediction_of, sigmas_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "generic"
 MODELS = ("emoji-flux", "unet", "pixart", "qwen", "wan")
@@ -95,9 +95,7 @@ class Bench:
     """
 
     def __init__(self, settings: Settings, name: str, guided: bool) -> None:
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
+        full_float32()
         self.settings, self.name, self.guided = settings, name, guided
         self.pipe, request, more, self.fitting, prompts, seeds = _loaded(settings, name)
         self.request = {**request, **(more if guided else {}), "num_inference_steps": settings.steps}
@@ -105,9 +103,7 @@ class Bench:
         self.reference = self.images()
         self.sigmas = sigmas_of(self.pipe.scheduler)
         self.impulse_response = impulse_response_of(self.pipe.scheduler, 0)
-        self.prediction = getattr(self.pipe.scheduler.config, "prediction_type", FLOW)
-        alpha, sigma = _examples("gather").levels_of(self.pipe.scheduler)
-        self.levels = (*(sigma / (alpha + sigma)).tolist(), 0.0)
+        self.prediction = prediction_of(self.pipe.scheduler)
 
     def images(self, **more: Any) -> np.ndarray:
         """The pictures of all prompts [P, H, W, 3]; the frames of a video lie below each other."""
@@ -139,7 +135,7 @@ class Bench:
     def generic(self, budget: int) -> Plan:
         """The plan without a fit, the model's own statistics left out."""
         made = generic_plan(
-            self.prediction, self.guided, budget, self.levels, self.impulse_response, without=(self.name,)
+            self.prediction, self.guided, budget, self.sigmas, self.impulse_response, without=(self.name,)
         )
         return Plan(made.computed, self.sigmas, made.rows, site=made.site, forecaster=made.forecaster)
 
@@ -156,16 +152,12 @@ class Bench:
 def _loaded(settings: Settings, name: str) -> tuple[Any, dict, dict, list[str], list[str], list[int]]:
     """A model's pipeline, its request, what guidance adds, recorded prompts, unseen prompts and seeds of these."""
     if name == "emoji-flux":
-        pipe, guided = assets.load(settings.device), {"true_cfg_scale": 3.0, "negative_prompt": ""}
-        return pipe, dict(assets.REQUEST), guided, assets.fitting_prompts(), assets.held_out_prompts(), _seeds()
+        pipe, held_out = assets.load(settings.device), (assets.held_out_prompts(), assets.held_out_seeds())
+        return pipe, dict(assets.REQUEST), dict(assets.GUIDANCE), assets.fitting_prompts(), *held_out
     pipe = _examples("models").load(name, settings.run / f"{name}.safetensors", settings.device)
     prompts = [line for line in (settings.run / f"{name}.txt").read_text(encoding="utf-8").splitlines() if line]
     recorded, unseen = _examples("data").split(prompts, JUDGED)
     return pipe, dict(pipe.model.request), dict(pipe.model.guided), recorded, unseen, list(range(1000, 1000 + JUDGED))
-
-
-def _seeds() -> list[int]:
-    return assets.held_out_seeds()
 
 
 def _examples(module: str) -> Any:

@@ -7,10 +7,11 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from benchmarks.fitted_table import Row, read
 
 if TYPE_CHECKING:
     from benchmarks.generic import Settings
@@ -23,7 +24,6 @@ FITTED_BUDGETS = (17, 13, 10, 8, 6)
 NO_RULES = ("generic", "fewer", "dpm++", "learn", "quick", "default")
 WORST, MEAN = -0.3, 4.0  # dB: what generic plans may lose anywhere, and must gain over all models
 _KEY = ("hardware", "commit", "model", "guidance", "steps", "captions", "computed", "method", "schedule")
-Row = Mapping[str, str]
 
 
 class Rows:
@@ -63,12 +63,6 @@ class Rows:
 def lowest_tenth(psnr: np.ndarray) -> float:
     """The mean of the lowest tenth, at least one."""
     return float(np.sort(psnr)[: math.ceil(len(psnr) / 10)].mean())
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a results file; a line that was cut off is left out."""
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
 
 
 class Cell(NamedTuple):

@@ -26,6 +26,13 @@ _CYCLES_PER_SECOND = 2e9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def full_float32() -> None:
+    """Turn TF32 off, and cuDNN's attention: PSNR beyond 50 dB is made of small differences."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 class Spec(NamedTuple):
     """One row to measure: operator, features and provider."""
 

@@ -12,7 +12,8 @@ import numpy as np
 from models import MODELS
 from safetensors.numpy import save_file
 
-from lesa.planner.generic import ASSET, KIND, packed
+from lesa.planner.generic import ASSET, KIND
+from lesa.planner.statistics import packed
 from lesa.plans.storage import metadata
 
 PREDICTIONS = {"flow": "flow_prediction", "epsilon": "epsilon"}

@@ -81,8 +81,7 @@ def sources(run: Path, device: str) -> dict[str, tuple[Any, list[str], dict[str,
             # The words of the vocabulary do not tell the prompts; the data does, which need not be there any more.
             prompts = [line for line in (run / f"{name}.txt").read_text(encoding="utf-8").splitlines() if line]
             found[name] = pipe, split(prompts, JUDGED)[0], dict(model.request), dict(model.guided)
-    guided = {"true_cfg_scale": 3.0, "negative_prompt": ""}
-    found["emoji-flux"] = assets.load(device), assets.fitting_prompts(), dict(assets.REQUEST), guided
+    found["emoji-flux"] = assets.load(device), assets.fitting_prompts(), dict(assets.REQUEST), dict(assets.GUIDANCE)
     return found
 
 

@@ -34,7 +34,7 @@ from .build import (
     prior_error_gains,
 )
 from .search import search
-from .statistics import Statistics, StatisticsError, flow_impulse_response, interpolation
+from .statistics import Statistics, StatisticsError, flow_impulse_response, interpolation, unpacked
 from .surrogate import Surrogate, carry
 
 FLOW = "flow_prediction"
@@ -241,13 +241,6 @@ def lasting_response(impulse_response: np.ndarray, gains: np.ndarray) -> np.ndar
     return lasting[-1]
 
 
-def packed(gram: np.ndarray) -> np.ndarray:
-    """Half of a symmetric matrix, as the asset has it."""
-    return gram[np.triu_indices(len(gram))]
-
-
 def _unpacked(arrays: dict[str, np.ndarray], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     alpha, sigma = arrays[f"{key}.alpha"], arrays[f"{key}.sigma"]
-    gram = np.zeros((len(alpha) + 1,) * 2)
-    gram[np.triu_indices(len(gram))] = arrays[f"{key}.gram"]
-    return alpha, sigma, gram + np.triu(gram, 1).T
+    return alpha, sigma, unpacked(arrays[f"{key}.gram"], len(alpha) + 1)

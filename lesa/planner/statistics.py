@@ -197,7 +197,7 @@ class Statistics(SafetensorsFile):
         """The statistics as arrays and a description, see `SafetensorsFile`."""
         # Half of a symmetric matrix in float64 is as large as a whole one in float32, which would lose the differences
         # of neighbouring steps.
-        arrays = {f"gram.{site}": gram[np.triu_indices(len(gram))] for site, gram in self.grams.items()}
+        arrays = {f"gram.{site}": packed(gram) for site, gram in self.grams.items()}
         arrays |= {name: np.asarray(getattr(self, name), np.float64) for name in ("sigmas", "timesteps", "guidance")}
         arrays["response"] = self.impulse_response
         names = ("requests", "scheduler", "denoiser", "config_hash")
@@ -210,7 +210,7 @@ class Statistics(SafetensorsFile):
         known = {name: value for name, value in description.items() if name != "format"}
         numbers: dict[str, Any] = {name: array for name, array in arrays.items() if "." not in name}
         size = len(known["contexts"]) * len(numbers["timesteps"])
-        grams = {name.removeprefix("gram."): _unpack(arrays[name], size) for name in sorted(arrays) if "." in name}
+        grams = {name.removeprefix("gram."): unpacked(arrays[name], size) for name in sorted(arrays) if "." in name}
         return cls(grams=grams, impulse_response=numbers.pop("response"), **numbers, **known)
 
     def title(self) -> str:
@@ -397,7 +397,13 @@ def _symmetric(matrix: np.ndarray) -> np.ndarray:
     return (matrix + matrix.T) / 2
 
 
-def _unpack(half: np.ndarray, size: int) -> np.ndarray:
+def packed(matrix: np.ndarray) -> np.ndarray:
+    """Half of a symmetric matrix, as files have it."""
+    return matrix[np.triu_indices(len(matrix))]
+
+
+def unpacked(half: np.ndarray, size: int) -> np.ndarray:
+    """The symmetric matrix [size, size] of a half."""
     matrix = np.zeros((size, size))
     matrix[np.triu_indices(size)] = half
     return np.triu(matrix) + np.triu(matrix, 1).T

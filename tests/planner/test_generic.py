@@ -18,11 +18,10 @@ from lesa.planner.generic import (
     Source,
     generic_plan,
     generic_statistics,
-    packed,
     source_of,
     sources,
 )
-from lesa.planner.statistics import flow_impulse_response
+from lesa.planner.statistics import flow_impulse_response, packed
 from lesa.plans.plan import Plan
 from lesa.plans.storage import read
 
