@@ -26,6 +26,7 @@ from .rows import (
     PlanError,
     Row,
     Rows,
+    check_array,
     errors_from_arrays,
     errors_to_arrays,
     rows_from_arrays,
@@ -35,7 +36,16 @@ from .schedule import Stage
 from .storage import Kind, SafetensorsFile, card
 
 PLAN_FILE = "plan.safetensors"
-_PLAIN = ("site", "forecaster", "denoiser", "config_hash", "training", "library_version")  # saved as plain JSON
+_NONE = type(None)
+# Saved as plain JSON of these types.
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "site": (str,),
+    "forecaster": (str,),
+    "denoiser": (str, _NONE),
+    "config_hash": (str, _NONE),
+    "training": (dict,),
+    "library_version": (str, _NONE),
+}
 # The label and the format of each figure of fitting.
 _LABELS = {
     "effort": ("effort", "{}"),
@@ -50,6 +60,7 @@ _LABELS = {
     "evaluations": ("plans compared", "{}"),
     "schedule": ("best plan", "{}"),
 }
+_MOST_STEPS, _DEEPEST, _LARGEST = 4_000, 16, 2**63  # of a plan, of `training`, of its integers
 _SURROGATE = "surrogate_"  # name prefix of its arrays
 _SAID = {"alphas", "budget", "stages"}  # already printed above
 # The surrogate's arrays, by their names in files.
@@ -206,12 +217,19 @@ class Plan(SafetensorsFile):
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], description: dict[str, Any]) -> Plan:
         """The plan that `to_arrays` or an earlier version wrote."""
-        computed, total = tuple(arrays["computed"].tolist()), len(arrays["sigmas"]) - 1
-        if description["num_steps"] != total:  # looked at first: a number may be any, an array is there
-            raise PlanError(f"num_steps={description['num_steps']!r:.40} with {total + 1} sigmas")
-        forecast = sorted(set(range(total)) - set(computed))
+        steps, T = arrays["computed"], len(arrays["sigmas"]) - 1
+        check_array("computed", steps, "i", (steps.size,))
+        check_array("sigmas", arrays["sigmas"], "f", (T + 1,))
+        if "timesteps" in arrays:
+            check_array("timesteps", arrays["timesteps"], "f", (T,))
+        _check_steps(T)
+        if description["num_steps"] != T:
+            raise PlanError(f"num_steps={description['num_steps']!r:.80}, but there are {T + 1} sigmas")
+        _check_description(description)
+        computed = tuple(steps.tolist())
+        forecast = sorted(set(range(T)) - set(computed))
         # Earlier files lack checks and expected errors; only fitted plans have a surrogate.
-        checks = rows_from_arrays("check_", arrays, description.get("check_contexts", []), computed)
+        checks = rows_from_arrays("check_", arrays, description.get("check_contexts", []), computed, T)
         surrogate = None
         if (surrogate_contexts := description.get("surrogate_contexts")) is not None:
             own = {name.removeprefix(_SURROGATE): array for name, array in arrays.items() if _SURROGATE in name}
@@ -219,11 +237,11 @@ class Plan(SafetensorsFile):
         return cls(
             computed=computed,
             sigmas=tuple(arrays["sigmas"].tolist()),
-            rows=rows_from_arrays("", arrays, description["contexts"], forecast),
+            rows=rows_from_arrays("", arrays, description["contexts"], forecast, T),
             timesteps=tuple(arrays["timesteps"].tolist()) if "timesteps" in arrays else None,
             stages=tuple(Stage(**stage) for stage in description["stages"]),
             checks={context: {step: row for step, row in own.items() if row.steps} for context, own in checks.items()},
-            expected=errors_from_arrays(arrays, description.get("expected_contexts", [])),
+            expected=errors_from_arrays(arrays, description.get("expected_contexts", []), T),
             surrogate=surrogate,
             **{name: description[name] for name in _PLAIN},
         )
@@ -363,10 +381,11 @@ class Plan(SafetensorsFile):
 
     def _check_schedule(self) -> None:
         total = self.num_steps
+        _check_steps(total)
         if total < 1 or not all(math.isfinite(s) for s in self.sigmas):
-            raise PlanError(f"sigmas={self.sigmas!r}: expected the T + 1 finite noise levels of a request")
+            raise PlanError(f"sigmas={self.sigmas!r:.200}: expected the T + 1 finite noise levels of a request")
         if list(self.computed) != sorted(set(self.computed)) or not self.computed or self.computed[0] != 0:
-            raise PlanError(f"computed={self.computed!r}: expected ascending steps, the first of them 0")
+            raise PlanError(f"computed={self.computed!r:.200}: expected ascending steps, the first of them 0")
         if self.computed[-1] >= total:
             raise PlanError(f"computed step {self.computed[-1]} is outside a request of {total} steps")
         if wrong := [name for name in (*self.rows, *self.checks, *self.expected) if not isinstance(name, str)]:
@@ -374,10 +393,10 @@ class Plan(SafetensorsFile):
         if not isinstance(self.training, Mapping):
             raise PlanError(f"training={self.training!r:.40}: expected figures by name")
         if self.site not in SITES:
-            raise PlanError(f"site={self.site!r}: expected one of {SITES}")
+            raise PlanError(f"site={self.site!r:.80}: expected one of {SITES}")
         timesteps = self.timesteps
         if timesteps is not None and not (len(timesteps) == total and all(map(math.isfinite, timesteps))):
-            raise PlanError(f"timesteps={timesteps!r}: expected {total} finite numbers, one per step")
+            raise PlanError(f"timesteps={timesteps!r:.200}: expected {total} finite numbers, one per step")
         if len(self.computed) < total and not self.rows:
             raise PlanError("rows is empty: every step that is not computed needs a row")
 
@@ -385,7 +404,7 @@ class Plan(SafetensorsFile):
         forecast = set(range(self.num_steps)) - set(self.computed)
         missing = forecast - set(rows)
         if missing:
-            raise PlanError(f"context {context!r} has no row for forecast steps {sorted(missing)}")
+            raise PlanError(f"context {context!r} has no row for forecast steps {sorted(missing)!s:.200}")
         for step, row in rows.items():
             where = f"row of context {context!r}, step {step}"
             if step not in forecast:
@@ -413,13 +432,63 @@ class Plan(SafetensorsFile):
         if missing := [name for name in _SURROGATE_ARRAYS if name not in arrays]:
             raise PlanError(f"surrogate lacks {missing}: give what Surrogate.to_arrays makes, or fit the plan again")
         T, C, P = self.num_steps, max(np.size(arrays["contexts"]), 1), (*np.shape(arrays["slopes"]), 0, 0, 0)[2]
+        if P < 1:
+            raise PlanError("surrogate holds no requests: fit the plan again")
         shapes = ((C, T, P), (P, C * T * (C * T + 1) // 2), (T * (T + 1) // 2,), (C,), (C,))
         for (name, words), shape in zip(_SURROGATE_ARRAYS.items(), shapes, strict=True):
             array = np.asarray(arrays[name])
             if array.shape != shape:
                 raise PlanError(f"surrogate: {words} of shape {array.shape}; expected {shape}: fit the plan again")
+            if array.dtype.kind != ("U" if name == "contexts" else "f"):
+                raise PlanError(f"surrogate: {words} of dtype {array.dtype}: fit the plan again")
             if name != "contexts" and not np.isfinite(array).all():
                 raise PlanError(f"surrogate: {words} with numbers that are not finite: fit the plan again")
+
+
+def _check_steps(total: int) -> None:
+    """Check that so many steps can be a request's.
+
+    Raises:
+        PlanError: there are too many.
+    """
+    if total > _MOST_STEPS:
+        raise PlanError(f"sigmas are of {total} steps: expected at most {_MOST_STEPS}")
+
+
+def _check_description(description: Mapping[str, Any]) -> None:
+    """Check the types in a file's description.
+
+    Raises:
+        PlanError: a value has another type than `to_arrays` gives it, or is too large or nested too deeply.
+    """
+    for name in ("contexts", "check_contexts", "expected_contexts", "surrogate_contexts"):
+        names = description.get(name, None if name == "contexts" else [])
+        if not (isinstance(names, list) and all(type(one) is str for one in names) and len({*names}) == len(names)):
+            raise PlanError(f"{name}={names!r:.80}: expected a list of different names")
+    for name, types in _PLAIN.items():
+        if not isinstance(description[name], types):
+            raise PlanError(f"{name} is a {type(description[name]).__name__}: expected {types[0].__name__}")
+    for stage in description["stages"]:
+        if [type(stage[name]) for name in ("name", "low", "window")] not in ([str, float, int], [str, int, int]):
+            raise PlanError(f"stages hold {stage!r:.80}: expected a name, a noise level and a window")
+    alphas = description["training"].get("alphas", {"*": ()})
+    if not (isinstance(alphas, dict) and alphas):
+        raise PlanError(f"training holds alphas={alphas!r:.80}: expected those of each context")
+    _check_plain(description["training"])
+
+
+def _check_plain(value: Any, depth: int = 0) -> None:
+    """Check that what was saved as JSON can be printed and saved again.
+
+    Raises:
+        PlanError: it is nested too deeply, or holds an integer that no array can hold.
+    """
+    if depth > _DEEPEST:
+        raise PlanError(f"training is nested deeper than {_DEEPEST} levels")
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        raise PlanError(f"training holds an integer of {value.bit_length()} bits: expected at most 63")
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_plain(one, depth + 1)
 
 
 def _version() -> str | None:

@@ -99,12 +99,18 @@ def rows_to_arrays(prefix: str, rows: Rows, num_steps: int) -> dict[str, np.ndar
 
 
 def rows_from_arrays(
-    prefix: str, arrays: Mapping[str, np.ndarray], contexts: Sequence[str], steps: Iterable[int]
+    prefix: str, arrays: Mapping[str, np.ndarray], contexts: Sequence[str], steps: Iterable[int], num_steps: int
 ) -> dict[str, dict[int, Row]]:
-    """The rows of `rows_to_arrays` at some steps."""
-    steps = list(steps)
-    if len(contexts) and not np.issubdtype(arrays[f"{prefix}steps"].dtype, np.integer):
-        raise TypeError(f"{prefix}steps are no integers")
+    """The rows of `rows_to_arrays` at some steps.
+
+    Raises:
+        PlanError: an array has another shape or dtype.
+    """
+    steps, names = list(steps), [f"{prefix}{name}" for name in ("steps", "weights", "bias")]
+    if contexts or any(name in arrays for name in names):
+        shape = (len(contexts), num_steps, (*arrays[names[0]].shape, 0, 0, 0)[2])
+        for name, kind, expected in zip(names, "iff", (shape, shape, shape[:2]), strict=True):
+            check_array(name, arrays[name], kind, expected)
     return {context: {step: _row(prefix, arrays, i, step) for step in steps} for i, context in enumerate(contexts)}
 
 
@@ -118,15 +124,37 @@ def errors_to_arrays(expected: Errors, num_steps: int) -> dict[str, np.ndarray]:
     return {"error": error, "spread": std}  # "spread": its name in files
 
 
-def errors_from_arrays(arrays: Mapping[str, np.ndarray], contexts: Sequence[str]) -> dict[str, dict[int, Expected]]:
-    """The errors of `errors_to_arrays`; none of files that knew only the largest errors."""
+def errors_from_arrays(
+    arrays: Mapping[str, np.ndarray], contexts: Sequence[str], num_steps: int
+) -> dict[str, dict[int, Expected]]:
+    """The errors of `errors_to_arrays`; none of files that knew only the largest errors.
+
+    Raises:
+        PlanError: an array has another shape or dtype.
+    """
     if "spread" not in arrays:
         return {}
+    for name in ("error", "spread"):
+        check_array(name, arrays[name], "f", (len(contexts), num_steps))
     expected: dict[str, dict[int, Expected]] = {}
     for i, context in enumerate(contexts):
         both = zip(arrays["error"][i].tolist(), arrays["spread"][i].tolist(), strict=True)
         expected[context] = {step: Expected(*pair) for step, pair in enumerate(both) if not all(map(math.isnan, pair))}
     return expected
+
+
+def check_array(name: str, array: np.ndarray, kind: str, shape: tuple[int, ...]) -> None:
+    """Check an array of a file.
+
+    Args:
+        kind: of its dtype: "i" for integers, "f" for floats.
+
+    Raises:
+        PlanError: it has another shape or kind of dtype.
+    """
+    if array.dtype.kind != kind or array.shape != shape:
+        words = {"i": "integers", "f": "floats"}[kind]
+        raise PlanError(f"{name} is {array.dtype} {list(array.shape)}: expected {words} {list(shape)}")
 
 
 def _row(prefix: str, arrays: Mapping[str, np.ndarray], i: int, step: int) -> Row:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 CARD_FILE = "README.md"
 _KEY = "lesa"  # of the description among a file's metadata
+_CHECKSUM = re.compile(r', "checksum": "([0-9a-f]{8})"}')  # at the end of the description; older files have none
 _FILENAME = re.compile(r"([\w-][\w.-]*/)*[\w-][\w.-]*\.safetensors", re.ASCII)
 _REPOSITORY = re.compile(r"(?!\.)[\w.-]+/[\w.-]+(?<!\.safetensors)", re.ASCII)
 Stored = TypeVar("Stored", bound="SafetensorsFile")
@@ -107,10 +109,11 @@ class SafetensorsFile(ABC):
         description, arrays = read(path, kind)
         try:
             return cls.from_arrays(arrays, description)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, StopIteration) as error:
+        except Exception as error:  # a file may hold anything
             said = str(error) if isinstance(error, kind.error) else repr(error)
             raise kind.error(
-                f"{kind.name} {str(path)!r}: incomplete, or a value is out of place ({said}): make or copy it again"
+                f"{kind.name} {str(path)!r}: incomplete, or a value is out of place ({said:.500}): make or copy it "
+                "again"
             ) from error
 
     def save_pretrained(self, folder: str | os.PathLike[str], filename: str | None = None) -> Path:
@@ -239,7 +242,8 @@ class SafetensorsFile(ABC):
         from safetensors.numpy import save as save_numpy
 
         # safetensors writes an array's memory as it lies.
-        return save_numpy({name: np.ascontiguousarray(array) for name, array in arrays.items()}, head)
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        return save_numpy(arrays, _signed(head, arrays))
 
     def _write(self, folder: Path, filename: str | None, name: str) -> Path:
         _check_filename(self.kind, "filename", filename)
@@ -281,6 +285,9 @@ def read(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any], dict
             ours = description.get("format") == kind.format
             # Another file's arrays may be of types numpy does not know, and huge.
             arrays = {name: file.get_tensor(name) for name in (file.keys() if ours else ())}
+            if ours and kind.framework == "np":
+                _check_checksum(file.metadata()[_KEY], arrays)
+                description.pop("checksum", None)
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise kind.error(
             f"{where} cannot be read ({error}): it is damaged or no safetensors file; make or copy it again"
@@ -395,8 +402,33 @@ def _path(kind: Kind, argument: str, value: Any) -> Path:
 
 
 def _description(file: Any) -> dict[str, Any]:
-    description = json.loads((file.metadata() or {}).get(_KEY, "null"))
+    try:
+        description = json.loads((file.metadata() or {}).get(_KEY, "null"))
+    except RecursionError:
+        raise ValueError("its description is nested too deeply") from None
     return description if isinstance(description, dict) else {}
+
+
+def _signed(head: Mapping[str, str], arrays: Mapping[str, Any]) -> dict[str, str]:
+    """A file's metadata, with the checksum in the description: safetensors keeps no order among several keys."""
+    told = head[_KEY]
+    return {_KEY: f'{told[:-1]}, "checksum": "{_checksum(told, arrays)}"}}'}
+
+
+def _check_checksum(description: str, arrays: Mapping[str, Any]) -> None:
+    found = _CHECKSUM.search(description)
+    if found is not None and found[1] != _checksum(description[: found.start()] + "}", arrays):
+        raise ValueError("its checksum does not fit what it holds")
+
+
+def _checksum(description: str, arrays: Mapping[str, Any]) -> str:
+    """A CRC-32 of a file's description and arrays: it tells damage, not forgery."""
+    total = zlib.crc32(description.encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        total = zlib.crc32(f"{name} {array.dtype} {tuple(array.shape)}".encode(), total)
+        total = zlib.crc32(array.tobytes(), total)
+    return f"{total:08x}"
 
 
 def _in_folder(kind: Kind, folder: Path, filename: Path) -> Path:

@@ -158,6 +158,7 @@ def test_a_file_that_lacks_a_part_of_the_surrogate(name, tmp_path):
     path = fitted().save(tmp_path / "plan.safetensors")
     with safe_open(path, framework="np") as file:
         description = json.loads(file.metadata()["lesa"])
+        del description["checksum"]  # as older files, which have none
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     part = arrays.pop(f"surrogate_{name}")
     for wrong in ({}, {f"surrogate_{name}": part[:-1]}):

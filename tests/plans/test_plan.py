@@ -160,6 +160,7 @@ def rewritten(plan: Plan, folder: Path, change: Any) -> Path:
     path = plan.save(folder / "plan.safetensors")
     with safe_open(path, framework="np") as file:
         description = json.loads(file.metadata()["lesa"])
+        del description["checksum"]  # as older files, which have none
         arrays = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
     change(arrays, description)
     path.write_bytes(serialize_numpy(arrays, {"lesa": json.dumps(description)}))
