@@ -35,6 +35,7 @@ from .standins import Exchange, Feed, Stands, Tap
 
 _NAME = "lesa"
 _HEAD_LOST = "the denoiser's head was not run (something skips it or runs another forward)"
+_SEVERAL = "the denoiser returns several tensors, and the hidden site knows one head (take a plan for site='output')"
 _GRADIENTS = "gradients are recorded, which a forecast has not (sample under torch.no_grad())"
 # Arguments that are the same at all steps of a context, unless somebody changes them: parts of their names.
 _CONDITIONS = (
@@ -414,6 +415,8 @@ class RootHook(ModelHook):
             feature, stand.feature = stand.feature, None
         if feature is None:
             driver.lose(_HEAD_LOST)
+        elif stand is not None and len(_tensors(output)) > 1:
+            driver.lose(_SEVERAL)
         driver.keep(call, feature)
         driver.observe(call, _first(output))
         return True

@@ -120,7 +120,9 @@ LAYOUTS = {
     "SanaVideoTransformer3DModel": Layout(_BLOCKS, _IMAGE_ONLY, *_ADA_HEAD),
     "SkyReelsV2Transformer3DModel": Layout(("blocks",), _IMAGE_ONLY, *_HEAD, wide_head=True),
     "StableAudioDiTModel": Layout(_BLOCKS, _IMAGE_ONLY, "proj_out", "proj_out"),  # it has no norm
-    "WanAnimateTransformer3DModel": Layout(("blocks",), _IMAGE_ONLY, *_HEAD, wide_head=True),
+    "WanAnimateTransformer3DModel": Layout(
+        ("face_adapter", "blocks"), _IMAGE_ONLY, *_HEAD, ("motion_encoder", "face_encoder", "rope"), wide_head=True
+    ),
     # The conditioner's embedders are small, and one joins the tokens of two images.
     "WanTransformer3DModel": Layout(("blocks",), _IMAGE_ONLY, *_HEAD, ("patch_embedding", "rope"), wide_head=True),
     "WanVACETransformer3DModel": Layout(

@@ -159,7 +159,8 @@ class Tail(Pass):
 class Skip(nn.Module):
     """Replaces an embedder: returns one channel of its input, so that the model can still join and reshape it."""
 
-    def forward(self, given: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = next(iter((*args, *kwargs.values())), None)
         # A copy: a forward may write into what an embedder returns.
         return given[..., :1].clone() if isinstance(given, Tensor) else given
 

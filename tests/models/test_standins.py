@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from types import FrameType
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from pipelines import CASES_BY_NAME, Case
@@ -15,7 +17,8 @@ from torch import nn
 
 import lesa
 from lesa.models import hooks, standins
-from lesa.models.standins import Feed, FusedHead, Pass, Skip, Tap
+from lesa.models.layouts import Layout
+from lesa.models.standins import Feed, FusedHead, Pass, Skip, Stands, Tap
 
 FLUX, DIT, WAN = (CASES_BY_NAME[name] for name in ("flux_dev", "dit", "wan"))
 FILES = {hooks.__file__, standins.__file__}
@@ -158,6 +161,101 @@ def test_a_forward_that_cannot_run_without_its_blocks_is_computed(fused: bool) -
         assert run.stats.computed == 2 * len(plan.computed)
         assert run.stats.forecast == 0
         assert sum(run.stats.refused.values()) == 2 * (FLUX.steps - len(plan.computed))
+
+
+def test_a_denoiser_of_several_outputs_is_computed() -> None:
+    """One head's feature would leave the others to the stand-ins."""
+
+    class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
+        @functools.wraps(diffusers.FluxTransformer2DModel.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+            (output,) = super().forward(*args, **kwargs)
+            return output, 2 * output
+
+    pipe = FLUX.make()
+    pipe.transformer.__class__ = FluxTransformer2DModel
+    plan = plan_for(FLUX, "linear", "hidden")
+    with lesa.enable(pipe, plan) as run, pytest.warns(lesa.LesaWarning, match="several"):
+        assert_same(FLUX.call(pipe), untouched(FLUX))
+        assert run.stats.forecast == 0
+
+
+class Adder(nn.Module):
+    """A block that also reads a second stream, and adds to both."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+
+    def forward(self, hidden_states: torch.Tensor, hints: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return hidden_states + self.linear(hints), hints + self.linear(hidden_states)
+
+
+class Busy(nn.Module):
+    """A denoiser whose forward works between its blocks, by their index, number and attributes, and after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 8)
+        self.sides = nn.ModuleList(Adder(8) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        for block in self.blocks:
+            block.is_last = block is self.blocks[-1]
+        self.between = nn.LayerNorm(8)
+        self.norm_out = nn.LayerNorm(8, elementwise_affine=False)
+        self.proj_out = nn.Linear(8, 3)
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, residuals: list[torch.Tensor]) -> Any:
+        hidden_states = self.embed(hidden_states)
+        hints = []
+        for side in self.sides:
+            hint, hidden_states = side(hidden_states, hints=hidden_states)
+            hints.append(hint)
+        for index, block in enumerate(self.blocks):
+            hidden_states = block(hidden_states)
+            if not block.is_last:
+                hidden_states = hidden_states + residuals[index * len(residuals) // len(self.blocks)]
+                hidden_states = hidden_states + hints.pop(0)
+        hidden_states = torch.cat([residuals[-1], self.between(hidden_states)], 1)[:, residuals[-1].shape[1] :]
+        return self.proj_out(self.norm_out(hidden_states) * timestep + 1)
+
+
+BUSY = Layout(("sides", "blocks"), ("hidden_states", "hints"), "norm_out", "proj_out", ("embed",), last=("input",))
+
+
+@torch.no_grad()
+def test_whatever_a_forward_does_before_its_head_is_in_the_feature(seed: int) -> None:
+    torch.manual_seed(seed)
+    denoiser, feature = Busy(), torch.randn(2, 5, 8)
+    sample, timestep = torch.randn(2, 5, 3), torch.tensor(0.7)
+    arguments = sample, timestep, [torch.randn(2, 5, 8) for _ in range(2)]
+    given: list[torch.Tensor] = []
+    handle = denoiser.norm_out.register_forward_pre_hook(lambda _, args: given.append(args[0].clone()))
+    bare = denoiser(*arguments)
+    handle.remove()
+    stands = Stands(denoiser, BUSY)
+    exchange, tap = stands.tap(torch.float32)
+    exchange.enter()
+    assert_same(denoiser(*arguments), bare)
+    exchange.undo()
+    assert_same(tap.feature, given[0])
+    run, exchange, feed = stands.tail(denoiser.forward, feature)
+    exchange.enter()
+    found = run(*arguments)
+    exchange.undo()
+    assert feed.reached
+    assert_same(found, denoiser.proj_out(denoiser.norm_out(feature) * timestep + 1))
+    assert_same(denoiser(*arguments), bare)
+
+
+def test_what_stands_for_blocks_has_their_attributes_and_not_their_wrappers() -> None:
+    block = Adder(8)
+    block.is_last = True
+    block.forward = functools.partial(pytest.fail, "the block runs")
+    block.compile(backend="eager")
+    stand = Pass(block, ("hints", "hidden_states"))
+    assert stand.is_last and stand.linear is block.linear
+    assert stand(1, hints=2) == (2, 1)
 
 
 def test_what_stands_for_an_embedder_is_no_view_of_the_sample() -> None:
