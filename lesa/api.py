@@ -95,11 +95,12 @@ def enable(
     Enabling again replaces the earlier plan. Nothing is changed if an error is raised.
 
     Args:
-        target: a diffusers pipeline, or a denoiser module in a loop of your own. A pipeline's scheduler tells lesa
-            where requests start and how many steps they have. For a bare denoiser lesa reads its timestep argument,
-            which waits for the GPU. If you call a bare denoiser more than once per step, give the calls the same
+        target: a diffusers pipeline, or a denoiser module in a loop of your own. The scheduler of the pipeline that
+            runs tells lesa where requests start and how many steps they have; that may be a copy, or another pipeline
+            with this denoiser. For a bare denoiser lesa reads its timestep argument, which waits for the GPU; it falls
+            in a request, or rises from 0. If you call a bare denoiser more than once per step, give the calls the same
             sample, or name them with `with denoiser.cache_context("cond")`. You may compile the denoiser before or
-            after.
+            after. Calls that record gradients are not forecast.
         plan: a `Plan`, or what `Plan.from_pretrained` takes: a file, a folder or a Hub repository "owner/name". A plan
             from `lesa.fit` adapts to a pipeline's other step counts, spacings, shifts and strengths; other plans are
             for one step count and its noise levels. With `budget` also `Statistics` or their path, which adapt too.
@@ -126,7 +127,7 @@ def enable(
         PlanError: the plan cannot be read, or the plan or the statistics do not fit the denoiser.
         TypeError: `plan` has another type.
         ValueError: `target` has no supported denoiser, is a pipeline without a scheduler, or a bare denoiser that needs
-            `sigmas`.
+            `sigmas`; or a cache of diffusers is enabled on the denoiser.
         ValueError: the backend or the guard is unknown, `sigmas` are no noise levels, or `learn` is below 1 or comes
             with a plan.
         ValueError: a budget with a plan that was not fitted, or statistics without a budget.
