@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,16 @@ import torch
 from tqdm.auto import tqdm
 
 from ..models.layouts import denoiser_of
-from ..models.pipeline import FeatureRecorder
+from ..models.pipeline import FeatureRecorder, PipelineCall
 from ..planner.build import computed_steps, default_budget
 from ..planner.statistics import StatisticsError
 from ..plans.plan import Plan
-from ..runtime.clock import Call, Request
+from ..runtime.clock import Call, Request, prediction_of
 from ..runtime.driver import Forecast, Relay
 from ..runtime.runner import Adaptive, PlanRunner, kind_of, tell
 from .fit import EFFORTS, finished
-from .refine import ScheduleSearch, candidate
-from .trials import Gathering, Reference, Trials, reference_of
+from .refine import Refiner, ScheduleSearch
+from .trials import ErrorRecorder, Gathering, Reference, Trials, reference_of
 
 _MOST_KINDS = 16  # of requests: a few hundred kilobytes each
 
@@ -34,7 +35,9 @@ class Learner(Relay):
     a request to warm up does no harm. Not counted are interrupted requests, those that the budget covers, and those
     that tell nothing: a context does not run at every step, or an output is not finite (a warning says so).
 
-    Memory holds the outputs of one request; of each image watched its inner products are kept.
+    In the end the last one is run again by two trial plans, to measure how the denoiser answers errors: so this request
+    calls the denoiser about 2 `budget` times more. Memory holds the outputs of one request, and the samples of the last
+    one; of each image watched its inner products are kept.
 
     Args:
         target: a pipeline, or a bare denoiser in a loop of your own.
@@ -62,6 +65,8 @@ class Learner(Relay):
         self._denoiser, self._sigmas = denoiser_of(target), sigmas
         self._wanted, self._budget, self._make_runner = int(requests), budget, runner
         self._kinds: OrderedDict[tuple, tuple[Gathering, list[Reference]]] = OrderedDict()
+        self._calls: list[tuple[Call, float]] = []  # of the last request to watch
+        self._is_last = False
         self._num_steps = 0
         self._learned: Adaptive | None = None
         self._tell_progress(0)
@@ -90,6 +95,8 @@ class Learner(Relay):
         if not sites:
             tell(self.stats, f"lesa learns nothing from requests of {self._num_steps} steps: the budget covers them")
         self._runner = FeatureRecorder([f"request {self.stats.requests}"], sites)
+        watched = self._kinds.get(kind_of(request), (None, ()))[1]
+        self._calls, self._is_last = [], bool(sites) and len(watched) + 1 == self._wanted
         super().begin(request)
 
     def forecast(self, call: Call) -> Forecast | None:
@@ -103,7 +110,10 @@ class Learner(Relay):
                 f"sigmas has {self._num_steps + 1} noise levels, but a request runs step {call.step + 1}: give one "
                 "more than the loop has steps"
             )
-        return super().forecast(call)
+        coming = super().forecast(call)
+        if isinstance(self._runner, FeatureRecorder) and self._runner.sites and self._is_last:
+            self._calls.append((replace(call, sample=self._runner.sample), _scale(call)))
+        return coming
 
     def observe(self, call: Call, output: torch.Tensor) -> None:
         """Keep an output; the last one of a request ends it."""
@@ -135,8 +145,7 @@ class Learner(Relay):
         try:
             recorder.label_images()
             gathering.add(recorder, lambda: found.append(reference_of(recorder, None)))
-            found[0].drop_outputs()
-            references += found
+            references[:0] = found  # the newest first: it alone can be run again
         except StatisticsError as error:
             tell(self.stats, f"lesa learns nothing from this request: {error}")
         if not references:
@@ -145,11 +154,28 @@ class Learner(Relay):
             self._kinds.popitem(last=False)
         self._tell_progress(max((len(own) for _, own in self._kinds.values()), default=0))
         if len(references) == self._wanted:
-            self._learn(Trials((), gathering.statistics(), references, 0.0))
+            calls = self._repeated(recorder, references[0])
+            self._learn(Trials(calls, gathering.statistics(), references, 0.0, prediction_of(request.scheduler)))
+        for reference in references[:1]:
+            reference.drop_outputs()
+        self._calls = []
+
+    def _repeated(self, recorder: FeatureRecorder, reference: Reference) -> list[PipelineCall]:
+        """The last request, to be run again; none where errors cannot be put into its samples."""
+        fits = reference.start.numel() == len(reference.parts) * reference.outputs[0, 0].numel()
+        unknown = self._sigmas is not None and max(self._sigmas) > 1.0  # how such a loop scales its samples
+        if not fits or unknown or any(call.again is None for call, _ in self._calls):
+            return []
+        return [PipelineCall(tuple(recorder.labels), Replay(self._calls).run)]
 
     def _learn(self, watched: Trials) -> None:
         """Make the plan of what was watched; the next request runs by it."""
-        plan = learned_plan(watched, self._computed_steps())
+        try:
+            plan = learned_plan(watched, self._computed_steps())
+        except Exception as failure:  # of calls that no pipeline made; the request itself is complete
+            again = f"the last request could not be run again ({type(failure).__name__}: {failure})"
+            tell(self.stats, f"lesa assumes how the denoiser answers errors: {again}")
+            plan = learned_plan(replace(watched, calls=()), self._computed_steps())
         self._learned = Adaptive(plan, self._budget or plan.budget / plan.num_steps, self._runner_of)
         self._kinds.clear()
         self.stats.learning += ", plan learned"
@@ -169,10 +195,42 @@ class Learner(Relay):
         self.stats.learning = f"{watched} of {self._wanted} requests watched"
 
 
+@dataclass(frozen=True)
+class Replay:
+    """A watched request that can be run again by a plan, without the pipeline.
+
+    Args:
+        calls: of the denoiser, in order, and the scale of each one's sample beside the scheduler's.
+    """
+
+    calls: Sequence[tuple[Call, float]]
+
+    def run(self, driver: ErrorRecorder, site: str) -> None:
+        """Call the denoiser at the computed steps, on the samples that the plan's errors lead to."""
+        driver.begin(self.calls[0][0].request)
+        for call, scale in self.calls:
+            coming = driver.forecast(call)
+            if coming is None:
+                assert call.again is not None
+                output = call.again(driver.moved(call, scale))
+                driver.keep(call, output)
+            else:
+                output = coming.feature()
+            driver.observe(call, output)
+
+
+def _scale(call: Call) -> float:
+    """What the scheduler multiplies its sample by before the denoiser is given it."""
+    scale = getattr(call.request.scheduler, "scale_model_input", None)
+    return 1.0 if scale is None else float(scale(torch.ones(1), call.timestep))
+
+
 def learned_plan(watched: Trials, budget: int) -> Plan:
-    """The plan of which the surrogate promises most; requests that come once cannot try plans, so gains are assumed."""
+    """The plan of which the surrogate promises most.
+
+    Where the calls of `watched` can be run again, as in a quick fit, they tell the error gains; else these are assumed.
+    """
     schedules = ScheduleSearch(watched, budget, EFFORTS["quick"].evaluations, 0)
-    computed = schedules.climb(schedules.starts())
-    best = candidate(watched.statistics, "searched", computed, schedules.rows(computed))
+    best = Refiner(watched, schedules, budget, 0).run()
     figures = {"requests": len(watched.references), "schedule": "searched", "learned": True}
     return finished(best, schedules.error_gains, figures, watched, None)

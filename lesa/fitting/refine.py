@@ -27,6 +27,7 @@ _NEAR = 100
 # Searches, each with the error gains measured in the runs before it; the last only with "thorough"'s evaluations.
 _SEARCHES = (("searched", False), ("searched again", False), ("searched a third time", False), ("searched far", True))
 _STALLED = 0.1  # dB: what a step of Gauss-Newton must gain to be followed by another
+_MEASURED = 3  # how often the surrogate holds a request as measured, beside two assumed ones
 _PROBES = 2  # by the second the errors are about as large as those of the plan that is looked for
 _RULES = ("reuse", "taylor-1")
 
@@ -68,7 +69,7 @@ class ScheduleSearch:
         seed: of the order in which moves are tried.
 
     Attributes:
-        error_gains: [C, T, P] of the surrogate, see `learn`.
+        error_gains: [C, T, P], measured, see `learn`; before that those of errors that heal.
         goes_far: whether a search may evaluate more schedules than usual.
     """
 
@@ -78,11 +79,19 @@ class ScheduleSearch:
         self._random = np.random.default_rng(seed)
         self.goes_far = evaluations > _NEAR
         self.error_gains = prior_error_gains(trials.statistics, trials.count)
+        self._model = trials.surrogate(trials.assumed_gains)
         self._evaluated: dict[tuple[int, ...], float] = {}
 
     def learn(self, error_gains: np.ndarray) -> None:
-        """Take measured error gains [C, T, P] for the surrogate's."""
+        """Take measured error gains [C, T, P] into the surrogate.
+
+        A request or two do not tell how all others answer, least of all in the first steps. So the surrogate holds each
+        request three times as measured, once as one whose errors heal, and once as one whose errors last.
+        """
         self.error_gains = error_gains
+        self._model = self._trials.surrogate(
+            np.concatenate([error_gains] * _MEASURED + [self._trials.assumed_gains], 2)
+        )
         self._evaluated.clear()
 
     def starts(self) -> list[tuple[int, ...]]:
@@ -94,25 +103,23 @@ class ScheduleSearch:
 
     def rows(self, computed: tuple[int, ...]) -> np.ndarray:
         """The surrogate's best rows [C, T, T]."""
-        surrogate = self._trials.surrogate(self.error_gains)
-        return surrogate.optimise(computed, closed_form(self._statistics, computed), 15)[0]
+        return self._model.optimise(computed, closed_form(self._statistics, computed), 15)[0]
 
     def rules(self) -> list[Candidate]:
         """Plain rules on the paper's and an even schedule, those first of which the surrogate promises most."""
-        surrogate = self._trials.surrogate(self.error_gains)
         found = []
         for computed in published(self._statistics.num_steps, self._budget):
             for rule in _RULES:
                 weights = closed_form(self._statistics, computed, rule)
                 made = candidate(self._statistics, f"{rule} on {computed}", computed, weights)
-                found.append((surrogate.optimise(computed, weights, 0)[1], made))
+                found.append((self._model.optimise(computed, weights, 0)[1], made))
         return [made for _, made in sorted(found, key=lambda pair: pair[0])]
 
     def objective(self, computed: tuple[int, ...]) -> float:
         """What the surrogate promises of a schedule; lower is better."""
         if computed not in self._evaluated:
-            surrogate = self._trials.surrogate(self.error_gains)
-            self._evaluated[computed] = surrogate.optimise(computed, closed_form(self._statistics, computed), 5)[1]
+            rows = closed_form(self._statistics, computed)
+            self._evaluated[computed] = self._model.optimise(computed, rows, 5)[1]
         return self._evaluated[computed]
 
     def climb(self, starts: Sequence[tuple[int, ...]], far: bool = False) -> tuple[int, ...]:
@@ -185,6 +192,8 @@ class Refiner:
 
     def _probe(self) -> None:
         """Run some calls by trial plans: their requests tell how the denoiser answers errors."""
+        if not self._trials.calls:
+            return
         found: list[np.ndarray] = []
         computed = self._schedules.starts()[0]
         with tqdm(total=_PROBES, desc=f"probe {self._budget}", unit="run") as bar:

@@ -19,11 +19,13 @@ from tqdm.auto import tqdm
 from .. import metrics, ops
 from ..models.layouts import LAYOUTS, config_hash, denoiser_of
 from ..models.pipeline import FeatureRecorder, PipelineCall, by_request, combined, without_variance
+from ..planner.build import prior_error_gains
+from ..planner.generic import FLOW, lasting_error_gains
 from ..planner.statistics import Statistics, StatisticsError, flow_impulse_response
 from ..planner.surrogate import Outcome, Surrogate
 from ..plans.plan import Plan
 from ..plans.rows import SITES
-from ..runtime.clock import Call, Request, impulse_response_of
+from ..runtime.clock import Call, Request, impulse_response_of, prediction_of
 from ..runtime.driver import Forecast, Relay
 from ..runtime.runner import PlanRunner
 from . import arguments
@@ -268,12 +270,14 @@ class Trials:
         statistics: of the full runs.
         references: one a call.
         seconds: that the full runs took, together.
+        prediction: what the denoiser predicts, one of `PREDICTIONS`.
     """
 
     calls: Sequence[PipelineCall]
     statistics: Statistics
     references: Sequence[Reference]
     seconds: float
+    prediction: str = FLOW
 
     @property
     def labels(self) -> list[str]:
@@ -297,9 +301,20 @@ class Trials:
         return np.concatenate([reference.grams for reference in self.references])
 
     def surrogate(self, error_gains: np.ndarray) -> Surrogate:
-        """The model of these requests with error gains [C, T, P]."""
+        """The model of these requests with error gains [C, T, P]; with K P of them it holds each request K times."""
         known = self.statistics
-        return Surrogate(self.grams, known.impulse_response, np.asarray(known.guidance), error_gains, known.contexts)
+        grams = np.tile(self.grams, (error_gains.shape[2] // self.count, 1, 1))
+        return Surrogate(grams, known.impulse_response, np.asarray(known.guidance), error_gains, known.contexts)
+
+    @cached_property
+    def assumed_gains(self) -> np.ndarray:
+        """[C, T, 2 P], what may be true of a denoiser: first that errors heal, then that they last."""
+        known, shape = self.statistics, (len(self.statistics.contexts), self.statistics.num_steps, self.count)
+        flow = max(known.sigmas) <= 1.0
+        levels = known.sigmas if flow else [sigma / (1.0 + sigma) for sigma in known.sigmas]
+        prediction = self.prediction if flow or self.prediction != FLOW else "epsilon"
+        lasting = lasting_error_gains(prediction, levels, known.impulse_response)
+        return np.concatenate([prior_error_gains(known, self.count), np.broadcast_to(lasting, shape)], 2)
 
     @property
     def compares_pictures(self) -> bool:
@@ -373,7 +388,8 @@ def run_in_full(
     begin = time.perf_counter()
     options: dict[str, Any] = {"sigmas": sigmas, "scheduler": scheduler, "guidance": guidance}
     statistics = gather_calls(target, calls, request, **options, visit=visit)
-    return Trials(calls, statistics, references, time.perf_counter() - begin)
+    own = scheduler if isinstance(target, torch.nn.Module) else getattr(target, "scheduler", None)
+    return Trials(calls, statistics, references, time.perf_counter() - begin, prediction_of(own))
 
 
 class ErrorRecorder(Relay):
@@ -430,6 +446,19 @@ class ErrorRecorder(Relay):
         weights = self._targets[:, call.step] * self._statistics.guidance[c]
         for target in weights.nonzero().flatten().tolist():
             self._errors[target].add_(own - truth, alpha=float(weights[target]))
+
+    def moved(self, call: Call, scale: float) -> Tensor:
+        """The sample of a call of the full request, as the plan's errors so far move it at a computed step.
+
+        Args:
+            call: of the full request.
+            scale: of its sample beside the scheduler's.
+        """
+        k = self._computed.get(call.step, 0)
+        if not k:
+            return call.sample
+        off = scale * self._errors[k - 1].unflatten(1, call.sample.shape[1:])
+        return call.sample + torch.cat([off] * len(self._parts)).to(call.sample)
 
     def measured(self) -> tuple[Outcome, np.ndarray]:
         """Inner products of the errors, and the error gains."""

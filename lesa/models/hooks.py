@@ -17,7 +17,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 from typing import Any
 
@@ -353,12 +353,29 @@ class RootHook(ModelHook):
             self.driver.lose(str(error))
             self.driver.stats.refused[str(error)] += 1
             return None
+        call = replace(call, again=self._again(args, kwargs))
         if call.starts:
             self.driver.begin(call.request)
             if other := _other_cache(module):
                 self.driver.lose(f"{other} is enabled too (call the denoiser's disable_cache())")
         coming = self.driver.forecast(call)
         return self._compute(call) if coming is None else self._forecast(call, coming)
+
+    def _again(self, args: tuple, kwargs: dict) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Runs the denoiser with these arguments on another sample; None where its sample is a list."""
+        place = self._names.index(self._sample) if self._sample in self._names else len(args)
+        if not isinstance(args[place] if place < len(args) else kwargs.get(self._sample), torch.Tensor):
+            return None
+        before, after = args[:place], args[place + 1 :]
+        others = {name: value for name, value in kwargs.items() if name != self._sample}
+
+        def run(sample: torch.Tensor) -> torch.Tensor:
+            given = {**others, self._sample: sample} if place >= len(args) else others
+            where = (sample,) if place < len(args) else ()
+            with torch.no_grad():
+                return _first(self._original()(*before, *where, *after, **given))
+
+        return run
 
     @torch.compiler.disable
     def _compute(self, call: Call) -> _Turn:

@@ -362,6 +362,11 @@ class FeatureRecorder:
         return np.stack(steps)
 
     @property
+    def sample(self) -> Tensor:
+        """The latest step's sample."""
+        return self._samples[-1]
+
+    @property
     def start(self) -> Tensor:
         """The first step's sample."""
         return self._samples[0]

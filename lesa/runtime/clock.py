@@ -90,6 +90,7 @@ class Call:
         starts: whether it is the first call of that request.
         changed: what the earlier features of this context do not fit any more, as a reason; None where they do.
         switched: whether another denoiser made the context's last call.
+        again: runs the denoiser on another sample, with all else as in this call; None where it cannot.
     """
 
     context: str
@@ -100,6 +101,7 @@ class Call:
     starts: bool
     changed: str | None = None
     switched: bool = False
+    again: Callable[[Tensor], Tensor] | None = field(default=None, repr=False, compare=False)
 
 
 class Clock:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lesa.fitting import learn
 from lesa.fitting.learn import Learner
-from lesa.fitting.refine import ScheduleSearch
-from lesa.fitting.trials import Trials, run_in_full
+from lesa.fitting.refine import Refiner, ScheduleSearch
+from lesa.fitting.trials import Measured, Trials, run_in_full
+from lesa.forecasters import plan_of
 from lesa.models import hooks
 from lesa.models.pipeline import calls_of
 from lesa.planner.build import adapt, surrogate_of
@@ -80,7 +81,7 @@ def test_what_is_watched_is_what_a_fit_gathers(case: Case, watched: list[Trials]
     np.testing.assert_allclose(ours.guidance, theirs.guidance, rtol=0.1)
     np.testing.assert_array_equal(ours.impulse_response, theirs.impulse_response)
     np.testing.assert_allclose(ours.grams["output"], theirs.grams["output"], rtol=1e-6)
-    np.testing.assert_allclose(watched[0].grams, trials.grams, rtol=1e-6)
+    np.testing.assert_allclose(watched[0].grams[::-1], trials.grams, rtol=1e-6)
     assert driver.stats.computed == 2 * 6 * len(ours.contexts) and driver.stats.forecast == 0
     assert driver.plan is not None and driver.plan.budget == 3
 
@@ -98,12 +99,13 @@ def test_each_image_of_a_batch_is_watched_by_itself(case: Case, watched: list[Tr
     np.testing.assert_allclose(ours.grams.mean(0), ours.statistics.grams["output"], rtol=1e-9)
 
 
-def test_the_plan_is_the_search_on_what_was_watched(pipe: Any) -> None:
-    calls = calls_of(pipe, PROMPTS, None, REQUEST, None, 1)
+def test_the_plan_is_that_of_a_quick_fit_that_probes_the_last_request(pipe: Any) -> None:
+    calls = calls_of(pipe, PROMPTS[:4], None, REQUEST, None, 1)
     trials = run_in_full(pipe, calls, REQUEST)
-    schedules = ScheduleSearch(trials, BUDGET, 60, 0)
-    computed = schedules.climb(schedules.starts())
-    weights = schedules.rows(computed)[0]
+    trials.references, trials.calls = trials.references[::-1], calls[-1:]
+    best = Refiner(trials, ScheduleSearch(trials, BUDGET, 60, 0), BUDGET, 0).run()
+    assert best.weights is not None
+    weights, computed = best.weights[0], best.computed
     driver = learner(pipe, 4)
     assert driver.plan is None
     for seed in range(4):
@@ -117,6 +119,55 @@ def test_the_plan_is_the_search_on_what_was_watched(pipe: Any) -> None:
     assert surrogate_of(plan).requests == 4
     assert plan.expected and set(plan.expected) == set(plan.checks)
     assert driver.stats.guard == "warn"
+
+
+@pytest.fixture
+def rerun(monkeypatch: pytest.MonkeyPatch) -> list[Measured]:
+    """What "reuse" on steps 0, 2 and 4 does to the last request when a learner runs it again."""
+    found = []
+
+    def spy(images: Trials, budget: int) -> Plan:
+        found.append(images.run(plan_of("reuse", (0, 2, 4), images.statistics.sigmas, "output"), slice(1)))
+        return made(images, budget)
+
+    made = learn.learned_plan
+    monkeypatch.setattr(learn, "learned_plan", spy)
+    return found
+
+
+@pytest.mark.parametrize("case", [FLUX, QWEN, SDXL], ids=lambda case: case.name)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_last_request_runs_again_as_in_the_pipeline(case: Case, batch: int, rerun: list[Measured]) -> None:
+    """Separate contexts, batched guidance, and samples that the scheduler scales: the errors and their answers."""
+    pipe = case.make()
+    learner(pipe, 2, 3)
+    for seed in range(2):
+        case.call(pipe, seed, batch=batch, prompt=seed, steps=6)
+    hooks.detach(pipe)
+    asked = guided_request(case)
+    functions = [lambda seed=seed: case.call(pipe, seed, batch=batch, prompt=seed, steps=6) for seed in range(2)]
+    trials = run_in_full(pipe, calls_of(pipe, None, functions, {}, None, 1), asked)
+    theirs = trials.run(plan_of("reuse", (0, 2, 4), trials.statistics.sigmas, "output"), slice(1, 2))
+    assert rerun[0].outcome.error.shape == (3, batch) and (rerun[0].outcome.error > 0).all()
+    np.testing.assert_allclose(rerun[0].outcome.error.mean(1), theirs.outcome.error[:, 0], rtol=0.02)
+    if batch == 1:
+        np.testing.assert_allclose(rerun[0].error_gains[:, 1:], theirs.error_gains[:, 1:], rtol=0.05, atol=0.01)
+
+
+def test_learning_goes_on_where_the_last_request_cannot_run_again(pipe: Any) -> None:
+    plain, calls = request(pipe, 0), []
+
+    def fail(module: nn.Module, given: Any) -> None:
+        calls.append(given)
+        if len(calls) > STEPS:
+            raise RuntimeError("out of memory")
+
+    handle = pipe.transformer.proj_out.register_forward_pre_hook(fail)
+    driver = learner(pipe, 1)
+    with pytest.warns(LesaWarning, match="out of memory"):
+        assert torch.equal(request(pipe, 0), plain)
+    handle.remove()
+    assert len(calls) == STEPS + 1 and driver.plan is not None and driver.plan.budget == BUDGET
 
 
 def test_the_next_requests_run_by_the_plan(pipe: Any) -> None:
@@ -172,7 +223,7 @@ def test_interrupted_requests_do_not_count(pipe: Any, watched: list[Trials]) -> 
     assert driver.plan is not None and driver.stats.requests == 4 and "2 of 2" in driver.stats.learning
     hooks.detach(pipe)
     trials = run_in_full(pipe, calls_of(pipe, [PROMPTS[0], PROMPTS[3]], None, REQUEST, [0, 3], 1), REQUEST)
-    np.testing.assert_allclose(watched[0].grams, trials.grams, rtol=1e-6)
+    np.testing.assert_allclose(watched[0].grams[::-1], trials.grams, rtol=1e-6)
 
 
 def test_each_kind_of_requests_counts_by_itself(pipe: Any, watched: list[Trials]) -> None:
@@ -255,6 +306,27 @@ def test_a_loop_of_ones_own(guided: bool, watched: list[Trials]) -> None:
     np.testing.assert_allclose(ours.grams["output"], theirs.grams["output"], rtol=1e-6)
     loop(denoiser, 2, guided)
     assert driver.stats.forecast == 5 * (1 + guided)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_last_request_of_a_loop_runs_again(guided: bool, rerun: list[Measured]) -> None:
+    """Arguments by position, two samples in a batch, and calls of one step that have no names."""
+    denoiser = Loop()
+    functions = [lambda seed=seed: loop(denoiser, seed, guided) for seed in range(2)]
+    trials = run_in_full(denoiser, calls_of(denoiser, None, functions, {}, None, 1), {}, sigmas=SIGMAS)
+    theirs = trials.run(plan_of("reuse", (0, 2, 4), SIGMAS, "output"), slice(1, 2))
+    learner(denoiser, 2, 3, sigmas=SIGMAS)
+    for run in functions:
+        run()
+    np.testing.assert_allclose(rerun[0].outcome.error.mean(1), theirs.outcome.error[:, 0], rtol=1e-4)
+
+
+def test_a_loop_that_may_scale_its_samples_is_not_run_again(watched: list[Trials]) -> None:
+    """Where levels exceed 1, loops divide their samples by what they like before the denoiser is given them."""
+    denoiser, sigmas = Loop(), [4.0 * level for level in SIGMAS]
+    learner(denoiser, 1, 3, sigmas=sigmas)
+    loop(denoiser, 0)
+    assert not watched[0].calls
 
 
 def test_a_loop_of_more_steps_than_its_sigmas_is_refused() -> None:

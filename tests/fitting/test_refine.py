@@ -155,6 +155,26 @@ def test_gains_are_assumed_to_be_those_of_predicting_the_noise(trials: Trials) -
     np.testing.assert_allclose(gains, np.minimum(1 / sigmas, 2.0)[None, :, None].repeat(3, 2), rtol=1e-5)
 
 
+def test_the_search_counts_each_request_as_measured_and_as_one_whose_errors_heal_or_last(
+    trials: Trials, seed: int
+) -> None:
+    """The mean of what surrogates promise of the same rows: of two, then of the measured one three times, too."""
+    schedules, computed = ScheduleSearch(trials, 3, 60, 0), (0, 2, 5)
+    measured = np.random.default_rng(seed).normal(size=schedules.error_gains.shape)
+    heal, last = np.split(trials.assumed_gains, 2, 2)
+
+    def promised(weights: np.ndarray, *gains: np.ndarray) -> float:
+        return float(np.mean([trials.surrogate(own).optimise(computed, weights, 0)[1] for own in gains]))
+
+    for gains in ((heal, last), (measured, measured, measured, heal, last)):
+        if len(gains) > 2:
+            schedules.learn(measured)
+        weights = schedules.rows(computed)
+        best = promised(weights, *gains)
+        assert best <= schedules.objective(computed) + 1e-6  # found with fewer iterations
+        assert all(best <= promised(trials.surrogate(own).optimise(computed, weights, 15)[0], *gains) for own in gains)
+
+
 def test_the_rules_that_a_fit_is_compared_with(trials: Trials) -> None:
     found = ScheduleSearch(trials, 4, 60, 0).rules()
     expected = {(rule, computed) for rule in ("reuse", "taylor-1") for computed in published(8, 4)}

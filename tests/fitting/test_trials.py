@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from lesa.fitting.trials import Trials, decibels, final_of, run_in_full
 from lesa.forecasters import plan_of
 from lesa.models.pipeline import calls_of, run
+from lesa.planner.statistics import flow_impulse_response
 from lesa.plans.plan import Plan
 from lesa.runtime.runner import PlanRunner
 
@@ -89,6 +91,28 @@ def test_only_the_first_calls_are_run_where_asked(pipe: Any) -> None:
     first, whole = trials.run(plan, slice(1)), trials.run(plan)
     assert first.psnr.shape == (1,) and first.psnr[0] == pytest.approx(whole.psnr[0])
     assert trials.count == 2 and trials.labels[1] == "prompt 1 ('snow')"
+
+
+def test_what_is_assumed_of_a_denoiser_is_that_errors_heal_or_last(pipe: Any) -> None:
+    """Along a flow an error heals at 1 / sigma, and lasts at about -1 / alpha: exact for a variance of 16."""
+    trials = trials_of(pipe, PROMPTS, REQUEST)
+    assert trials.prediction == "flow_prediction"
+    sigma = np.array(trials.statistics.sigmas[:-1])
+    alpha = 1 - sigma
+    lasting = (sigma - 16 * alpha) / (16 * alpha**2 + sigma**2)
+    expected = np.stack([np.minimum(1 / sigma, 2.0)] * 2 + [lasting] * 2, 1)
+    np.testing.assert_allclose(trials.assumed_gains, expected[None], rtol=1e-5)
+    model = trials.surrogate(trials.assumed_gains)
+    np.testing.assert_array_equal(model.grams, np.concatenate([trials.grams] * 2))
+
+
+def test_a_loop_with_levels_above_one_predicts_the_noise(pipe: Any) -> None:
+    trials = trials_of(pipe, ["snow"], REQUEST)
+    sigmas = np.array([8.0, 4, 3, 2, 1, 0.5, 0.2, 0.1, 0])
+    known = replace(trials.statistics, sigmas=tuple(sigmas), impulse_response=flow_impulse_response(sigmas))
+    other = replace(trials, statistics=known)
+    s = sigmas[:-1]
+    np.testing.assert_allclose(other.assumed_gains[0, :, 1], s / (16 + s**2), rtol=1e-5)
 
 
 def test_ssim_is_taken_of_pictures_only(pipe: Any) -> None:
