@@ -184,20 +184,39 @@ def faults(subject: Subject) -> list[str]:
     """
     pipe = subject.make()
     untouched = subject.run(pipe)
-    found = []
-    for site in sites_of(pipe):
-        for rule in ("all", "reuse", "taylor-1"):
-            plan = plan_for(untouched, rule, site)
-            if rule != "all" and plan.budget == plan.num_steps:
-                raise ValueError(f"a request has {plan.num_steps} steps, so none is forecast")
-            wanted = untouched if rule == "all" else subject.run(pipe, plan)
-            changed = apart(wanted, untouched)
-            if rule != "all" and changed == 0.0:
-                raise ValueError("forecasts do not change the output")
-            allowed = _ROUNDING * changed if rule == "taylor-1" else 0.0
-            found += [f"{site}, {rule}: {fault}" for fault in _faults_of_plan(subject, pipe, plan, wanted, allowed)]
+    found = [fault for site in sites_of(pipe) for fault in faults_at(site, subject, pipe, untouched)]
     if apart(subject.run(pipe), untouched) > 0.0:
         found.append("disabled: differs from the untouched pipeline")
+    return found
+
+
+def faults_at(
+    site: str, subject: Subject, pipe: Any, untouched: Run, change: Callable[[Any], None] = lambda pipe: None
+) -> list[str]:
+    """What is wrong at one site.
+
+    Args:
+        site: "output" or "hidden".
+        subject: of the pipeline.
+        pipe: the pipeline.
+        untouched: its run without lesa.
+        change: changes the pipeline before lesa runs it, by nothing that its outputs depend on.
+
+    Raises:
+        ValueError: as `faults`.
+    """
+    wanted, plans = {"all": untouched}, {rule: plan_for(untouched, rule, site) for rule in ("all", "reuse", "taylor-1")}
+    for rule in ("reuse", "taylor-1"):
+        if plans[rule].budget == plans[rule].num_steps:
+            raise ValueError(f"a request has {plans[rule].num_steps} steps, so none is forecast")
+        wanted[rule] = subject.run(pipe, plans[rule])
+        if apart(wanted[rule], untouched) == 0.0:
+            raise ValueError("forecasts do not change the output")
+    change(pipe)
+    found = []
+    for rule, plan in plans.items():
+        allowed = _ROUNDING * apart(wanted[rule], untouched) if rule == "taylor-1" else 0.0
+        found += [f"{site}, {rule}: {fault}" for fault in _faults_of_plan(subject, pipe, plan, wanted[rule], allowed)]
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from oracle import Subject
+from PIL import Image
 from torch import Tensor, nn
 
 STEPS = 6
@@ -85,6 +86,11 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 def picture(height: int = 32, width: int = 32, channels: int = 3) -> Tensor:
     """A picture [1, channels, height, width] of numbers in 0 ... 1."""
     return torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(7))
+
+
+def photo(size: int = 32) -> Image.Image:
+    """The same picture as a file would give it."""
+    return Image.fromarray((picture(size, size)[0].permute(1, 2, 0) * 255).byte().numpy())
 
 
 @functools.cache

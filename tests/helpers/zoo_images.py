@@ -29,8 +29,7 @@ from diffusers import (
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
-from PIL import Image
-from zoo import embeds, family, joined, mask, noise, picture, subject
+from zoo import embeds, family, joined, mask, noise, photo, picture, subject
 from zoo_unets import vae
 
 _SIZE = {"height": 32, "width": 32}
@@ -119,18 +118,17 @@ def _qwen_subjects() -> list[Any]:
     controlled = joined(qwen, controlnet=lambda: QwenImageControlNetModel(**controlnet))
     masked = joined(qwen, controlnet=lambda: QwenImageControlNetModel(**controlnet, extra_condition_channels=4))
     edited = joined(qwen, processor=lambda: None)
-    photo = Image.fromarray((picture()[0].permute(1, 2, 0) * 255).byte().numpy())
 
-    def small(module: str) -> Any:
+    def small() -> Any:
         # The pipeline would enlarge the picture to a million pixels.
-        place = f"diffusers.pipelines.qwenimage.{module}.calculate_dimensions"
-        return lambda: mock.patch(place, lambda *_: (32, 32, None))
+        place = "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit.calculate_dimensions"
+        return mock.patch(place, lambda *_: (32, 32, None))
 
     return [
         subject(diffusers.QwenImagePipeline, qwen, **text),
         subject(diffusers.QwenImageImg2ImgPipeline, qwen, **text, **_IMAGE, strength=0.9),
         subject(diffusers.QwenImageInpaintPipeline, qwen, **text, **_HOLE, strength=0.9),
-        subject(diffusers.QwenImageEditPipeline, edited, **text, image=photo, around=small("pipeline_qwenimage_edit")),
+        subject(diffusers.QwenImageEditPipeline, edited, **text, image=photo(), around=small),
         subject(diffusers.QwenImageControlNetPipeline, controlled, **text, control_image=picture()),
         subject(
             diffusers.QwenImageControlNetInpaintPipeline, masked, **text, control_image=picture(), control_mask=mask()

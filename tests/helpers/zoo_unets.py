@@ -16,6 +16,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     LCMScheduler,
     MotionAdapter,
+    PNDMScheduler,
     T2IAdapter,
     UNet2DConditionModel,
     UNet2DModel,
@@ -132,6 +133,13 @@ def _sd_subjects() -> list[Any]:
     pag = {**_TEXT, "pag_scale": 3.0}
     return [
         subject(diffusers.StableDiffusionPipeline, sd, **_TEXT, **_SIZE),
+        subject(
+            diffusers.StableDiffusionPipeline,
+            joined(sd, "scheduler", scheduler=lambda: PNDMScheduler(**_BETAS, skip_prk_steps=True, steps_offset=1)),
+            "StableDiffusionPipeline, PNDM",
+            **_TEXT,
+            **_SIZE,
+        ),
         subject(diffusers.StableDiffusionImg2ImgPipeline, sd, **_TEXT, **image, strength=0.8),
         subject(diffusers.StableDiffusionInpaintPipeline, inpaint, **_TEXT, **hole, **_SIZE),
         subject(
@@ -184,6 +192,15 @@ def _sdxl_subjects() -> list[Any]:
     pag = {**_XL_TEXT, "pag_scale": 3.0}
     return [
         subject(diffusers.StableDiffusionXLPipeline, sdxl, **_XL_TEXT, **_SIZE),
+        subject(
+            diffusers.StableDiffusionXLPipeline,
+            sdxl,
+            "StableDiffusionXLPipeline, denoising_end",
+            **_XL_TEXT,
+            **_SIZE,
+            denoising_end=0.6,
+            num_inference_steps=10,
+        ),
         subject(diffusers.StableDiffusionXLImg2ImgPipeline, sdxl, **_XL_TEXT, **image, strength=0.8),
         subject(diffusers.StableDiffusionXLInpaintPipeline, sdxl, **_XL_TEXT, **hole, **_SIZE),
         subject(

@@ -14,6 +14,7 @@ import pytest
 import torch
 import zoo_images
 import zoo_unets
+import zoo_videos
 from diffusers import FlowMatchEulerDiscreteScheduler
 from oracle import Run, Subject, apart, faults, plan_for
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from lesa.plans.plan import Plan
 
 CHECKOUT = os.environ.get("DIFFUSERS")
-SUBJECTS = [*zoo_images.SUBJECTS, *zoo_unets.SUBJECTS]
+SUBJECTS = [*zoo_images.SUBJECTS, *zoo_videos.SUBJECTS, *zoo_unets.SUBJECTS]
 
 
 def dummies_of(checkout: str | None) -> list[Subject]:
