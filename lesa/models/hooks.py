@@ -183,6 +183,10 @@ def _invalidate_caches(denoiser: torch.nn.Module) -> None:
 
 
 def _register(module: torch.nn.Module, hook: RootHook) -> None:
+    outer = module.forward
+    offloaded = getattr(getattr(outer, "func", None), "__module__", None) == "accelerate.hooks"
+    if offloaded:  # beneath it: accelerate takes its hook off and puts it on again after each request
+        module.forward = module._old_forward
     inner = module.forward
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
     hook.wrapped = hook.fn_ref.forward
@@ -190,6 +194,8 @@ def _register(module: torch.nn.Module, hook: RootHook) -> None:
     module.forward = functools.update_wrapper(functools.partial(hook.new_forward, module), inner)
     # Our forward: at removal it shows whether others wrapped or replaced it.
     hook.installed = module.forward
+    if offloaded:
+        module.forward, module._old_forward = outer, module.forward
 
 
 def _remove(module: torch.nn.Module, registry: HookRegistry) -> None:
