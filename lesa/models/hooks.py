@@ -186,7 +186,7 @@ def _register(module: torch.nn.Module, hook: RootHook) -> None:
     outer = module.forward
     offloaded = getattr(getattr(outer, "func", None), "__module__", None) == "accelerate.hooks"
     if offloaded:  # beneath it: accelerate takes its hook off and puts it on again after each request
-        module.forward = module._old_forward
+        setattr(module, "forward", module._old_forward)  # noqa: B010
     inner = module.forward
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
     hook.wrapped = hook.fn_ref.forward
@@ -195,7 +195,8 @@ def _register(module: torch.nn.Module, hook: RootHook) -> None:
     # Our forward: at removal it shows whether others wrapped or replaced it.
     hook.installed = module.forward
     if offloaded:
-        module.forward, module._old_forward = outer, module.forward
+        module.forward = outer
+        setattr(module, "_old_forward", hook.installed)  # noqa: B010
 
 
 def _remove(module: torch.nn.Module, registry: HookRegistry) -> None:
