@@ -14,6 +14,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from pipelines import CASES_BY_NAME, Case
 from test_dropin import assert_same, by_oracle, plan_for, stats_of
+from torch import nn
 
 import lesa
 
@@ -150,6 +151,46 @@ def test_quantised_weights_of_torchao(case: Case, site: str, kind: str) -> None:
         quantization.quantize_(getattr(pipe, "unet", None) or pipe.transformer, getattr(quantization, name)())
 
     check(case, site, change)
+
+
+@ON_CASE_SITES
+def test_quantised_weights_of_gguf(case: Case, site: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    q8 = gguf.GGMLQuantizationType.Q8_0
+
+    def change(pipe: Any) -> None:
+        denoiser = getattr(pipe, "unet", None) or pipe.transformer
+        linears = [(n, m) for n, m in denoiser.named_modules() if type(m) is nn.Linear and n.endswith(("to_q", "to_v"))]
+        for name, linear in linears:
+            if linear.in_features % 32 == 0:
+                one = GGUFLinear(linear.in_features, linear.out_features, linear.bias is not None, torch.float32)
+                weight = torch.from_numpy(gguf.quants.quantize(linear.weight.detach().numpy(), q8))
+                one.weight, one.bias = GGUFParameter(weight, quant_type=q8), linear.bias
+                denoiser.set_submodule(name, one)
+        assert any(type(module) is GGUFLinear for module in denoiser.modules())
+
+    check(case, site, change)
+
+
+@pytest.mark.parametrize("site", ["hidden", "output"])
+@ON_ORDERS
+def test_ip_adapter(site: str, order: str) -> None:
+    from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    def change(pipe: Any) -> None:
+        torch.manual_seed(8)
+        transformer = pipe.transformer
+        for block in transformer.transformer_blocks:
+            block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 16, num_tokens=(2,), scale=1.0))
+        transformer.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(8, 16, num_image_text_embeds=2)])
+
+    picture = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(7))
+    given = {"ip_adapter_image_embeds": [picture], "negative_ip_adapter_image_embeds": [-picture]}
+    pipe = check(FLUX, site, change, order, **given)
+    assert not torch.equal(FLUX.call(pipe, **given), FLUX.call(FLUX.make()))
 
 
 # Requests
