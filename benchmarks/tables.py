@@ -312,6 +312,28 @@ def flux(what: str) -> str:
     return {"full": f"{full:.1f} s", "lesa": f"{full / faster:.2f} s", "faster": f"{faster:.1f}x"}[what]
 
 
+def support() -> str:
+    """What was tried on each denoiser, and works; cells that were not tried are empty."""
+    groups: dict[str, list[Row]] = {}
+    for row in newest(rows_of("support.csv"), "pipeline").values():
+        groups.setdefault(row["denoiser"], []).append(row)
+    lines = []
+    for denoiser, rows in sorted(groups.items()):
+        names = dict.fromkeys(row["pipeline"].partition(",")[0].removesuffix("Pipeline") for row in rows)
+        guidance = dict.fromkeys(row["guidance"] for row in rows if row["guidance"])
+        cells = [_agreed(row[column] for row in rows) for column in ("output", "hidden", "compile", "offload", "lora")]
+        lines.append([denoiser, ", ".join(names), *cells[:2], ", ".join(guidance), *cells[2:]])
+    return markdown(
+        ["denoiser", "pipelines", "`output`", "`hidden`", "guidance", "`torch.compile`", "offload", "LoRA"], lines
+    )
+
+
+def _agreed(cells: Iterable[str]) -> str:
+    """ "yes" where all that were tried work, else how many do."""
+    tried = [cell == "yes" for cell in cells if cell]
+    return "" if not tried else "yes" if all(tried) else f"{sum(tried)} of {len(tried)}"
+
+
 CONTENTS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "fitted": lambda: fitted_summary("1"),
@@ -335,6 +357,7 @@ CONTENTS: dict[str, Callable[[], str]] = {
     "demo-guided": lambda: demo("with true_cfg_scale=3"),
     "full-size": full_size,
     "full-size-peers": full_size_peers,
+    "support": support,
     "flux-full": lambda: flux("full"),
     "flux-lesa": lambda: flux("lesa"),
     "flux-faster": lambda: flux("faster"),

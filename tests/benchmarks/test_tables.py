@@ -39,6 +39,16 @@ def test_the_newest_row_of_a_cell_counts():
     assert tables.newest(rows, "op") == {("a",): rows[2], ("b",): rows[1]}
 
 
+def test_support_shows_only_what_was_tried(monkeypatch):
+    tried = {"guidance": "2 calls", "output": "yes", "hidden": "", "compile": "", "offload": "yes", "lora": ""}
+    rows = [
+        {"pipeline": "APipeline", "denoiser": "Net", **tried},
+        {"pipeline": "BPipeline, guided", "denoiser": "Net", **tried, "output": "0.2 from the oracle", "guidance": ""},
+    ]
+    monkeypatch.setattr(tables, "rows_of", lambda name: rows)
+    assert tables.support().splitlines()[-1] == "| Net | A, B | 1 of 2 |  | 2 calls |  | yes |  |"
+
+
 def test_fits_are_ahead_of_every_other_method():
     """What README.md claims of the newest rows: the best PSNR in every column, with guidance and without."""
     cells = tables.newest(tables.rows_of("fitted.csv"), "guidance", "method", "schedule", "site", "effort", "computed")

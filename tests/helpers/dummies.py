@@ -20,24 +20,49 @@ import torch
 import transformers
 from oracle import Subject
 from pipelines import WordTokenizer
-from transformers import T5Config, T5EncoderModel
+from transformers import (
+    BatchEncoding,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 _REQUEST = {"num_inference_steps": 6, "strength": 1.0}
 _SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "vocab_size": 1103}
+_BERT = {"intermediate_size": 37, "num_hidden_layers": 2, "vocab_size": 1124}
 _TOKENIZERS = (
-    "AutoTokenizer", "CLIPTokenizer", "GemmaTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast", "RobertaTokenizer",
+    "AutoTokenizer",
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "ByT5Tokenizer", "CLIPTokenizer", "GemmaTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast", "RobertaTokenizer",
     "T5Tokenizer", "T5TokenizerFast",
 )  # fmt: skip
 
 
 class Tokenizer(WordTokenizer):
-    """A tokenizer of any class."""
+    """A tokenizer of any class: a token for each character, of the few that the smallest vocabulary has."""
 
-    eos_token_id, pad_token_id, bos_token_id, unk_token_id = 127, 0, 1, 2
+    model_max_length, vocab_size = 77, 8
+    eos_token_id, pad_token_id, bos_token_id, unk_token_id = 2, 0, 1, 2
     eos_token, pad_token, bos_token, padding_side = "end", "pad", "begin", "right"
 
     def __len__(self) -> int:
-        return 128
+        return self.vocab_size
+
+    def __call__(
+        self, text: str | list[str], padding: str | bool = True, max_length: int | None = None, **_: Any
+    ) -> BatchEncoding:
+        texts = [text] if isinstance(text, str) else text
+        limit = max_length or self.model_max_length
+        rows = [[*(3 + ord(letter) % 5 for letter in text[: limit - 1]), self.eos_token_id] for text in texts]
+        width = limit if padding == "max_length" else max(map(len, rows))
+        ids = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows])
+        return BatchEncoding({"input_ids": ids, "attention_mask": (ids > 0).long()})
 
     def apply_chat_template(self, messages: Any, tokenize: bool = True, **more: Any) -> Any:
         text = messages if isinstance(messages, str) else str(messages)
@@ -123,13 +148,19 @@ def _offline() -> Iterator[None]:
     def stand_in(make: Callable[[], Any]) -> Any:
         return staticmethod(lambda *_, **__: make())
 
-    def model() -> Any:
-        torch.manual_seed(0)
-        return T5EncoderModel(T5Config(**_SIZES))
+    def model(kind: type, config: Any) -> Callable[[], Any]:
+        def make() -> Any:
+            torch.manual_seed(0)
+            return kind(config)
+
+        return make
 
     with contextlib.ExitStack() as stack:
-        made = dict.fromkeys(_TOKENIZERS, Tokenizer)
-        made |= {"AutoConfig": lambda: T5Config(**_SIZES), "T5EncoderModel": model}
+        made: dict[str, Callable[[], Any]] = dict.fromkeys(_TOKENIZERS, Tokenizer)
+        made |= {"AutoConfig": lambda: T5Config(**_SIZES), "T5EncoderModel": model(T5EncoderModel, T5Config(**_SIZES))}
+        made["UMT5EncoderModel"] = model(UMT5EncoderModel, UMT5Config(**_SIZES))
+        made["BertModel"] = model(BertModel, BertConfig(hidden_size=32, num_attention_heads=4, **_BERT))
+        made["LlamaForCausalLM"] = model(LlamaForCausalLM, LlamaConfig(hidden_size=16, num_attention_heads=4, **_BERT))
         for name, make in made.items():
             kind = getattr(transformers, name)
             stack.enter_context(mock.patch.object(kind, "from_pretrained", stand_in(make)))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +23,12 @@ Parts = Callable[[], dict[str, Any]]
 
 
 def subject(
-    pipeline: type, parts: Parts, name: str = "", around: Callable[[], Any] = nullcontext, **request: Any
+    pipeline: type,
+    parts: Parts,
+    name: str = "",
+    around: Callable[[], Any] = nullcontext,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    **request: Any,
 ) -> Subject:
     """A subject whose pipeline is built of `parts`, its scheduler copied.
 
@@ -31,6 +37,7 @@ def subject(
         parts: makes its components.
         name: of the subject; the class by default.
         around: makes a context in which the call runs.
+        settings: attributes of the pipeline.
         request: keyword arguments of a call.
     """
 
@@ -38,6 +45,8 @@ def subject(
         own = {key: copy.deepcopy(part) if "scheduler" in key else part for key, part in parts().items()}
         pipe = pipeline(**own)
         pipe.set_progress_bar_config(disable=True)
+        for key, value in settings.items():
+            setattr(pipe, key, value)
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.eval()

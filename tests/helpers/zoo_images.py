@@ -21,6 +21,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxTransformer2DModel,
+    HiDreamImageTransformer2DModel,
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     QwenImageControlNetModel,
@@ -233,6 +234,18 @@ def _other_subjects() -> list[Any]:
             block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, mid_block_add_attention=False,
         ),
     )  # fmt: skip
+    encoders = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("_2", "_3", "_4")}
+    hidream = _flow(
+        lambda: HiDreamImageTransformer2DModel(
+            patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
+            num_attention_heads=4, caption_channels=[16, 16], text_emb_dim=16, num_routed_experts=2,
+            num_activated_experts=1, axes_dims_rope=(4, 2, 2), max_resolution=(32, 32), llama_layers=(0, 1),
+        ),
+        **encoders,
+    )  # fmt: skip
+    sources = {**embeds(16, names=("prompt_embeds_t5", "negative_prompt_embeds_t5")), **_POOLED}
+    sources["prompt_embeds_llama3"] = noise(2, 1, 6, 16)
+    sources["negative_prompt_embeds_llama3"] = noise(2, 1, 6, 16, seed=1)
     return [
         subject(diffusers.ChromaPipeline, chroma, **masked),
         subject(diffusers.ChromaImg2ImgPipeline, chroma, **masked, **_IMAGE, strength=0.9),
@@ -298,6 +311,7 @@ def _other_subjects() -> list[Any]:
             prompt_embeds=[noise(6, 16)],
             negative_prompt_embeds=[noise(6, 16, seed=1)],
         ),
+        subject(diffusers.HiDreamImagePipeline, hidream, settings={"default_sample_size": 16}, **sources, **_LATENT),
         subject(
             diffusers.BriaPipeline,
             _flow(
