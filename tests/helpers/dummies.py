@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import transformers
 from oracle import Subject
@@ -130,7 +131,8 @@ def _tests_of(folder: str) -> Iterator[None]:
     sys.modules.update(theirs)
     sys.path.insert(0, folder)
     try:
-        yield
+        with mock.patch.object(pytest, "mark", pytest.MarkGenerator(_ispytest=True)):  # their marks are not ours
+            yield
     finally:
         sys.path.remove(folder)
         for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
@@ -156,6 +158,7 @@ def _offline() -> Iterator[None]:
         return make
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True))
         made: dict[str, Callable[[], Any]] = dict.fromkeys(_TOKENIZERS, Tokenizer)
         made |= {"AutoConfig": lambda: T5Config(**_SIZES), "T5EncoderModel": model(T5EncoderModel, T5Config(**_SIZES))}
         made["UMT5EncoderModel"] = model(UMT5EncoderModel, UMT5Config(**_SIZES))
