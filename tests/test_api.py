@@ -21,8 +21,14 @@ from lesa.plans.rows import PlanError
 from lesa.runtime.clock import sigmas_of
 
 FLUX = CASES_BY_NAME["flux_dev"]
-ERRORS = (ValueError, KeyboardInterrupt)
 INNER, OUTER = "taylor-1", "reuse"
+
+
+class Stop(Exception):
+    """A user's own; of the builtin ones a forward with stand-ins may be the cause, so that step is computed instead."""
+
+
+ERRORS = (Stop, KeyboardInterrupt)
 
 
 @functools.cache

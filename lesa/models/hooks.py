@@ -299,8 +299,8 @@ class RootHook(ModelHook):
             self._enter(turn)
             return turn.run(*args, **kwargs)
         except _FAULTS as error:
-            if not isinstance(turn.stand, Feed):
-                raise
+            if not isinstance(turn.stand, Feed) or turn.stand.reached:
+                raise  # from the head on the denoiser's own modules run
             told = (str(error).splitlines() or [""])[0][:120]
             turn.failed = f"the denoiser cannot run without its blocks ({type(error).__name__}: {told})"
         finally:
