@@ -24,11 +24,11 @@ FLUX = CASES_BY_NAME["flux_dev"]
 INNER, OUTER = "taylor-1", "reuse"
 
 
-class Stop(Exception):
+class StopError(Exception):
     """A user's own; of the builtin ones a forward with stand-ins may be the cause, so that step is computed instead."""
 
 
-ERRORS = (Stop, KeyboardInterrupt)
+ERRORS = (StopError, KeyboardInterrupt)
 
 
 @functools.cache
