@@ -23,11 +23,10 @@ from ..plans import storage
 from ..plans.plan import Plan
 from ..plans.rows import LesaWarning, PlanError
 from ..plans.schedule import noise_levels
-from ..runtime.clock import sigmas_of
+from ..runtime.clock import BFLOAT16, sigmas_of
 
 _SAME = 1e-4  # of sigma, as between requests of one kind
 _TINY = 1e-30
-_BFLOAT16 = 2**-8  # relative: what it rounds timesteps by
 _GIVE = "give scheduler=, the diffusers scheduler of the loop, or sigmas=, its T + 1 noise levels"
 # Shares of the sample's change that a model of it leaves unexplained. Samplers of higher order along a flow leave 0.1,
 # bfloat16 samples 0.1 in 50 steps; what is no flow 0.3 and more.
@@ -181,7 +180,7 @@ def levels_of_loop(timesteps: Sequence[float], sigmas: Any, scheduler: Any) -> t
         own = torch.as_tensor(scheduler.timesteps).double().cpu().numpy()[-len(timesteps) :]
         size = max(np.abs(own).max(), _TINY) if len(own) == len(timesteps) else math.nan
         # Some denoisers take timesteps as they are, others from 0 to 1.
-        if not any(np.allclose(np.multiply(timesteps, scale), own, 0, _BFLOAT16 * size) for scale in (1, 1000)):
+        if not any(np.allclose(np.multiply(timesteps, scale), own, 0, BFLOAT16 * size) for scale in (1, 1000)):
             raise ValueError(
                 f"scheduler={type(scheduler).__name__} has {len(scheduler.timesteps)} timesteps {own.tolist()!r:.60}, "
                 f"the loop ran {len(timesteps)}, {list(timesteps)!r:.60}: give the scheduler of the loop after its "

@@ -20,7 +20,7 @@ from .. import metrics, ops
 from ..models.layouts import LAYOUTS, config_hash, denoiser_of
 from ..models.pipeline import FeatureRecorder, PipelineCall, by_request, combined, without_variance
 from ..planner.build import prior_error_gains
-from ..planner.generic import FLOW, lasting_error_gains
+from ..planner.generic import FLOW, lasting_error_gains, levels_of
 from ..planner.statistics import Statistics, StatisticsError, flow_impulse_response
 from ..planner.surrogate import Outcome, Surrogate
 from ..plans.plan import Plan
@@ -310,9 +310,8 @@ class Trials:
     def assumed_gains(self) -> np.ndarray:
         """[C, T, 2 P], what may be true of a denoiser: first that errors heal, then that they last."""
         known, shape = self.statistics, (len(self.statistics.contexts), self.statistics.num_steps, self.count)
-        flow = max(known.sigmas) <= 1.0
-        levels = known.sigmas if flow else [sigma / (1.0 + sigma) for sigma in known.sigmas]
-        prediction = self.prediction if flow or self.prediction != FLOW else "epsilon"
+        prediction, levels = levels_of(known.sigmas)
+        prediction = prediction if self.prediction == FLOW else self.prediction
         lasting = lasting_error_gains(prediction, levels, known.impulse_response)
         return np.concatenate([prior_error_gains(known, self.count), np.broadcast_to(lasting, shape)], 2)
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
@@ -49,8 +49,8 @@ _CONDITIONS = (
     "clip",
     "cond",
 )
-_METHODS: set[CodeType] = set()  # of modules, which call a denoiser but are no pipeline
 _NO_CONDITIONS = ("control", "residual", "timestep", "time_cond")  # these follow the sample and the step
+_METHODS: set[CodeType] = set()  # of modules, which call a denoiser but are no pipeline
 # What a forward raises that does not bear stand-ins. Other exceptions are somebody's way to stop a request.
 _FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -148,7 +148,7 @@ class LoopOf:
         scheduler = getattr(pipe, "scheduler", None)
         if scheduler is None:
             return None
-        # Pipelines that were left early, or run no loop of their own, tell those of another request.
+        # Of the running one only: what another pipeline says is of its own last request.
         count, timestep = (getattr(running, name, None) for name in ("num_timesteps", "current_timestep"))
         return Loop(scheduler, count if isinstance(count, int) else None, timestep)
 
@@ -355,12 +355,12 @@ class RootHook(ModelHook):
         timestep, sample = given.pop(self._timestep, None), _tensor(given.pop(self._sample, None))
         told = self.context
         try:
-            call = self._clock.tick(told.name, timestep, sample, _conditions(given), told.step, self._index)
+            again = self._again(args, kwargs)
+            call = self._clock.tick(told.name, timestep, sample, _conditions(given), told.step, self._index, again)
         except PlanError as error:
             self.driver.lose(str(error))
             self.driver.stats.refused[str(error)] += 1
             return None
-        call = replace(call, again=self._again(args, kwargs))
         if call.starts:
             self.driver.begin(call.request)
             if other := _other_cache(module):
@@ -467,7 +467,7 @@ class _Turn:
 
 
 def _other_cache(denoiser: torch.nn.Module) -> str | None:
-    """The name of diffusers' own cache, such as "FirstBlockCacheConfig", if one is enabled."""
+    """The cache of diffusers that is enabled, such as "diffusers' FirstBlockCache"; None without one."""
     config = getattr(denoiser, "_cache_config", None)
     return None if config is None else f"diffusers' {type(config).__name__.removesuffix('Config')}"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..planner.statistics import StatisticsError
-from ..runtime.clock import Call, Request
+from ..runtime.clock import Call, Request, largest
 from ..runtime.driver import Driver, Stats
 from . import hooks
 
@@ -299,7 +299,7 @@ class FeatureRecorder:
         if call.context not in self.contexts:
             self.contexts.append(call.context)
         if call.step == len(self.timesteps):
-            self.timesteps.append(float(torch.as_tensor(call.timestep).max()))
+            self.timesteps.append(largest(call.timestep))
             if "output" in self.sites:
                 # Chance makes some samples equal at first; only guidance keeps them so.
                 parts = parts_of(call.sample, len(self.labels))

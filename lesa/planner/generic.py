@@ -228,6 +228,13 @@ def lasting_error_gains(prediction: str, levels: Sequence[float], impulse_respon
     return (gains * carry(impulse_response)[:-1])[None, :, None]
 
 
+def levels_of(sigmas: Sequence[float]) -> tuple[str, tuple[float, ...]]:
+    """What a loop with these noise levels predicts, and its levels from 1 to 0: above 1 they are sigma / alpha."""
+    if max(sigmas) <= 1.0:
+        return FLOW, tuple(sigmas)
+    return "epsilon", tuple(sigma / (1.0 + sigma) for sigma in sigmas)
+
+
 def lasting_response(impulse_response: np.ndarray, gains: np.ndarray) -> np.ndarray:
     """[T], what one unit of error of each step's output does to the final sample, where outputs answer errors.
 

@@ -35,7 +35,7 @@ UNNAMED = "default"
 _MOST_CALLS_A_STEP = 4
 _TOLERANCE = 1e-3  # schedulers work in float32
 _TRAIN_STEPS = 1000.0  # what denoisers that are given t / 1000 divide by
-_BFLOAT16 = 2**-8  # relative: what timesteps may be rounded by
+BFLOAT16 = 2**-8  # relative: what timesteps may be rounded by
 _NONLINEAR = ("clip_sample", "thresholding")
 # What schedulers remember of earlier steps of a request, as it is before the first.
 _BEFORE = ("_step_index", "last_sample", "prev_derivative", "dt", "sample")
@@ -141,6 +141,7 @@ class Clock:
         conditions: tuple[Tensor, ...] = (),
         step: int | None = None,
         denoiser: int = 0,
+        again: Callable[[Tensor], Tensor] | None = None,
     ) -> Call:
         """Place one denoiser call.
 
@@ -151,6 +152,7 @@ class Clock:
             conditions: what else it was given that stays the same in a context, such as embedded prompts.
             step: its index, where the loop tells it.
             denoiser: which of the denoisers that take turns is called.
+            again: of the `Call`.
 
         Raises:
             PlanError: the calls do not fit the scheduler's steps.
@@ -164,12 +166,12 @@ class Clock:
         known, self._given[name] = self._given.get(name), given
         assert self._request is not None
         changed, switched = (None, False) if known is None else (given.apart(known), given.denoiser != known.denoiser)
-        return Call(name, index, timestep, sample, self._request, starts, changed, switched)
+        return Call(name, index, timestep, sample, self._request, starts, changed, switched, again)
 
     def _tick_bare(self, context: str, timestep: Any, sample: Tensor, given: _Given) -> tuple[str, int, bool]:
         if timestep is None:
             raise PlanError("nothing tells the step of this call: run the denoiser in a pipeline that has a scheduler")
-        now, step = _largest(timestep), self._counts[context] - 1
+        now, step = largest(timestep), self._counts[context] - 1
         if now == self._last.get(context):
             if self._is_another_branch(context, step, sample):
                 return self._branch(context, step, given), step, False
@@ -346,12 +348,13 @@ def _is_same(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:
     return held or torch.equal(a, b)
 
 
-def _largest(timestep: Any) -> float:
+def largest(timestep: Any) -> float:
+    """The timestep of a call; of one for each token or frame the largest. Waits for the device."""
     return float(torch.as_tensor(timestep).max())
 
 
 def _equal(a: Any, b: Any) -> bool:
-    return a is b or (a is not None and b is not None and _largest(a) == _largest(b))
+    return a is b or (a is not None and b is not None and largest(a) == largest(b))
 
 
 def impulse_response_of(scheduler: Any, begin: int | None = None) -> np.ndarray:
@@ -407,11 +410,11 @@ def _index_of(scheduler: Any, timestep: Any, begin: int = 0) -> int:
     """
     if timestep is None:
         return begin
-    now, known = _largest(timestep), torch.as_tensor(scheduler.timesteps).double().cpu()[begin:]
+    now, known = largest(timestep), torch.as_tensor(scheduler.timesteps).double().cpu()[begin:]
     scaled = 0.0 <= now <= 1.0 and prediction_of(scheduler) == FLOW
     for one in (now * _TRAIN_STEPS, (1.0 - now) * _TRAIN_STEPS, now) if scaled else (now,):
         gaps = (known - one).abs()
-        if float(gaps.min()) <= _BFLOAT16 * max(abs(one), 1.0):
+        if float(gaps.min()) <= BFLOAT16 * max(abs(one), 1.0):
             return begin + int(gaps.argmin())
     return begin
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from ..planner.build import adapt, default_budget, plan_for, surrogate_of
-from ..planner.generic import FLOW, generic_plan
+from ..planner.generic import generic_plan, levels_of
 from ..planner.statistics import Statistics, flow_impulse_response
 from ..plans.plan import Plan
 from ..plans.rows import ANY_CONTEXT, LesaWarning, PlanError
 from .checks import Checks, checked, risky_steps
-from .clock import Call, Request, impulse_response_of, prediction_of
+from .clock import Call, Request, impulse_response_of, largest, prediction_of
 from .driver import Forecast, Relay, Stats
 from .history import History
 
@@ -189,7 +189,7 @@ class PlanRunner:
             )
         if call.request.num_steps is not None or timesteps is None:
             return
-        expected, now = timesteps[call.step], float(torch.as_tensor(call.timestep).max())
+        expected, now = timesteps[call.step], largest(call.timestep)
         neighbours = [timesteps[i] for i in (call.step - 1, call.step + 1) if 0 <= i < total]
         tolerance = min((abs(expected - t) for t in neighbours), default=abs(expected)) / 2
         if not abs(now - expected) <= tolerance:  # NaN is not
@@ -402,7 +402,7 @@ class Generic:
         """Requests of a bare denoiser are told apart by timesteps that turn back, so within one they go one way."""
         if call.request.num_steps is not None or self._left is None:
             return
-        before, now = (float(torch.as_tensor(timestep).max()) for timestep in (self._left, call.timestep))
+        before, now = largest(self._left), largest(call.timestep)
         if now > before:
             raise PlanError(
                 f"timestep={now:g} came after {before:g}, but in a request they must fall, or rise from 0: wrap the "
@@ -487,10 +487,9 @@ class _Kind:
     @classmethod
     def of_sigmas(cls, sigmas: Sequence[float]) -> _Kind:
         """That of a loop of one's own: Euler steps along a flow, or of sigma / alpha where they exceed 1."""
-        flow = max(sigmas) <= 1.0
-        levels = tuple(sigma if flow else sigma / (1.0 + sigma) for sigma in sigmas)
+        prediction, levels = levels_of(sigmas)
         response = flow_impulse_response(sigmas)
-        return cls(FLOW if flow else "epsilon", levels, (levels,), lambda: response)
+        return cls(prediction, levels, (levels,), lambda: response)
 
 
 def tell(stats: Stats, what: str) -> None:
