@@ -51,6 +51,18 @@ _CONDITIONS = (
 )
 _NO_CONDITIONS = ("control", "residual", "timestep", "time_cond")  # these follow the sample and the step
 _METHODS: set[CodeType] = set()  # of modules, which call a denoiser but are no pipeline
+# Where diffusers' caches are that change what a step computes. TextKVCache changes nothing.
+_CACHES = tuple(
+    f"diffusers.hooks.{name}"
+    for name in (
+        "faster_cache",
+        "first_block_cache",
+        "mag_cache",
+        "pyramid_attention_broadcast",
+        "sea_cache",
+        "taylorseer_cache",
+    )
+)
 # What a forward raises that does not bear stand-ins. Other exceptions are somebody's way to stop a request.
 _FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -72,7 +84,10 @@ def attach(target: Any, driver: Driver, site: str) -> RootHook:
     denoisers = denoisers_of(target)
     for one in denoisers:
         if other := _other_cache(one):
-            raise ValueError(f"{other} is enabled on this {type(one).__name__}: call its disable_cache() first")
+            raise ValueError(
+                f"{other} is on this {type(one).__name__}: call its disable_cache() first, or remove the hooks of that "
+                "cache where you applied it yourself"
+            )
     stands = [Stands(one, layout_of(one)) if site == "hidden" else None for one in denoisers]
     clock = Clock(None if isinstance(target, torch.nn.Module) else LoopOf(target))
     hooks = [RootHook(driver, clock, stand, i) for i, stand in enumerate(stands)]
@@ -364,7 +379,7 @@ class RootHook(ModelHook):
         if call.starts:
             self.driver.begin(call.request)
             if other := _other_cache(module):
-                self.driver.lose(f"{other} is enabled too (call the denoiser's disable_cache())")
+                self.driver.lose(f"{other} is on too (call the denoiser's disable_cache(), or remove its hooks)")
         coming = self.driver.forecast(call)
         return self._compute(call) if coming is None else self._forecast(call, coming)
 
@@ -467,9 +482,13 @@ class _Turn:
 
 
 def _other_cache(denoiser: torch.nn.Module) -> str | None:
-    """The cache of diffusers that is enabled, such as "diffusers' FirstBlockCache"; None without one."""
+    """The cache of diffusers that is on, such as "diffusers' FirstBlockCache"; None without one."""
     config = getattr(denoiser, "_cache_config", None)
-    return None if config is None else f"diffusers' {type(config).__name__.removesuffix('Config')}"
+    if config is not None:
+        return f"diffusers' {type(config).__name__.removesuffix('Config')}"
+    registries = (getattr(module, "_diffusers_hook", None) for module in denoiser.modules())
+    kinds = {type(hook) for registry in registries if registry is not None for hook in registry.hooks.values()}
+    return next((f"diffusers' {kind.__name__}" for kind in kinds if kind.__module__ in _CACHES), None)
 
 
 class _ContextName(StateManager):

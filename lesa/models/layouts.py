@@ -133,7 +133,7 @@ LAYOUTS = {
 _DENOISER_ATTRIBUTES = ("transformer", "unet", "decoder", "prior")  # the last two are Stable Cascade's
 _SECOND = "transformer_2"  # takes over within a request, as Wan 2.2's expert for low noise does
 _SAMPLE_NAMES = ("sample", "hidden_states", "x")
-_TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+_TIMESTEP_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")
 
 
 def denoisers_of(target: Any) -> tuple[torch.nn.Module, ...]:

@@ -82,10 +82,14 @@ class Feed(nn.Module):
         assert self.feature is not None
         return self.norm(self.feature.to(stream.dtype), *args, **kwargs)
 
-    def stream(self) -> Tensor:
-        """Zeros like the forecast, one number in memory, for what the forward does between the blocks and the head."""
+    def stream(self, given: Tensor) -> Tensor:
+        """Zeros like the forecast, one number in memory, for what the forward does between the blocks and the head.
+
+        Args:
+            given: what the blocks are given; where the forward reshapes it before the head, it is reshaped still.
+        """
         assert self.feature is not None
-        return self.feature.new_zeros(1).expand(self.feature.shape)
+        return _zeros(self.feature.new_zeros(1), self.feature.shape, given)
 
 
 class Probe(Feed):
@@ -109,11 +113,11 @@ class Probe(Feed):
         self.reached = True
         return self.rows
 
-    def stream(self) -> Tensor:
+    def stream(self, given: Tensor) -> Tensor:
         """Zeros like a feature, one number in memory."""
         history = self.ring.history
         zero = history.new_zeros(1, dtype=torch.float32 if self.wide else history.dtype)
-        return zero.expand(history.shape[1:])
+        return _zeros(zero, history.shape[1:], given)
 
 
 class Pass(nn.Module):
@@ -152,7 +156,8 @@ class Tail(Pass):
     def passed(self, args: tuple, kwargs: dict) -> list[Any]:
         """The inputs, with zeros as the image stream."""
         passed = super().passed(args, kwargs)
-        passed[self.returns.index("hidden_states") if len(passed) > 1 else 0] = self.head.stream()
+        stream = self.returns.index("hidden_states") if len(passed) > 1 else 0
+        passed[stream] = self.head.stream(passed[stream])
         return passed
 
 
@@ -291,6 +296,11 @@ def _without_offsets(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return value.clone() if isinstance(value, Tensor) and value.dim() < 2 and value.storage_offset() else value
 
     return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
+
+
+def _zeros(zero: Tensor, shape: torch.Size, given: Tensor) -> Tensor:
+    """A zero as large as a feature; as large as what the blocks are given, where that has other dimensions."""
+    return zero.expand(shape if len(shape) == given.dim() else given.shape)
 
 
 def _place(denoiser: nn.Module, path: str) -> tuple[nn.Module, str]:

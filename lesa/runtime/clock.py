@@ -295,8 +295,9 @@ class Clock:
         free = [name for name in names if self._counts.get(name, 0) <= step]
         if not free:
             raise PlanError(
-                f"the denoiser was called more than {_MOST_CALLS_A_STEP} times at step {step}: it is used outside the "
-                "pipeline or loop it was enabled for; enable it on the one that runs"
+                f"the denoiser was called more than {_MOST_CALLS_A_STEP} times at step {step}: its frames are at steps "
+                "of their own (asynchronous diffusion forcing), or it is used outside the pipeline or loop it was "
+                "enabled for (enable it on the one that runs)"
             )
         same = (name for name in free if name in self._given and given.apart(self._given[name]) is None)
         name = next(same, free[0])
@@ -424,7 +425,7 @@ def sigmas_of(scheduler: Any) -> tuple[float, ...]:
 
     A sample is alpha data + sigma noise, its level sigma / (alpha + sigma): the sigma of flow matching, which some
     schedulers (Mochi's) hold as 1 - sigma. The others hold sigma / alpha, or the squares of their alphas. Where a
-    scheduler holds none of these, the share of the training timesteps stands in.
+    scheduler holds none of these, the share of the training timesteps, or of the first timestep, stands in.
     """
     timesteps = torch.as_tensor(scheduler.timesteps).double().cpu()
     sigmas, alphas = getattr(scheduler, "sigmas", None), getattr(scheduler, "alphas_cumprod", None)
@@ -438,7 +439,8 @@ def sigmas_of(scheduler: Any) -> tuple[float, ...]:
         squared = torch.as_tensor(alphas).double().cpu()[timesteps.long()]
         alpha, sigma = squared.sqrt(), (1.0 - squared).sqrt()
         return (*(sigma / (alpha + sigma)).tolist(), 0.0)
-    return (*(timesteps / scheduler.config.num_train_timesteps).tolist(), 0.0)
+    largest_timestep = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or timesteps.max()
+    return (*(timesteps / largest_timestep).tolist(), 0.0)
 
 
 def prediction_of(scheduler: Any) -> str:
@@ -448,7 +450,7 @@ def prediction_of(scheduler: Any) -> str:
     if "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas"):
         return FLOW
     sigmas = getattr(scheduler, "sigmas", None)
-    by_sigmas = FLOW if sigmas is None or float(torch.as_tensor(sigmas).max()) <= 1.0 else "epsilon"
+    by_sigmas = FLOW if sigmas is not None and float(torch.as_tensor(sigmas).max()) <= 1.0 else "epsilon"
     return told if told in PREDICTIONS else by_sigmas
 
 

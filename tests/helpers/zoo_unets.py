@@ -13,6 +13,7 @@ from diffusers import (
     ControlNetUnionModel,
     DDIMScheduler,
     DDPMScheduler,
+    DDPMWuerstchenScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
     MotionAdapter,
@@ -22,8 +23,9 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
+from diffusers.models.unets import StableCascadeUNet
 from pipelines import WordTokenizer, _clip
-from transformers import CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 from zoo import embeds, family, joined, mask, noise, picture, subject
 
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -298,6 +300,29 @@ def kandinsky() -> dict[str, Any]:
     return {"unet": denoiser, "movq": movq, "scheduler": ddim()}
 
 
+@family
+def cascade() -> dict[str, Any]:
+    """Stable Cascade's prior."""
+    denoiser = StableCascadeUNet(
+        conditioning_dim=16,
+        block_out_channels=(16, 16),
+        num_attention_heads=(2, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        down_blocks_repeat_mappers=(1, 1),
+        up_blocks_repeat_mappers=(1, 1),
+        block_types_per_layer=(("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),) * 2,
+        switch_level=(False,),
+        clip_image_in_channels=16,
+        clip_text_in_channels=16,
+        clip_text_pooled_in_channels=16,
+        dropout=(0.0, 0.0),
+    )
+    none = dict.fromkeys(("feature_extractor", "image_encoder"))
+    text = {"tokenizer": WordTokenizer(), "text_encoder": CLIPTextModelWithProjection(_clip())}
+    return {**none, **text, "prior": denoiser, "scheduler": DDPMWuerstchenScheduler()}
+
+
 @functools.cache
 def _unconditional() -> dict[str, Any]:
     torch.manual_seed(1)
@@ -319,6 +344,7 @@ def _other_subjects() -> list[Any]:
     frames = {"num_frames": 2, "decode_chunk_size": 2}
     ddpm = joined(_unconditional, scheduler=DDPMScheduler)
     return [
+        subject(diffusers.StableCascadePriorPipeline, cascade, prompt="a red apple", height=128, width=128),
         subject(diffusers.AnimateDiffPipeline, animated, **_TEXT, **_SIZE, **frames),
         subject(diffusers.KandinskyV22Pipeline, kandinsky, **image_embeds),
         subject(diffusers.DDPMPipeline, ddpm, output_type="np"),

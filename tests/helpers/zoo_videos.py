@@ -21,6 +21,7 @@ from diffusers import (
     EDMDPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoTransformer3DModel,
+    Kandinsky5Transformer3DModel,
     LatteTransformer3DModel,
     LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
@@ -308,8 +309,22 @@ def _other_subjects() -> list[Any]:
         lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
         lambda: pipelines.wan().vae,
     )  # fmt: skip
+    kandinsky = _without_encoders(
+        lambda: Kandinsky5Transformer3DModel(
+            in_visual_dim=4, in_text_dim=16, in_text_dim2=16, time_dim=16, out_visual_dim=4, model_dim=16, ff_dim=32,
+            num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6),
+        ),
+        FlowMatchEulerDiscreteScheduler,
+        lambda: pipelines.hunyuan_video().vae,
+    )  # fmt: skip
+    kandinsky = joined(kandinsky, text_encoder_2=lambda: None, tokenizer_2=lambda: None)
+    both = {"prompt_embeds_qwen": noise(1, 6, 16), "negative_prompt_embeds_qwen": noise(1, 6, 16, seed=1)}
+    both |= {"prompt_embeds_clip": noise(1, 16, seed=2), "negative_prompt_embeds_clip": noise(1, 16, seed=3)}
+    lengths = torch.tensor([0, 6], dtype=torch.int32)
+    both |= {"prompt_cu_seqlens": lengths, "negative_prompt_cu_seqlens": lengths}
 
     return [
+        subject(diffusers.Kandinsky5T2VPipeline, kandinsky, **both, **_LATENT, num_frames=5),
         subject(diffusers.MochiPipeline, mochi, **masked, num_frames=7),
         subject(diffusers.AllegroPipeline, allegro, **masked, negative_prompt=None, num_frames=4),
         subject(diffusers.LattePipeline, latte, **text, negative_prompt=None, video_length=2),

@@ -20,7 +20,7 @@ from diffusers import (
     WanVideoToVideoPipeline,
 )
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, PerturbedAttentionGuidance
-from diffusers.hooks import FirstBlockCacheConfig, LayerSkipConfig, TaylorSeerCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, LayerSkipConfig, TaylorSeerCacheConfig, apply_first_block_cache
 from diffusers.modular_pipelines import QwenImageAutoBlocks
 from pipelines import Case
 from test_dropin import FLUX, QWEN, SDXL, WAN, assert_same, enabled, expected, plan_for, stats_of, untouched
@@ -507,6 +507,35 @@ CACHES = {
     "FirstBlockCache": FirstBlockCacheConfig(threshold=0.5),
     "TaylorSeerCache": TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=1),
 }
+
+
+def apply_to_blocks(transformer: Any) -> None:
+    """As `enable_cache` does, but nothing tells it."""
+    apply_first_block_cache(transformer, CACHES["FirstBlockCache"])
+
+
+def remove_from_blocks(transformer: Any) -> None:
+    for blocks in (transformer.transformer_blocks, transformer.single_transformer_blocks):
+        for block in blocks:
+            registry = getattr(block, "_diffusers_hook", None)
+            for hook in list(registry.hooks) if registry is not None else ():
+                registry.remove_hook(hook)
+
+
+def test_a_cache_put_on_directly_is_refused_in_either_order() -> None:
+    alone = FLUX.make()
+    apply_to_blocks(alone.transformer)
+    with pytest.raises(ValueError, match="FBC"):
+        lesa.enable(alone, plan_for(FLUX, "reuse", "output"))
+    wanted = FLUX.call(alone)
+    plan = plan_for(FLUX, "reuse", "hidden")
+    pipe = enabled(FLUX, plan)
+    apply_to_blocks(pipe.transformer)
+    with pytest.warns(lesa.LesaWarning, match="FBC"):
+        assert_same(FLUX.call(pipe), wanted)
+    assert stats_of(pipe) == (1, plan.budget, 0, FLUX.steps - plan.budget)
+    remove_from_blocks(pipe.transformer)
+    assert_same(FLUX.call(pipe), expected(FLUX, "reuse", "hidden"))
 
 
 @pytest.mark.parametrize("name", CACHES)
