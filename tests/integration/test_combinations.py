@@ -63,6 +63,13 @@ def groups(level: str, **more: Any) -> Callable[[Any], None]:
     return change
 
 
+def sequential(pipe: Any) -> None:
+    """As `enable_sequential_cpu_offload` does to the denoiser: each layer's weights come for its call only."""
+    accelerate = pytest.importorskip("accelerate")
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    accelerate.cpu_offload(denoiser, torch.device("cpu"))
+
+
 def casting(pipe: Any) -> None:
     """Weights are kept in float8 and computed in float32."""
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
@@ -82,6 +89,11 @@ def test_model_offload_goes_off_and_on_after_each_request(case: Case, site: str,
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
 def test_group_offload(case: Case, site: str, order: str, level: str) -> None:
     check(case, site, groups(level), order)
+
+
+@ON_CASE_SITES
+def test_sequential_offload(case: Case, site: str) -> None:
+    check(case, site, sequential, "after" if site == "output" else "before")
 
 
 @ON_CASE_SITES

@@ -110,6 +110,27 @@ def plan(interval: int = 7) -> lesa.Plan:
     return lesa.Plan.load(assets.plan_path(interval))
 
 
+def offload_by_layers(pipe: Any) -> None:
+    pytest.importorskip("accelerate")
+    pipe.to("cpu")
+    pipe.enable_sequential_cpu_offload()
+
+
+def offload_by_groups(pipe: Any) -> None:
+    pipe.transformer.enable_group_offload(DEVICE, offload_type="leaf_level", use_stream=True)
+
+
+@pytest.mark.parametrize("offload", [offload_by_layers, offload_by_groups])
+def test_offloaded_weights_give_the_same_bits(pipe: Any, offload: Callable[[Any], None]) -> None:
+    """With streams, which a CPU has not; the other kinds are in test_combinations."""
+    lesa.enable(pipe, replace(plan(), site="output"))
+    wanted = run(pipe)
+    offload(pipe)
+    for _ in range(2):
+        assert torch.equal(run(pipe), wanted)
+    assert lesa.stats(pipe).forecast == 3 * 40
+
+
 def test_forecasts_end_in_the_fused_head(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = load(torch.float32)  # in bf16 the rounding of fifty steps hides what is compared
     lesa.enable(pipe, plan())
