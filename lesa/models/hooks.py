@@ -48,6 +48,7 @@ _CONDITIONS = (
     "class_labels",
     "clip",
     "cond",
+    "kv_cache_mode",  # of the first call and of later ones, which return other tokens
 )
 _NO_CONDITIONS = ("control", "residual", "timestep", "time_cond")  # these follow the sample and the step
 _METHODS: set[CodeType] = set()  # of modules, which call a denoiser but are no pipeline
@@ -454,7 +455,7 @@ class RootHook(ModelHook):
             feature, stand.feature = stand.feature, None
         if feature is None:
             driver.lose(_HEAD_LOST)
-        elif stand is not None and len(_tensors(output)) > 1:
+        elif stand is not None and _results(output) > 1:
             driver.lose(_SEVERAL)
         driver.keep(call, feature)
         driver.observe(call, _first(output))
@@ -512,9 +513,9 @@ def _tensor(sample: Any) -> torch.Tensor:
     return sample
 
 
-def _conditions(given: Any, name: str = "") -> tuple[torch.Tensor, ...]:
-    """The tensors among a call's arguments that stay the same in a context."""
-    if isinstance(given, torch.Tensor):
+def _conditions(given: Any, name: str = "") -> tuple[torch.Tensor | str, ...]:
+    """The tensors and words among a call's arguments that stay the same in a context."""
+    if isinstance(given, (torch.Tensor, str)):
         return (given,) if _is_condition(name) else ()
     if isinstance(given, dict):
         return tuple(one for key, value in given.items() for one in _conditions(value, f"{name} {key}"))
@@ -542,6 +543,12 @@ def _packed(output: Any) -> torch.Tensor:
 
 def _tensors(output: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+def _results(output: Any) -> int:
+    """How many results an output holds; a list of samples is one."""
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
+    return sum(bool(_tensors(part)) for part in parts)
 
 
 def _copy(feature: torch.Tensor) -> Callable[..., torch.Tensor]:

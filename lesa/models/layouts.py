@@ -115,6 +115,8 @@ LAYOUTS = {
     "QwenImageTransformer2DModel": Layout(
         _BLOCKS, _TEXT_FIRST, *_ADA_HEAD, ("img_in", "txt_norm", "txt_in", "pos_embed")
     ),
+    # Its head scales text and image tokens apart.
+    "QwenImage21Transformer2DModel": Layout(_BLOCKS, _IMAGE_ONLY, *_HEAD),
     "SD3Transformer2DModel": Layout(_BLOCKS, _TEXT_FIRST, *_ADA_HEAD, ("pos_embed", "context_embedder")),
     "SanaTransformer2DModel": Layout(_BLOCKS, _IMAGE_ONLY, *_ADA_HEAD),
     "SanaVideoTransformer3DModel": Layout(_BLOCKS, _IMAGE_ONLY, *_ADA_HEAD),
@@ -127,6 +129,12 @@ LAYOUTS = {
     "WanTransformer3DModel": Layout(("blocks",), _IMAGE_ONLY, *_HEAD, ("patch_embedding", "rope"), wide_head=True),
     "WanVACETransformer3DModel": Layout(
         ("vace_blocks", "blocks"), ("control_hidden_states",) * 2, *_HEAD, wide_head=True, last=_IMAGE_ONLY
+    ),
+    "ZImageTransformer2DModel": Layout(
+        ("noise_refiner", "context_refiner", "layers"),
+        ("x",),
+        "all_final_layer.2-1.norm_final",
+        "all_final_layer.2-1.linear",
     ),
 }
 

@@ -138,7 +138,7 @@ class Clock:
         context: str | None,
         timestep: Any,
         sample: torch.Tensor,
-        conditions: tuple[Tensor, ...] = (),
+        conditions: tuple[Tensor | str, ...] = (),
         step: int | None = None,
         denoiser: int = 0,
         again: Callable[[Tensor], Tensor] | None = None,
@@ -315,17 +315,17 @@ class _Given:
 
     Args:
         kind: shape, dtype and device of the sample.
-        conditions: tensors, and how often each had been written to.
+        conditions: tensors, and how often each had been written to; and words.
         denoiser: which one was called.
     """
 
     kind: tuple
-    conditions: tuple[tuple[Tensor, int], ...]
+    conditions: tuple[tuple[Tensor | str, int], ...]
     denoiser: int
 
     @classmethod
-    def of(cls, sample: Tensor, conditions: tuple[Tensor, ...], denoiser: int) -> _Given:
-        versions = tuple((one, 0 if one.is_inference() else one._version) for one in conditions)
+    def of(cls, sample: Tensor, conditions: tuple[Tensor | str, ...], denoiser: int) -> _Given:
+        versions = tuple((one, 0 if isinstance(one, str) or one.is_inference() else one._version) for one in conditions)
         return cls((sample.shape, sample.dtype, sample.device), versions, denoiser)
 
     def apart(self, other: _Given) -> str | None:
@@ -335,13 +335,15 @@ class _Given:
         same = len(self.conditions) == len(other.conditions)
         if same and all(map(_is_same, self.conditions, other.conditions)):
             return None
-        return "the conditions (such as prompt embeddings) changed in the middle of a request"
+        return "the conditions (prompt embeddings, or the mode of a key-value cache) changed in the middle of a request"
 
 
-def _is_same(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:
+def _is_same(one: tuple[Tensor | str, int], other: tuple[Tensor | str, int]) -> bool:
     (a, version), (b, known) = one, other
     if a is b:
         return version == known
+    if isinstance(a, str) or isinstance(b, str):
+        return isinstance(a, str) and isinstance(b, str) and a == b
     if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
         return False
     # The other one is still held, so equal addresses are the same memory.
