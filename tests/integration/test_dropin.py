@@ -589,7 +589,11 @@ def test_wrong_step_count_is_refused_before_any_work(case: Case, site: str) -> N
 
 
 def test_two_pipelines_in_two_threads_step_by_step() -> None:
-    """A barrier in the step callback makes the two requests alternate."""
+    """A barrier in the step callback makes the two requests alternate.
+
+    On some CPUs two computing threads once changed the last bits of all that the process computed afterwards: what is
+    expected is computed before them, and nothing of it is kept for other tests.
+    """
     barrier = threading.Barrier(2, timeout=30)
 
     def wait(_: Any, __: int, ___: Any, kwargs: dict) -> dict:
@@ -601,6 +605,7 @@ def test_two_pipelines_in_two_threads_step_by_step() -> None:
     for first, second in ((jobs[0], jobs[1]), (jobs[0], jobs[2])):
         outputs: dict[int, Tensor] = {}
         pair = [(case, plan, enabled(case, plan)) for case, plan in (first, second)]
+        wanted = [by_oracle(case, plan, seed=i) for i, (case, plan, _) in enumerate(pair)]
 
         def run(index: int, case: Case, pipe: Any, outputs: dict[int, Tensor] = outputs) -> None:
             outputs[index] = case.call(pipe, seed=index, callback_on_step_end=wait)
@@ -610,8 +615,10 @@ def test_two_pipelines_in_two_threads_step_by_step() -> None:
             thread.start()
         for thread in threads:
             thread.join(60)
-        for i, (case, plan, _) in enumerate(pair):
-            assert_same(outputs[i], by_oracle(case, plan, seed=i))
+        for i, output in enumerate(wanted):
+            assert_same(outputs[i], output)
+    expected.cache_clear()
+    untouched.cache_clear()
 
 
 def test_request_inside_another_requests_callback() -> None:
