@@ -30,27 +30,13 @@ from .. import ops
 from ..plans.rows import PlanError
 from ..runtime.clock import Call, Clock, Loop
 from ..runtime.driver import Driver, Forecast
-from .layouts import denoiser_of, denoisers_of, layout_of, sample_name, timestep_name
+from .layouts import conditions_of, denoiser_of, denoisers_of, layout_of, sample_name, tensor_of, timestep_name
 from .standins import Exchange, Feed, Stands, Tap
 
 _NAME = "lesa"
 _HEAD_LOST = "the denoiser's head was not run (something skips it or runs another forward)"
 _SEVERAL = "the denoiser returns several tensors, and the hidden site knows one head (take a plan for site='output')"
 _GRADIENTS = "gradients are recorded, which a forecast has not (sample under torch.no_grad())"
-# Arguments that are the same at all steps of a context, unless somebody changes them: parts of their names.
-_CONDITIONS = (
-    "encoder_hidden_states",
-    "pooled",
-    "prompt",
-    "text",
-    "embeds",
-    "cap_feats",
-    "class_labels",
-    "clip",
-    "cond",
-    "kv_cache_mode",  # of the first call and of later ones, which return other tokens
-)
-_NO_CONDITIONS = ("control", "residual", "timestep", "time_cond")  # these follow the sample and the step
 _METHODS: set[CodeType] = set()  # of modules, which call a denoiser but are no pipeline
 # Where diffusers' caches are that change what a step computes. TextKVCache changes nothing.
 _CACHES = tuple(
@@ -368,11 +354,11 @@ class RootHook(ModelHook):
     def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> _Turn | None:
         """Find the request, context and step, and ask the driver; None where the call fits no step of a request."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        timestep, sample = given.pop(self._timestep, None), _tensor(given.pop(self._sample, None))
+        timestep, sample = given.pop(self._timestep, None), tensor_of(given.pop(self._sample, None))
         told = self.context
         try:
             again = self._again(args, kwargs)
-            call = self._clock.tick(told.name, timestep, sample, _conditions(given), told.step, self._index, again)
+            call = self._clock.tick(told.name, timestep, sample, conditions_of(given), told.step, self._index, again)
         except PlanError as error:
             self.driver.lose(str(error))
             self.driver.stats.refused[str(error)] += 1
@@ -504,29 +490,6 @@ class _ContextName(StateManager):
         # A CacheContext; older diffusers pass its name.
         self.name = getattr(context, "name", context)
         self.step = getattr(context, "step_index", None)
-
-
-def _tensor(sample: Any) -> torch.Tensor:
-    """The noisy sample; some denoisers take a list of them."""
-    if isinstance(sample, (list, tuple)):
-        return torch.stack(list(sample)) if len({one.shape for one in sample}) == 1 else sample[0]
-    return sample
-
-
-def _conditions(given: Any, name: str = "") -> tuple[torch.Tensor | str, ...]:
-    """The tensors and words among a call's arguments that stay the same in a context."""
-    if isinstance(given, (torch.Tensor, str)):
-        return (given,) if _is_condition(name) else ()
-    if isinstance(given, dict):
-        return tuple(one for key, value in given.items() for one in _conditions(value, f"{name} {key}"))
-    if isinstance(given, (list, tuple)):
-        return tuple(one for value in given for one in _conditions(value, name))
-    return ()
-
-
-@functools.cache
-def _is_condition(name: str) -> bool:
-    return any(part in name for part in _CONDITIONS) and not any(part in name for part in _NO_CONDITIONS)
 
 
 def _first(output: Any) -> torch.Tensor:

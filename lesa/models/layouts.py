@@ -1,7 +1,8 @@
-"""The denoisers lesa knows: where their blocks are and what a block returns. Data, and the look-up."""
+"""The denoisers lesa knows: where their blocks are, what a block returns, and how arguments are called."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -142,6 +143,20 @@ _DENOISER_ATTRIBUTES = ("transformer", "unet", "decoder", "prior")  # the last t
 _SECOND = "transformer_2"  # takes over within a request, as Wan 2.2's expert for low noise does
 _SAMPLE_NAMES = ("sample", "hidden_states", "x")
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")
+# Arguments that are the same at all steps of a context, unless somebody changes them: parts of their names.
+_CONDITIONS = (
+    "encoder_hidden_states",
+    "pooled",
+    "prompt",
+    "text",
+    "embeds",
+    "cap_feats",
+    "class_labels",
+    "clip",
+    "cond",
+    "kv_cache_mode",  # of the first call and of later ones, which return other tokens
+)
+_NO_CONDITIONS = ("control", "residual", "timestep", "time_cond")  # these follow the sample and the step
 
 
 def denoisers_of(target: Any) -> tuple[torch.nn.Module, ...]:
@@ -186,6 +201,29 @@ def timestep_name(denoiser: torch.nn.Module) -> str | None:
     """The argument of a denoiser's forward that is the timestep; None if it has none."""
     names = inspect.signature(type(denoiser).forward).parameters
     return next((name for name in _TIMESTEP_NAMES if name in names), None)
+
+
+def tensor_of(sample: Any) -> torch.Tensor:
+    """The noisy sample; some denoisers take a list of them."""
+    if isinstance(sample, (list, tuple)):
+        return torch.stack(list(sample)) if len({one.shape for one in sample}) == 1 else sample[0]
+    return sample
+
+
+def conditions_of(given: Any, name: str = "") -> tuple[torch.Tensor | str, ...]:
+    """The tensors and words among a call's arguments that stay the same in a context."""
+    if isinstance(given, (torch.Tensor, str)):
+        return (given,) if _is_condition(name) else ()
+    if isinstance(given, dict):
+        return tuple(one for key, value in given.items() for one in conditions_of(value, f"{name} {key}"))
+    if isinstance(given, (list, tuple)):
+        return tuple(one for value in given for one in conditions_of(value, name))
+    return ()
+
+
+@functools.cache
+def _is_condition(name: str) -> bool:
+    return any(part in name for part in _CONDITIONS) and not any(part in name for part in _NO_CONDITIONS)
 
 
 def layout_of(denoiser: torch.nn.Module) -> Layout:
