@@ -299,8 +299,9 @@ def _without_offsets(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 
 def _zeros(zero: Tensor, shape: torch.Size, given: Tensor) -> Tensor:
-    """A zero as large as a feature; as large as what the blocks are given, where that has other dimensions."""
-    return zero.expand(shape if len(shape) == given.dim() else given.shape)
+    """A zero as large as a feature; laid out as what the blocks are given, where that holds as many numbers."""
+    laid_out = len(shape) != given.dim() and shape.numel() == given.numel()
+    return zero.expand(given.shape if laid_out else shape)
 
 
 def _place(denoiser: nn.Module, path: str) -> tuple[nn.Module, str]:
