@@ -29,6 +29,7 @@ from torch import nn
 
 COLUMNS = ("commit", "pipeline", "denoiser", "guidance", "output", "hidden", "compile", "offload", "lora")
 _CPU = torch.device("cpu")
+_ATTENTION = {"to_q", "to_k", "to_v", "to_query", "to_value", "q", "v", "qkv", "attention_projection"}
 
 
 def row_of(subject: Subject, known: set[str]) -> dict[str, str]:
@@ -94,7 +95,9 @@ def with_lora(pipe: Any) -> None:
     """Give the denoisers a LoRA of random weights on all attention."""
     for part in denoisers_of(pipe):
         names = {name.rpartition(".")[2] for name, module in part.named_modules() if isinstance(module, nn.Linear)}
-        targets = sorted(names & {"to_q", "to_k", "to_v", "q", "v", "qkv", "attention_projection"})
+        targets = sorted(
+            names & {"to_q", "to_k", "to_v", "to_query", "to_value", "q", "v", "qkv", "attention_projection"}
+        )
         torch.manual_seed(3)
         part.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
         part.eval()
