@@ -136,12 +136,14 @@ def generic_statistics(
         Statistics of one context, "*": what the scheduler is given.
 
     Raises:
-        ValueError: the prediction is unknown.
+        ValueError: the prediction is unknown, or all small models are left out.
     """
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction={prediction!r}: expected one of {PREDICTIONS}")
     wanted = np.asarray(levels, np.float64)[:-1]
     known = [one for one in sources() if one.guided == guided and one.name not in without]
+    if not known:
+        raise ValueError(f"without={sorted(without)}: leaves no small model; leave some of them in")
     highest = max(one.levels.max() for one in known)
     starts = min(float(wanted.max()), highest) - _REACH
     used = [one for one in known if one.levels.max() >= starts]
@@ -178,7 +180,7 @@ def generic_plan(
         budget: see `plan_for`.
 
     Raises:
-        ValueError: the prediction is unknown, or the budget is none.
+        ValueError: the prediction is unknown, the budget is none, or all small models are left out.
     """
     known = generic_statistics(prediction, guided, levels, impulse_response, without=without)
     total, training = known.num_steps, {"requests": known.requests, "schedule": "generic"}

@@ -160,6 +160,8 @@ def test_leaving_models_out() -> None:
     np.testing.assert_array_equal(alone.grams["output"], pixart.as_predicted("epsilon", np.asarray(levels[:-1])))
     assert alone.requests == 64
     assert generic_statistics(FLOW, False, levels, without=("wan",)).requests == 128
+    with pytest.raises(ValueError, match="without="):
+        generic_statistics(FLOW, False, levels, without={one.name for one in sources()})
     whole, without = (generic_plan(FLOW, False, 4, levels, without=names) for names in ((), FLOWS))
     assert whole.rows_of("*") != without.rows_of("*")
 
