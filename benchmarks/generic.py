@@ -12,6 +12,9 @@ still runs is ended. The methods:
     generic   generic_plan, the statistics of the model itself left out
     rules     every closed form on the paper's, the even and its own published schedules
     fewer     fewer steps of the pipeline's sampler, and of DPM-Solver++ at its noise levels
+    gates     caches of others: on transformers diffusers' FirstBlockCache, its threshold bisected until it computes as
+              many steps on average (no row where it does not come within one step; the real number is printed); on
+              U-Nets DeepCache with even intervals
     learn     lesa.enable(pipe, learn=4), where there is such a thing
     quick, default    lesa.fit on 8 recorded prompts; like "learn" only at the budgets of the page's tables
 """
@@ -35,6 +38,8 @@ import torch.multiprocessing as multiprocessing
 
 import lesa
 from benchmarks import fitted_methods
+from benchmarks.deep_cache import deep_cache
+from benchmarks.first_block import tuned
 from benchmarks.fitted_solvers import DpmSolver, MultistepSubset
 from benchmarks.generic_table import FITTED_BUDGETS, Rows, margin_table, read
 from benchmarks.measuring import full_float32, hardware
@@ -50,7 +55,7 @@ from lesa.runtime.clock import impulse_response_of, prediction_of, sigmas_of
 EXAMPLES = Path(__file__).parents[1] / "examples" / "generic"
 MODELS = ("emoji-flux", "unet", "pixart", "qwen", "wan")
 GUIDANCE = ("guided", "plain")
-METHODS = ("generic", "rules", "fewer", "learn", "quick", "default")
+METHODS = ("generic", "rules", "fewer", "gates", "learn", "quick", "default")
 FITS = ("learn", "quick", "default")
 BUDGETS = (10, 8, 13, 6, 17, 4, 25, 5, 21, 7, 15, 12, 9, 11, 20, 14, 16, 18, 19, 22, 23, 24)  # the telling ones first
 LEARNED, FITTING, JUDGED = 4, 8, 128
@@ -220,6 +225,21 @@ def fewer(bench: Bench, rows: Rows, budget: int) -> None:
             bench.pipe.scheduler = usual
 
 
+def gates(bench: Bench, rows: Rows, budget: int) -> None:
+    """FirstBlockCache with the threshold that computes as many steps on average; DeepCache with even intervals."""
+    steps = bench.settings.steps
+    if hasattr(bench.pipe, "unet"):
+        if rows.wanted(budget, "deepcache", "even"):
+            with deep_cache(bench.pipe.unet, schedule.spaced(steps, budget), steps):
+                rows.add((budget, "deepcache", "even"), bench.psnr(bench.images()))
+    elif hasattr(bench.pipe.transformer, "enable_cache") and rows.wanted(budget, "fbc", "tuned"):
+        begin = time.perf_counter()
+        images, threshold, computed = tuned(bench.pipe.transformer, bench.images, steps, budget)
+        print(f"{bench.name}: threshold {threshold:.4g} computes {computed:.2f} steps", flush=True)
+        if abs(computed - budget) <= 1:  # it decides for a whole batch: not every number can be had
+            rows.add((budget, "fbc", "tuned"), bench.psnr(images), 0, time.perf_counter() - begin)
+
+
 def learn(bench: Bench, rows: Rows, budget: int) -> None:
     """A plan learned from requests as they come."""
     if "learn" not in inspect.signature(lesa.enable).parameters or not rows.wanted(budget, "learn", "learned"):
@@ -242,7 +262,7 @@ def fit(bench: Bench, rows: Rows, budget: int, effort: str) -> None:
         rows.add((budget, effort, "fitted"), bench.by_plan(plan), *cost)
 
 
-_RUN = {"generic": generic, "rules": rules, "fewer": fewer, "learn": learn}
+_RUN = {"generic": generic, "rules": rules, "fewer": fewer, "gates": gates, "learn": learn}
 
 
 def tasks(settings: Settings) -> Iterator[tuple[str, int]]:

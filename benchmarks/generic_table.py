@@ -21,7 +21,7 @@ COLUMNS = (
     *("psnr_mean", "psnr_sem", "psnr_median", "psnr_low", "generations", "seconds"),
 )
 FITTED_BUDGETS = (17, 13, 10, 8, 6)
-NO_RULES = ("generic", "fewer", "dpm++", "learn", "quick", "default")
+NO_RULES = ("generic", "fewer", "dpm++", "fbc", "deepcache", "learn", "quick", "default")
 WORST, MEAN = -0.3, 4.0  # dB: what generic plans may lose anywhere, and must gain over all models
 _KEY = ("hardware", "commit", "model", "guidance", "steps", "captions", "computed", "method", "schedule")
 
@@ -169,6 +169,8 @@ _METHODS: Mapping[str, Callable[[Mapping[tuple[str, str], Row]], Row | None]] = 
     _BEST: _best,
     "fewer steps": lambda by: by.get(("fewer", "own")),
     "fewer DPM-Solver++ steps": lambda by: by.get(("dpm++", "fewer")),
+    "FirstBlockCache, tuned": lambda by: by.get(("fbc", "tuned")),
+    "DeepCache": lambda by: by.get(("deepcache", "even")),
     "`learn=4`": lambda by: by.get(("learn", "learned")),
     "`lesa.fit`, quick": lambda by: by.get(("quick", "fitted")),
     "`lesa.fit`": lambda by: by.get(("default", "fitted")),

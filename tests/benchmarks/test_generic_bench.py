@@ -6,10 +6,13 @@ import sys
 import numpy as np
 import pipelines
 import pytest
+import torch
 from diffusers import DDIMScheduler, PixArtTransformer2DModel
+from pipelines import CASES_BY_NAME
 
 import lesa
 from benchmarks import fitted_methods, fitted_solvers, generic, generic_table
+from benchmarks.deep_cache import deep_cache
 from benchmarks.generic_table import Cell, lowest_tenth, margin_table, margins, quality_table, read
 from lesa import assets
 from lesa.forecasters import plan_of
@@ -107,6 +110,35 @@ def test_a_model_of_the_folder_that_predicts_the_noise(tiny, tmp_path, monkeypat
         ("dpm++", "fewer"),
     }
     assert left_out == [("epsilon", True, STEPS + 1, ("pixart",))]
+
+
+def test_first_block_cache_is_tuned_to_a_number_of_steps(tiny, tmp_path):
+    settings = generic.Settings(tmp_path, "cpu", 1, STEPS, (BUDGET,), (), tmp_path / "rows.csv", HEAD, float("inf"))
+    bench = generic.Bench(settings, "emoji-flux", True)
+    images, threshold, computed = generic.tuned(bench.pipe.transformer, bench.images, STEPS, STEPS)
+    assert computed <= STEPS and 0 < threshold < 4 and images.shape == bench.reference.shape
+    images, _, few = generic.tuned(bench.pipe.transformer, bench.images, STEPS, 1)
+    assert few == 1 and not np.array_equal(images, bench.reference)
+    np.testing.assert_array_equal(bench.images(), bench.reference)  # nothing of it is left
+
+
+def test_deep_cache_runs_the_first_level_at_every_step():
+    case = CASES_BY_NAME["sdxl"]
+    pipe, counts = case.make(), [0, 0]
+
+    def count(i):
+        return lambda *_: counts.__setitem__(i, counts[i] + 1)
+
+    full = case.call(pipe)
+    pipe.unet.down_blocks[0].resnets[0].register_forward_pre_hook(count(0))
+    pipe.unet.mid_block.resnets[0].register_forward_pre_hook(count(1))
+    with deep_cache(pipe.unet, range(case.steps), case.steps):
+        assert torch.equal(case.call(pipe), full)
+    with deep_cache(pipe.unet, (0, 3), case.steps):
+        few = case.call(pipe)
+        assert torch.equal(case.call(pipe), few) and not torch.equal(few, full)
+    assert counts == [3 * case.steps, case.steps + 2 * 2]
+    assert torch.equal(case.call(pipe), full)
 
 
 def test_nothing_begins_after_the_deadline(tiny, tmp_path):
