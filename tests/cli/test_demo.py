@@ -1,5 +1,6 @@
-"""The demo end to end, on one interval and two captions."""
+"""The demo end to end, on one interval and two captions, with two of the pipeline's ten blocks and small pictures."""
 
+import functools
 import json
 
 import pytest
@@ -12,10 +13,20 @@ from lesa.evaluation.plots import method_grid
 KEYS = {"requests", "method", "interval", "computed", "flops_speedup", "speedup", "psnr", "ssim"}
 
 
+def small(load, *given):
+    pipe = load(*given)
+    for blocks in (pipe.transformer.transformer_blocks, pipe.transformer.single_transformer_blocks):
+        del blocks[1:]
+    return pipe
+
+
 def test_demo_writes_rows_and_pictures(tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(plots, "method_grid", lambda *given, **more: drawn.append(given) or method_grid(*given, **more))
     monkeypatch.setattr(assets, "INTERVALS", (10,))
+    monkeypatch.setattr(assets, "load", functools.partial(small, assets.load))
+    for name in ("height", "width"):
+        monkeypatch.setitem(assets.REQUEST, name, 32)
     assert main(["demo", "--out", str(tmp_path), "--prompts", "2"]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())
     names = ["full", "fewer steps", "reuse", "taylor-1", "taylor-2", "lesa", "lesa (no fit)", "lesa.fit"]
