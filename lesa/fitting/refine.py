@@ -6,17 +6,18 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..planner.build import closed_form, plan_from_weights, prior_error_gains, written_out
+from ..planner.generic import generic_statistics, lasting_response
 from ..planner.search import search
 from ..planner.statistics import GUIDED, Statistics
-from ..planner.surrogate import interpolated_error_gains
+from ..planner.surrogate import Surrogate, interpolated_error_gains
 from ..plans.plan import Plan
-from ..plans.rows import MAX_READS
+from ..plans.rows import ANY_CONTEXT, MAX_READS
 from ..plans.schedule import published, spaced
 from .arguments import Given
 from .trials import Measured, Trials
@@ -28,6 +29,7 @@ _NEAR = 100
 _SEARCHES = (("searched", False), ("searched again", False), ("searched a third time", False), ("searched far", True))
 _STALLED = 0.1  # dB: what a step of Gauss-Newton must gain to be followed by another
 _MEASURED = 3  # how often the surrogate holds a request as measured, beside two assumed ones
+_FEW = 4  # requests without guidance do not tell a schedule, only one of errors that last
 _PROBES = 2  # by the second the errors are about as large as those of the plan that is looked for
 _RULES = ("reuse", "taylor-1")
 
@@ -79,7 +81,9 @@ class ScheduleSearch:
         self._random = np.random.default_rng(seed)
         self.goes_far = evaluations > _NEAR
         self.error_gains = prior_error_gains(trials.statistics, trials.count)
-        self._model = trials.surrogate(trials.assumed_gains)
+        self._lasting = trials.assumed_gains[:, :, trials.count :]
+        self._few = len(trials.weights) == 1 and trials.count <= _FEW
+        self._model = self._surrogate(trials.assumed_gains)
         self._evaluated: dict[tuple[int, ...], float] = {}
 
     def learn(self, error_gains: np.ndarray) -> None:
@@ -89,17 +93,15 @@ class ScheduleSearch:
         request three times as measured, once as one whose errors heal, and once as one whose errors last.
         """
         self.error_gains = error_gains
-        self._model = self._trials.surrogate(
-            np.concatenate([error_gains] * _MEASURED + [self._trials.assumed_gains], 2)
-        )
+        self._model = self._surrogate(np.concatenate([error_gains] * _MEASURED + [self._trials.assumed_gains], 2))
         self._evaluated.clear()
 
     def starts(self) -> list[tuple[int, ...]]:
         """Schedules to start from: the exact search on mean inner products, the paper's, even and front-loaded ones."""
         T, N = self._statistics.num_steps, self._budget
-        gram, impulse_response = self._statistics.gram("output", GUIDED), self._statistics.impulse_response[-1]
-        found = [search(gram, impulse_response, N), *published(T, N), spaced(T, N, 1.5)]
-        return list(dict.fromkeys(found))
+        gram, response = self._statistics.gram("output", GUIDED), self._statistics.impulse_response
+        effect = lasting_response(response, self._lasting[0].mean(1)) if self._few else response[-1]
+        return list(dict.fromkeys([search(gram, effect, N), *published(T, N), spaced(T, N, 1.5)]))
 
     def rows(self, computed: tuple[int, ...]) -> np.ndarray:
         """The surrogate's best rows [C, T, T]."""
@@ -116,11 +118,22 @@ class ScheduleSearch:
         return [made for _, made in sorted(found, key=lambda pair: pair[0])]
 
     def objective(self, computed: tuple[int, ...]) -> float:
-        """What the surrogate promises of a schedule; lower is better."""
+        """What the surrogate promises of a schedule, of few requests one whose errors last; lower is better."""
         if computed not in self._evaluated:
-            rows = closed_form(self._statistics, computed)
-            self._evaluated[computed] = self._model.optimise(computed, rows, 5)[1]
+            model = self._surrogate(self._lasting) if self._few else self._model
+            self._evaluated[computed] = model.optimise(computed, closed_form(self._statistics, computed), 5)[1]
         return self._evaluated[computed]
+
+    def _surrogate(self, error_gains: np.ndarray) -> Surrogate:
+        """The model of the requests; a generic one joins a single one without guidance."""
+        model, known = self._trials.surrogate(error_gains), self._statistics
+        if not self._few or self._trials.count > 1:
+            return model
+        prediction, levels = self._trials.predicts
+        generic = generic_statistics(prediction, False, levels, known.impulse_response).gram("output", ANY_CONTEXT)
+        scaled = generic * known.gram("output", GUIDED).trace() / known.num_steps
+        grams = np.concatenate([model.grams, np.broadcast_to(scaled, model.grams.shape)])
+        return replace(model, grams=grams, error_gains=np.concatenate([error_gains, error_gains], 2))
 
     def climb(self, starts: Sequence[tuple[int, ...]], far: bool = False) -> tuple[int, ...]:
         """The best schedule found by moving computed steps, from the two best starts on."""

@@ -306,12 +306,17 @@ class Trials:
         grams = np.tile(self.grams, (error_gains.shape[2] // self.count, 1, 1))
         return Surrogate(grams, known.impulse_response, np.asarray(known.guidance), error_gains, known.contexts)
 
+    @property
+    def predicts(self) -> tuple[str, tuple[float, ...]]:
+        """What the denoiser predicts, and its noise levels from 1 to 0."""
+        prediction, levels = levels_of(self.statistics.sigmas)
+        return prediction if self.prediction == FLOW else self.prediction, levels
+
     @cached_property
     def assumed_gains(self) -> np.ndarray:
         """[C, T, 2 P], what may be true of a denoiser: first that errors heal, then that they last."""
         known, shape = self.statistics, (len(self.statistics.contexts), self.statistics.num_steps, self.count)
-        prediction, levels = levels_of(known.sigmas)
-        prediction = prediction if self.prediction == FLOW else self.prediction
+        prediction, levels = self.predicts
         lasting = lasting_error_gains(prediction, levels, known.impulse_response)
         return np.concatenate([prior_error_gains(known, self.count), np.broadcast_to(lasting, shape)], 2)
 

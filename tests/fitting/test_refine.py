@@ -21,7 +21,8 @@ from lesa.fitting.refine import (
 from lesa.fitting.trials import Measured, Trials, run_in_full
 from lesa.forecasters import plan_of
 from lesa.models.pipeline import calls_of
-from lesa.planner.build import prior_error_gains
+from lesa.planner.build import closed_form, prior_error_gains
+from lesa.planner.generic import generic_statistics
 from lesa.planner.surrogate import interpolated_error_gains
 from lesa.plans.plan import Plan
 from lesa.plans.rows import Row
@@ -159,6 +160,7 @@ def test_the_search_counts_each_request_as_measured_and_as_one_whose_errors_heal
     trials: Trials, seed: int
 ) -> None:
     """The mean of what surrogates promise of the same rows: of two, then of the measured one three times, too."""
+    trials = replace(trials, calls=trials.calls * 3, references=trials.references * 3)
     schedules, computed = ScheduleSearch(trials, 3, 60, 0), (0, 2, 5)
     measured = np.random.default_rng(seed).normal(size=schedules.error_gains.shape)
     heal, last = np.split(trials.assumed_gains, 2, 2)
@@ -173,6 +175,27 @@ def test_the_search_counts_each_request_as_measured_and_as_one_whose_errors_heal
         best = promised(weights, *gains)
         assert best <= schedules.objective(computed) + 1e-6  # found with fewer iterations
         assert all(best <= promised(trials.surrogate(own).optimise(computed, weights, 15)[0], *gains) for own in gains)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_requests_tell_a_schedule_of_errors_that_last(trials: Trials, count: int, seed: int) -> None:
+    """Whatever gains were measured. A generic request of the same size joins a single one."""
+    few = replace(trials, calls=trials.calls[:count], references=trials.references[:count])
+    schedules, computed = ScheduleSearch(few, 3, 60, 0), (0, 2, 5)
+    before = schedules.objective(computed)
+    schedules.learn(np.random.default_rng(seed).normal(size=schedules.error_gains.shape))
+    assert schedules.objective(computed) == before
+    last = few.assumed_gains[:, :, count:]
+    model = few.surrogate(last)
+    if count == 1:
+        generic = generic_statistics("flow_prediction", False, few.statistics.sigmas).grams["output"]
+        size = few.statistics.grams["output"].trace() / generic.trace()
+        model = replace(
+            model,
+            grams=np.concatenate([model.grams, size * generic[None]]),
+            error_gains=np.concatenate([last, last], 2),
+        )
+    assert before == pytest.approx(model.optimise(computed, closed_form(few.statistics, computed), 5)[1], rel=1e-9)
 
 
 def test_the_rules_that_a_fit_is_compared_with(trials: Trials) -> None:
