@@ -367,9 +367,8 @@ def test_bad_arguments_are_named(past, step, order, named):
         taylor(past, step, order)
 
 
-@pytest.mark.parametrize(
-    ("call", "named"),
-    [
+def test_bad_arguments_of_closed_forms_and_dmd_are_named():
+    for call, named in [
         (lambda: hermite((0, 3), 3, 1), "past="),
         (lambda: hermite((0,), 3, 1, scale=0.0), "scale=0.0"),
         (lambda: chebyshev((), 3, 50), r"past=\(\)"),
@@ -388,11 +387,9 @@ def test_bad_arguments_are_named(past, step, order, named):
         (lambda: dmd((0, 1, 2, 3), 4, np.eye(T), cutoff=0.0), "cutoff=0.0"),
         (lambda: dmd((0, 1, 2, 3), 4, np.eye(3)), "gram covers 3 steps"),
         (lambda: dmd((0, 1, 2, 3), 4, np.full((T, T), np.nan)), "gram holds"),
-    ],
-)
-def test_bad_arguments_of_closed_forms_and_dmd_are_named(call, named):
-    with pytest.raises(ValueError, match=named):
-        call()
+    ]:
+        with pytest.raises(ValueError, match=named):
+            call()
 
 
 @pytest.mark.parametrize(
@@ -671,9 +668,8 @@ def test_options_reach_the_regression(features):
     assert rows_of("regression", SHORT, T, gram)[14] == regression(SHORT[:6], 14, gram)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
+def test_bad_arguments_of_regression_are_named(features):
+    for changes, named in [
         ({"past": ()}, r"past=\(\)"),
         ({"past": (0, 14)}, "past="),
         ({"gram": np.zeros((3, 4))}, "gram"),
@@ -683,16 +679,13 @@ def test_options_reach_the_regression(features):
         ({"ridge": math.nan}, "ridge=nan"),
         ({"towards": "hermite-2"}, "towards='hermite-2'"),
         ({"towards": "taylor-16"}, "order=16"),
-    ],
-)
-def test_bad_arguments_of_regression_are_named(features, changes, named):
-    with pytest.raises(ValueError, match=named):
-        regression(**{"past": (0, 1), "step": 14, "gram": gram_of(features)} | changes)
+    ]:
+        with pytest.raises(ValueError, match=named):
+            regression(**{"past": (0, 1), "step": 14, "gram": gram_of(features)} | changes)
 
 
-@pytest.mark.parametrize(
-    ("call", "named"),
-    [
+def test_bad_arguments_of_l2p_are_named():
+    for call, named in [
         (lambda: l2p((0,), 14, np.eye(T), ridge=-1.0), "ridge=-1.0"),
         (lambda: l2p_table(np.eye(T), iterations=-1), "iterations=-1"),
         (lambda: l2p_table(np.eye(T), rate=0.0), "rate=0.0"),
@@ -700,8 +693,6 @@ def test_bad_arguments_of_regression_are_named(features, changes, named):
         (lambda: l2p_released((1,), 3, np.eye(T)), "past="),
         (lambda: l2p_released((0,), T, np.eye(T)), f"covers {T} steps"),
         (lambda: rows_of("l2p-released", (0,), T + 1, np.eye(T)), f"covers {T} steps"),
-    ],
-)
-def test_bad_arguments_of_l2p_are_named(call, named):
-    with pytest.raises(ValueError, match=named):
-        call()
+    ]:
+        with pytest.raises(ValueError, match=named):
+            call()

@@ -427,9 +427,8 @@ def test_timesteps_of_a_flow_need_no_scheduler() -> None:
     np.testing.assert_allclose(bare.impulse_response, told.impulse_response, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("more", "name"),
-    [
+def test_what_cannot_be_of_a_loop_is_refused() -> None:
+    for more, name in [
         ({"sigmas": (0.0, 0.3, 0.7, 1.0)}, "sigmas="),
         ({"sigmas": (1.0, float("nan"), 0.4, 0.0)}, "sigmas="),
         ({"sigmas": (1.0, 0.7, 0.3)}, "sigmas="),
@@ -437,16 +436,14 @@ def test_timesteps_of_a_flow_need_no_scheduler() -> None:
         ({"scheduler": 5}, "scheduler"),
         ({"scheduler": DDIMScheduler()}, "scheduler="),  # its timesteps are not set
         ({"scheduler": DDIMScheduler(), "sigmas": (1.0, 0.0)}, "sigmas, scheduler"),
-    ],
-)
-def test_what_cannot_be_of_a_loop_is_refused(more: dict[str, Any], name: str) -> None:
-    torch.manual_seed(0)
-    bare = Bare()
-    own = loop(bare, np.array([1.0, 0.8, 0.5, 0.0]), 1000.0)
-    for call in (Statistics.gather, functools.partial(lesa.fit, budget=2, held_out=0, effort="quick")):
-        with pytest.raises(ValueError, match=name):
-            call(bare, requests=[own], **more)
-        assert hooks.attached(bare) is None
+    ]:
+        torch.manual_seed(0)
+        bare = Bare()
+        own = loop(bare, np.array([1.0, 0.8, 0.5, 0.0]), 1000.0)
+        for call in (Statistics.gather, functools.partial(lesa.fit, budget=2, held_out=0, effort="quick")):
+            with pytest.raises(ValueError, match=name):
+                call(bare, requests=[own], **more)
+            assert hooks.attached(bare) is None
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -485,9 +482,8 @@ def test_requests_must_be_of_one_kind() -> None:
         assert hooks.attached(bare) is None
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_arguments_out_of_place_are_named() -> None:
+    for arguments, message in [
         ({}, "prompts, requests: neither is given"),
         ({"prompts": PROMPTS, "requests": [print]}, "prompts, requests: both are given"),
         ({"prompts": []}, "prompts is empty"),
@@ -500,11 +496,9 @@ def test_requests_must_be_of_one_kind() -> None:
         ({"prompts": PROMPTS, "request": {"generator": torch.Generator()}}, "JSON"),
         ({"prompts": PROMPTS, "sigmas": (1.0, 0.0)}, "scheduler has them"),
         ({"requests": []}, "requests is empty"),
-    ],
-)
-def test_arguments_out_of_place_are_named(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Statistics.gather(PIPE, **arguments)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Statistics.gather(PIPE, **arguments)
 
 
 PIPE = FLUX.make()

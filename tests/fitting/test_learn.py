@@ -373,7 +373,7 @@ def test_the_runner_that_is_given_runs_the_plan(pipe: Any) -> None:
     assert driver.stats.guard == "off" and not driver.stats.checks and driver.stats.forecast == STEPS - BUDGET
 
 
-@pytest.mark.parametrize("wrong", [0, -1, 2.5, True, "4", None])
-def test_learn_is_a_whole_number_of_requests(pipe: Any, wrong: Any) -> None:
-    with pytest.raises(ValueError, match="learn"):
-        Learner(pipe, wrong, BUDGET)
+def test_learn_is_a_whole_number_of_requests(pipe: Any) -> None:
+    for wrong in [0, -1, 2.5, True, "4", None]:
+        with pytest.raises(ValueError, match="learn"):
+            Learner(pipe, wrong, BUDGET)

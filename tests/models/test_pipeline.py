@@ -47,19 +47,16 @@ def test_a_driver_is_gone_afterwards(pipe: Any) -> None:
     assert hooks.attached(pipe) is None
 
 
-@pytest.mark.parametrize(
-    ("prompts", "request_", "message"),
-    [
+def test_what_cannot_be_run(pipe: Any) -> None:
+    for prompts, request_, message in [
         ("snow", REQUEST, "prompts='snow' is one string"),
         ([], REQUEST, "prompts is empty"),
         ((p for p in PROMPTS), REQUEST, "prompts is a generator"),
         (["snow", 3], REQUEST, r"prompts\[1\]=3"),
         (["snow"], {"num_steps": 4}, "FluxPipeline takes no num_steps"),
-    ],
-)
-def test_what_cannot_be_run(pipe: Any, prompts: Any, request_: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(pipe, prompts, [0], request_)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(pipe, prompts, [0], request_)
 
 
 def test_a_pipeline_without_prompts() -> None:
@@ -90,18 +87,15 @@ def test_functions_are_calls_of_their_own(pipe: Any) -> None:
         lesa.disable(pipe)
 
 
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
+def test_requests_that_cannot_be(pipe: Any) -> None:
+    for request_, message in [
         ([], r"request=\[\]"),
         ({1: 2}, r"request=\{1: 2\}"),
         ({"generator": torch.Generator()}, "request=.*JSON"),
         ({"prompt": "a"}, "request holds prompt='a'"),
-    ],
-)
-def test_requests_that_cannot_be(pipe: Any, request_: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        calls_of(pipe, PROMPTS, None, request_, None, 1)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            calls_of(pipe, PROMPTS, None, request_, None, 1)
 
 
 # The recorder

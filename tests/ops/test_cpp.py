@@ -469,10 +469,10 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
 
 
 @needs_library
-@pytest.mark.parametrize(("message", "call"), REFUSED, ids=[message for message, _ in REFUSED])
-def test_refusals(message: str, call: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_refusals() -> None:
+    for message, call in REFUSED:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @needs_library

@@ -118,16 +118,21 @@ def test_a_flow_starts_from_noise_alone() -> None:
     assert (samples[0] == vectors[0]).all() and not (source.data @ vectors)[0].any()
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("recorded_as", [FLOW, "epsilon"])
-def test_one_form_gives_the_inner_products_of_all_others(recorded_as: str, prediction: str) -> None:
-    levels = np.linspace(0.95, 0.02, 30)
-    source, _, _ = recorded(levels, recorded_as)
-    alpha, sigma, _, data, noise = requests(levels, True)
-    alpha, sigma = alpha[:, None], sigma[:, None]
-    direct = {"epsilon": noise, "sample": data, "v_prediction": alpha * noise - sigma * data, FLOW: noise - data}
-    gram = direct[prediction] @ direct[prediction].T
-    np.testing.assert_allclose(source.as_predicted(prediction, levels), of_trace(gram), rtol=1e-7, atol=1e-9)
+def test_one_form_gives_the_inner_products_of_all_others() -> None:
+    for prediction in PREDICTIONS:
+        for recorded_as in [FLOW, "epsilon"]:
+            levels = np.linspace(0.95, 0.02, 30)
+            source, _, _ = recorded(levels, recorded_as)
+            alpha, sigma, _, data, noise = requests(levels, True)
+            alpha, sigma = alpha[:, None], sigma[:, None]
+            direct = {
+                "epsilon": noise,
+                "sample": data,
+                "v_prediction": alpha * noise - sigma * data,
+                FLOW: noise - data,
+            }
+            gram = direct[prediction] @ direct[prediction].T
+            np.testing.assert_allclose(source.as_predicted(prediction, levels), of_trace(gram), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -208,11 +213,11 @@ def test_plans_of_every_budget(prediction: str, guided: bool) -> None:
                 assert np.abs(sums(plan) - 1.0).max() < (0.2 if T >= 28 else 0.6)
 
 
-@pytest.mark.parametrize("levels", level_sets().values(), ids=level_sets())
-@pytest.mark.parametrize("guided", [False, True])
-def test_plans_of_any_levels(levels: tuple[float, ...], guided: bool) -> None:
-    for prediction in PREDICTIONS:
-        check(generic_plan(prediction, guided, 6, levels), 6, levels)
+def test_plans_of_any_levels() -> None:
+    for levels in level_sets().values():
+        for guided in [False, True]:
+            for prediction in PREDICTIONS:
+                check(generic_plan(prediction, guided, 6, levels), 6, levels)
 
 
 def test_a_share_is_a_budget() -> None:
@@ -226,29 +231,26 @@ def test_guidance_and_the_prediction_make_other_plans() -> None:
     assert len({tuple(plan.rows_of("*").items()) for plan in plans}) == 8
 
 
-@pytest.mark.parametrize(
-    ("guided", "budget", "names"),
-    [
+def test_rows_of_few_steps_are_means_of_closed_forms() -> None:
+    for guided, budget, names in [
         (False, 2, ("reuse",)),
         (True, 3, ("reuse",)),
         (True, 4, ("reuse", "regression")),
         (True, 6, ("regression",)),
         (True, 9, ("regression", "taylor-1")),
         (True, 12, ("taylor-1",)),
-    ],
-)
-def test_rows_of_few_steps_are_means_of_closed_forms(guided: bool, budget: int, names: tuple[str, ...]) -> None:
-    known = generic_statistics("epsilon", guided, shifted(50))
-    plan = generic_plan("epsilon", guided, budget, shifted(50))
-    mean = np.mean([closed_form(known, plan.computed, name)[0] for name in names], 0)
-    for step, row in plan.rows_of("*").items():
-        np.testing.assert_allclose(row.weights, mean[step, list(row.steps)], atol=1e-9)
+    ]:
+        known = generic_statistics("epsilon", guided, shifted(50))
+        plan = generic_plan("epsilon", guided, budget, shifted(50))
+        mean = np.mean([closed_form(known, plan.computed, name)[0] for name in names], 0)
+        for step, row in plan.rows_of("*").items():
+            np.testing.assert_allclose(row.weights, mean[step, list(row.steps)], atol=1e-9)
 
 
-@pytest.mark.parametrize("budget", [0, -1, 0.0, 1.5, "4", True, None, math.nan])
-def test_what_is_no_budget_is_refused(budget: object) -> None:
-    with pytest.raises(ValueError, match="budget="):
-        generic_plan(FLOW, False, budget, shifted(12))  # type: ignore[arg-type]
+def test_what_is_no_budget_is_refused() -> None:
+    for budget in [0, -1, 0.0, 1.5, "4", True, None, math.nan]:
+        with pytest.raises(ValueError, match="budget="):
+            generic_plan(FLOW, False, budget, shifted(12))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", [generic_statistics, lambda *known: generic_plan(*known[:2], 4, known[2])])

@@ -82,9 +82,8 @@ def test_a_common_offset_of_the_features_costs_no_digits(seed):
 GOOD = np.eye(4)
 
 
-@pytest.mark.parametrize(
-    ("gram", "impulse_response", "options", "message"),
-    [
+def test_bad_inputs_are_named():
+    for gram, impulse_response, options, message in [
         (np.ones((4, 3)), np.ones(4), {}, r"gram has shape \(4, 3\)"),
         (np.triu(np.ones((4, 4))), np.ones(4), {}, "gram differs from its transpose by up to 1"),
         (GOOD * [1, 1, np.nan, 1], np.ones(4), {}, "gram holds nan at"),
@@ -92,11 +91,9 @@ GOOD = np.eye(4)
         (GOOD, np.ones((5, 4)), {}, "give the last row"),
         (GOOD, [1, 1, np.inf, 1], {}, r"impulse_response holds inf at \(2,\)"),
         (GOOD, np.ones(4), {"ridge": -1.0}, "ridge=-1.0"),
-    ],
-)
-def test_bad_inputs_are_named(gram, impulse_response, options, message):
-    with pytest.raises(ValueError, match=message):
-        search(gram, impulse_response, 2, **options)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            search(gram, impulse_response, 2, **options)
 
 
 @pytest.mark.parametrize(("budget", "message"), [(0, "budget=0"), (5, "budget=5"), (2.5, "budget=2.5")])
@@ -137,17 +134,14 @@ def test_dpcache_of_every_step_and_of_few():
         assert dpcache(np.eye(steps), steps) == tuple(range(steps))
 
 
-@pytest.mark.parametrize(
-    ("gram", "budget", "gap", "named"),
-    [
+def test_bad_inputs_of_dpcache_are_named():
+    for gram, budget, gap, named in [
         (np.eye(20), 2, 8, "budget=2"),
         (np.eye(20), 21, 8, "budget=21"),
         (np.eye(20), 4, 8, "budget=4: .* need 5"),
         (np.eye(20), 5, 0, "gap=0"),
         (np.ones((4, 3)), 3, 8, "gram has shape"),
         (np.full((4, 4), np.inf), 3, 8, "gram holds inf"),
-    ],
-)
-def test_bad_inputs_of_dpcache_are_named(gram, budget, gap, named):
-    with pytest.raises(ValueError, match=named):
-        dpcache(gram, budget, gap=gap)
+    ]:
+        with pytest.raises(ValueError, match=named):
+            dpcache(gram, budget, gap=gap)

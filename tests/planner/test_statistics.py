@@ -217,9 +217,8 @@ def test_files_that_hold_no_statistics(tmp_path: Path, seed: int) -> None:
         Statistics.load(path)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_values_out_of_place_are_named(seed: int) -> None:
+    for change, message in [
         ({"sigmas": (1.0, 0.0)}, "2 sigmas and 5 timesteps"),
         ({"sigmas": (1.0, 0.9, float("nan"), 0.4, 0.2, 0.0)}, "finite"),
         ({"guidance": (3.0, -2.0)}, "guidance"),
@@ -228,12 +227,10 @@ def test_files_that_hold_no_statistics(tmp_path: Path, seed: int) -> None:
         ({"grams": {"output": np.eye(4)}}, "shape"),
         ({"grams": {"output": np.tri(5)}}, "symmetric"),
         ({"impulse_response": np.zeros((5, 5))}, "impulse_response"),
-    ],
-)
-def test_values_out_of_place_are_named(change: dict[str, Any], message: str, seed: int) -> None:
-    ours = statistics({"cond": features(levels(5), seed)}, levels(5))
-    with pytest.raises(StatisticsError, match=message):
-        replace(ours, **change)
+    ]:
+        ours = statistics({"cond": features(levels(5), seed)}, levels(5))
+        with pytest.raises(StatisticsError, match=message):
+            replace(ours, **change)
 
 
 def sampled(weights: np.ndarray, sigmas: np.ndarray, seed: int, keep: float = 1.0, noise: float = 0.0) -> np.ndarray:
@@ -250,12 +247,12 @@ def sampled(weights: np.ndarray, sigmas: np.ndarray, seed: int, keep: float = 1.
     return np.stack(products)
 
 
-@pytest.mark.parametrize("weights", [(3.0, -2.0), (0.0, 1.0), (1.0, 2.5, -2.5), (1.0,)])
-@pytest.mark.parametrize("keep", [1.0, 0.9])
-def test_weights_of_guidance_are_found(weights: tuple[float, ...], keep: float, seed: int) -> None:
-    found = guidance_of(sampled(np.array(weights), levels(10), seed, keep))
-    assert found is not None and found[1] < 1e-5
-    np.testing.assert_allclose(found[0], weights, atol=1e-6)
+def test_weights_of_guidance_are_found(seed: int) -> None:
+    for weights in [(3.0, -2.0), (0.0, 1.0), (1.0, 2.5, -2.5), (1.0,)]:
+        for keep in [1.0, 0.9]:
+            found = guidance_of(sampled(np.array(weights), levels(10), seed, keep))
+            assert found is not None and found[1] < 1e-5
+            np.testing.assert_allclose(found[0], weights, atol=1e-6)
 
 
 def test_noise_leaves_a_share_unexplained(seed: int) -> None:

@@ -54,9 +54,8 @@ def random_plan(rng: random.Random, steps: int | None = None) -> Plan:
 # Validation
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_every_misplaced_value_is_named() -> None:
+    for changes, message in [
         ({"sigmas": ()}, "sigmas"),
         ({"sigmas": (1.0,)}, "sigmas"),
         ({"sigmas": (1.0, float("nan"), 0.5, 0.25, 0.0)}, "sigmas.*finite"),
@@ -82,12 +81,10 @@ def random_plan(rng: random.Random, steps: int | None = None) -> Plan:
         ({"rows": {"*": {**ROWS, 1: Row((-1,), (1.0,))}}}, r"step 1: reads steps \(-1,\).*earlier"),
         ({"rows": {"*": {**ROWS, 1: Row((0,), (float("nan"),))}}}, "step 1: weights.*finite"),
         ({"rows": {"*": {**ROWS, 1: Row((0,), (1.0,), float("inf"))}}}, "step 1: .*bias inf.*finite"),
-    ],
-)
-def test_every_misplaced_value_is_named(changes: dict[str, Any], message: str) -> None:
-    small()
-    with pytest.raises(PlanError, match=message):
-        small(**changes)
+    ]:
+        small()
+        with pytest.raises(PlanError, match=message):
+            small(**changes)
 
 
 def test_figures_of_a_plan() -> None:
@@ -199,14 +196,14 @@ def test_changed_bytes_give_a_valid_plan_or_one_clear_error(tmp_path: Path, seed
     assert refused > len(data) // 9
 
 
-@pytest.mark.parametrize("name", ["computed", "sigmas", "steps", "weights", "bias"])
-def test_missing_array(tmp_path: Path, name: str) -> None:
-    assert_refused(rewritten(small(), tmp_path, lambda arrays, _: arrays.pop(name)), "incomplete")
+def test_missing_array(tmp_path: Path) -> None:
+    for name in ["computed", "sigmas", "steps", "weights", "bias"]:
+        assert_refused(rewritten(small(), tmp_path, lambda arrays, _, name=name: arrays.pop(name)), "incomplete")
 
 
-@pytest.mark.parametrize("name", ["contexts", "num_steps", "stages", "site", "training"])
-def test_missing_description(tmp_path: Path, name: str) -> None:
-    assert_refused(rewritten(small(), tmp_path, lambda _, description: description.pop(name)), "incomplete")
+def test_missing_description(tmp_path: Path) -> None:
+    for name in ["contexts", "num_steps", "stages", "site", "training"]:
+        assert_refused(rewritten(small(), tmp_path, lambda _, text, name=name: text.pop(name)), "incomplete")
 
 
 def test_row_that_reads_the_future_is_refused_on_load(tmp_path: Path) -> None:
@@ -289,18 +286,15 @@ def test_join_takes_a_context_out_of_a_plan_that_names_it() -> None:
     assert Plan.join({"cond": small(rows={"cond": own, "*": ROWS})}).rows_of("cond") == own
 
 
-@pytest.mark.parametrize(
-    ("name", "other"),
-    [
+def test_join_refuses_plans_that_differ() -> None:
+    for name, other in [
         ("computed", small(computed=(0, 1, 2), rows={"*": {3: ROWS[3]}})),
         ("sigmas", small(sigmas=(1.0, 0.75, 0.5, 0.3, 0.0))),
         ("site", small(site="output")),
         ("denoiser", small(denoiser="Another")),
-    ],
-)
-def test_join_refuses_plans_that_differ(name: str, other: Plan) -> None:
-    with pytest.raises(PlanError, match=f"differ in {name} at"):
-        Plan.join({"cond": small(), "uncond": other})
+    ]:
+        with pytest.raises(PlanError, match=f"differ in {name} at"):
+            Plan.join({"cond": small(), "uncond": other})
 
 
 def test_join_of_nothing() -> None:
@@ -360,9 +354,8 @@ def with_random_checks(plan: Plan, rng: random.Random) -> Plan:
     return replace(plan, checks=checks)
 
 
-@pytest.mark.parametrize(
-    ("checks", "expected", "message"),
-    [
+def test_every_misplaced_check_is_named() -> None:
+    for checks, expected, message in [
         ({1: Row((0,), (1.0,))}, {}, "check of context 'c', step 1: the step is not computed"),
         ({0: Row((0,), (1.0,))}, {}, "check of context 'c', step 0: reads steps"),
         ({2: Row((2,), (1.0,))}, {}, "check of context 'c', step 2: reads steps"),
@@ -375,11 +368,9 @@ def with_random_checks(plan: Plan, rng: random.Random) -> Plan:
         ({2: Row((0,), (1.0,))}, {2: Expected(-1.0, 1.0)}, "expected error of context 'c', step 2 is .*error=-1.0"),
         ({2: Row((0,), (1.0,))}, {2: Expected(1.0, 0.0)}, "expected error of context 'c', step 2 is .*std=0.0"),
         ({2: Row((0,), (1.0,))}, {2: Expected(math.nan, 1.0)}, "expected error of context 'c', step 2 is .*error=nan"),
-    ],
-)
-def test_every_misplaced_check_is_named(checks: Any, expected: Any, message: str) -> None:
-    with pytest.raises(PlanError, match=message):
-        taylor((0, 2), 4, checks={"c": checks}, expected={"c": expected})
+    ]:
+        with pytest.raises(PlanError, match=message):
+            taylor((0, 2), 4, checks={"c": checks}, expected={"c": expected})
 
 
 def test_round_trip_and_joining(tmp_path: Path, seed: int) -> None:

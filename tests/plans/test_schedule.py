@@ -34,20 +34,20 @@ def test_fifty_steps_are_the_published_tables(interval):
     assert paper(50, interval) == PUBLISHED[interval] == uniform(50, interval)
 
 
-@pytest.mark.parametrize(("num_steps", "interval", "count"), [(4, 3, 2), (4, 4, 1), (8, 2, 5), (8, 3, 4), (8, 4, 2)])
-def test_few_step_models_compute_as_many_as_published(num_steps, interval, count):
-    computed = paper(num_steps, interval)
-    assert len(computed) == count
-    assert check(computed, num_steps) == computed
+def test_few_step_models_compute_as_many_as_published():
+    for num_steps, interval, count in [(4, 3, 2), (4, 4, 1), (8, 2, 5), (8, 3, 4), (8, 4, 2)]:
+        computed = paper(num_steps, interval)
+        assert len(computed) == count
+        assert check(computed, num_steps) == computed
 
 
-@pytest.mark.parametrize("num_steps", [*range(1, 30), 50, 100])
-def test_paper_schedule_is_valid_at_every_length_and_interval(num_steps):
-    assert paper(num_steps, 1) == tuple(range(num_steps))
-    for interval in range(1, num_steps + 1):
-        computed = check(paper(num_steps, interval), num_steps)
-        gaps = np.diff((*computed, num_steps))
-        assert gaps.max() <= interval + (2 if num_steps >= 16 else 1)
+def test_paper_schedule_is_valid_at_every_length_and_interval():
+    for num_steps in [*range(1, 30), 50, 100]:
+        assert paper(num_steps, 1) == tuple(range(num_steps))
+        for interval in range(1, num_steps + 1):
+            computed = check(paper(num_steps, interval), num_steps)
+            gaps = np.diff((*computed, num_steps))
+            assert gaps.max() <= interval + (2 if num_steps >= 16 else 1)
 
 
 def test_uniform_counts_from_its_origin():
@@ -57,9 +57,8 @@ def test_uniform_counts_from_its_origin():
     assert uniform(6, 6, warmup=6, origin=2) == (0, 1, 2, 3, 4, 5)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
+def test_uniform_names_the_bad_argument():
+    for arguments, named in [
         ((0, 1), "num_steps=0"),
         ((50, 0), "interval=0"),
         ((50, 51), "interval=51"),
@@ -69,17 +68,15 @@ def test_uniform_counts_from_its_origin():
         ((50, 5, 0), "warmup=0"),
         ((50, 5, 4, 50), "origin=50"),
         ((50, 5, 4, -1), "origin=-1"),
-    ],
-)
-def test_uniform_names_the_bad_argument(arguments, named):
-    with pytest.raises(ValueError, match=named):
-        uniform(*arguments)
+    ]:
+        with pytest.raises(ValueError, match=named):
+            uniform(*arguments)
 
 
-@pytest.mark.parametrize(("num_steps", "interval"), [(0, 1), (50, 0), (50, 51), (4, 5), (8, 1.5)])
-def test_paper_refuses_impossible_intervals(num_steps, interval):
-    with pytest.raises(ValueError, match="expected a whole number"):
-        paper(num_steps, interval)
+def test_paper_refuses_impossible_intervals():
+    for num_steps, interval in [(0, 1), (50, 0), (50, 51), (4, 5), (8, 1.5)]:
+        with pytest.raises(ValueError, match="expected a whole number"):
+            paper(num_steps, interval)
 
 
 def counted(num_steps, interval, warmup):
@@ -129,9 +126,8 @@ def test_published_counts_and_lists():
         assert np.diff((*computed, 40)).max() <= 8
 
 
-@pytest.mark.parametrize(
-    ("call", "named"),
-    [
+def test_published_schedules_name_the_bad_argument():
+    for call, named in [
         (lambda: fora(0, 1), "num_steps=0"),
         (lambda: fora(50, 51), "interval=51"),
         (lambda: taylorseer(50, 0), "interval=0"),
@@ -140,11 +136,9 @@ def test_published_counts_and_lists():
         (lambda: spectrum(50, -1.0), "growth=-1.0"),
         (lambda: spectrum(50, window=0.5), "window=0.5"),
         (lambda: spectrum(50, warmup=0), "warmup=0"),
-    ],
-)
-def test_published_schedules_name_the_bad_argument(call, named):
-    with pytest.raises(ValueError, match=named):
-        call()
+    ]:
+        with pytest.raises(ValueError, match=named):
+            call()
 
 
 def test_spaced_and_published_schedules():
@@ -165,9 +159,8 @@ def test_check_takes_any_iterable_of_whole_numbers():
     assert check((step for step in (0,)), 1) == (0,)
 
 
-@pytest.mark.parametrize(
-    ("computed", "complaint"),
-    [
+def test_check_names_the_bad_step():
+    for computed, complaint in [
         ((), "expected step 0 first"),
         ((1, 2), "expected step 0 first"),
         ((0, 2, 2), "step 2 follows step 2"),
@@ -175,11 +168,9 @@ def test_check_takes_any_iterable_of_whole_numbers():
         ((0, 8), "8: expected a whole number from 0 to 7"),
         ((0, -1), "-1: expected"),
         ((0, 1.0), "1.0: expected"),
-    ],
-)
-def test_check_names_the_bad_step(computed, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        check(computed, 8)
+    ]:
+        with pytest.raises(ValueError, match=complaint):
+            check(computed, 8)
 
 
 def test_paper_stages_are_the_papers():
@@ -191,12 +182,10 @@ def test_paper_stages_are_the_papers():
     assert [stage.window for stage in ONE_STAGE] == [8]
 
 
-@pytest.mark.parametrize(
-    ("sigma", "index"), [(1.0, 0), (0.901, 0), (0.9, 1), (0.7, 1), (0.501, 1), (0.5, 2), (0.1, 2), (0.0, 2)]
-)
-def test_bounds_belong_to_the_stage_below(sigma, index):
-    assert stage_of(sigma, PAPER_STAGES) == index
-    assert stage_of(sigma, ONE_STAGE) == 0
+def test_bounds_belong_to_the_stage_below():
+    for sigma, index in [(1.0, 0), (0.901, 0), (0.9, 1), (0.7, 1), (0.501, 1), (0.5, 2), (0.1, 2), (0.0, 2)]:
+        assert stage_of(sigma, PAPER_STAGES) == index
+        assert stage_of(sigma, ONE_STAGE) == 0
 
 
 def test_cuts_can_be_moved():
@@ -215,10 +204,10 @@ def test_last_stage_takes_every_other_level():
     assert stage_of(0.01, (Stage("high", 0.5, 2), Stage("low", 0.3, 2))) == 1
 
 
-@pytest.mark.parametrize("cuts", [(0.5, 0.9), (0.5, 0.5), (1.0, 0.5), (0.9, 0.0), (float("nan"), 0.5)])
-def test_impossible_cuts_are_refused(cuts):
-    with pytest.raises(ValueError, match="expected 0 < middle < high < 1"):
-        paper_stages(*cuts)
+def test_impossible_cuts_are_refused():
+    for cuts in [(0.5, 0.9), (0.5, 0.5), (1.0, 0.5), (0.9, 0.0), (float("nan"), 0.5)]:
+        with pytest.raises(ValueError, match="expected 0 < middle < high < 1"):
+            paper_stages(*cuts)
 
 
 def test_bad_values_are_named():
@@ -239,13 +228,20 @@ def test_noise_levels_fall_to_zero():
     assert noise_levels([1, 0.5, 0], 2) == (1.0, 0.5, 0.0)
 
 
-@pytest.mark.parametrize(
-    "sigmas",
-    [(), (0.0,), (0.0, 0.0), (1.0, 0.5), (0.0, 0.5, 1.0), (1.0, float("nan"), 0.0), (float("inf"), 0.0), "ab", 5],
-)
-def test_what_are_no_noise_levels(sigmas):
-    with pytest.raises(ValueError, match="sigmas="):
-        noise_levels(sigmas)
+def test_what_are_no_noise_levels():
+    for sigmas in [
+        (),
+        (0.0,),
+        (0.0, 0.0),
+        (1.0, 0.5),
+        (0.0, 0.5, 1.0),
+        (1.0, float("nan"), 0.0),
+        (float("inf"), 0.0),
+        "ab",
+        5,
+    ]:
+        with pytest.raises(ValueError, match="sigmas="):
+            noise_levels(sigmas)
 
 
 def test_noise_levels_of_another_number_of_steps():

@@ -206,17 +206,17 @@ def begin_at(scheduler: Any, begin: int) -> None:
         scheduler.set_begin_index(begin)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_real_scheduler(name: str) -> None:
-    scheduler = SCHEDULERS[name]()
-    clock = Clock(lambda: Loop(scheduler))
-    for steps, stop in ((6, None), (6, 4), (6, None), (9, 1), (9, None)):
-        scheduler.set_timesteps(steps)
-        begin_at(scheduler, 0)
-        calls = drive(clock, scheduler, stop=stop)
-        assert [place(call) for call in calls] == expected_places(stop or steps)
-        assert all(call.request is calls[0].request for call in calls)
-        assert calls[0].request == Request(steps, sigmas_of(scheduler))
+def test_real_scheduler() -> None:
+    for name in SCHEDULERS:
+        scheduler = SCHEDULERS[name]()
+        clock = Clock(lambda scheduler=scheduler: Loop(scheduler))
+        for steps, stop in ((6, None), (6, 4), (6, None), (9, 1), (9, None)):
+            scheduler.set_timesteps(steps)
+            begin_at(scheduler, 0)
+            calls = drive(clock, scheduler, stop=stop)
+            assert [place(call) for call in calls] == expected_places(stop or steps)
+            assert all(call.request is calls[0].request for call in calls)
+            assert calls[0].request == Request(steps, sigmas_of(scheduler))
 
 
 @pytest.mark.parametrize("name", WITH_BEGIN)
@@ -262,15 +262,15 @@ def test_ddim_image_to_image_starts_late() -> None:
     assert calls[0].request.sigmas == sigmas_of(scheduler)[3:]
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_sigmas_fall_from_noise_to_zero(name: str) -> None:
-    scheduler = SCHEDULERS[name]()
-    scheduler.set_timesteps(10)
-    sigmas = sigmas_of(scheduler)
-    assert len(sigmas) == 11
-    assert sigmas[-1] == 0
-    assert 0.85 < sigmas[0] <= 1
-    assert all(a > b for a, b in pairwise(sigmas[:-1]))
+def test_sigmas_fall_from_noise_to_zero() -> None:
+    for name in SCHEDULERS:
+        scheduler = SCHEDULERS[name]()
+        scheduler.set_timesteps(10)
+        sigmas = sigmas_of(scheduler)
+        assert len(sigmas) == 11
+        assert sigmas[-1] == 0
+        assert 0.85 < sigmas[0] <= 1
+        assert all(a > b for a, b in pairwise(sigmas[:-1]))
 
 
 def test_sigmas_are_the_flow_schedulers_own() -> None:
@@ -287,19 +287,16 @@ def test_sigmas_of_other_schedulers_are_those_of_a_flow_with_as_much_noise() -> 
         assert sigmas_of(scheduler) == pytest.approx((*expected, 0.0), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "prediction"),
-    [
+def test_the_scheduler_tells_what_is_predicted() -> None:
+    for scheduler, prediction in [
         (FlowMatchEulerDiscreteScheduler(), "flow_prediction"),
         (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "flow_prediction"),
         (DDIMScheduler(), "epsilon"),
         (EulerDiscreteScheduler(prediction_type="v_prediction"), "v_prediction"),
         (SimpleNamespace(sigmas=torch.linspace(14, 0, 9)), "epsilon"),
         (SimpleNamespace(sigmas=torch.linspace(1, 0, 9)), "flow_prediction"),
-    ],
-)
-def test_the_scheduler_tells_what_is_predicted(scheduler: Any, prediction: str) -> None:
-    assert prediction_of(scheduler) == prediction
+    ]:
+        assert prediction_of(scheduler) == prediction
 
 
 # Bare
@@ -381,27 +378,25 @@ def test_bare_second_call_with_another_sample_is_refused() -> None:
         clock.tick(None, 0.5, SAMPLE + 1)
 
 
-@pytest.mark.parametrize("names", [("cond", "uncond"), ("uncond", "cond")])
-@pytest.mark.parametrize("counts_steps", [False, True])
-@pytest.mark.parametrize("bare", [False, True])
-def test_a_context_that_comes_late_or_back_is_at_the_step_of_the_others(
-    names: tuple[str, str], counts_steps: bool, bare: bool
-) -> None:
-    scheduler, clock = fake(8)
-    if bare:
-        clock = Clock()
-    elif not counts_steps:
-        scheduler = DDIMScheduler()
-        scheduler.set_timesteps(8)
-        clock = Clock(lambda: Loop(scheduler))
-    for _ in range(2):
-        for step, timestep in enumerate(scheduler.timesteps):
-            for name in names if step in (2, 3, 6, 7) else ("cond",):
-                call = clock.tick(name, timestep, SAMPLE)
-                assert place(call) == (name, step, step == 0)
-            if hasattr(scheduler, "step_index"):
-                scheduler.step()
-        scheduler.set_timesteps(8)
+def test_a_context_that_comes_late_or_back_is_at_the_step_of_the_others() -> None:
+    for names in [("cond", "uncond"), ("uncond", "cond")]:
+        for counts_steps in [False, True]:
+            for bare in [False, True]:
+                scheduler, clock = fake(8)
+                if bare:
+                    clock = Clock()
+                elif not counts_steps:
+                    scheduler = DDIMScheduler()
+                    scheduler.set_timesteps(8)
+                    clock = Clock(lambda scheduler=scheduler: Loop(scheduler))
+                for _ in range(2):
+                    for step, timestep in enumerate(scheduler.timesteps):
+                        for name in names if step in (2, 3, 6, 7) else ("cond",):
+                            call = clock.tick(name, timestep, SAMPLE)
+                            assert place(call) == (name, step, step == 0)
+                        if hasattr(scheduler, "step_index"):
+                            scheduler.step()
+                    scheduler.set_timesteps(8)
 
 
 def test_bare_request_left_between_two_contexts() -> None:

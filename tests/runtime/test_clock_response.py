@@ -114,26 +114,26 @@ def test_heun_calls_twice_a_step() -> None:
     np.testing.assert_allclose(response[1:3, :2], [[step, 0], [step / 2, step / 2]], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_scheduler_stays_as_it_was_and_its_state_does_not_matter(name: str, seed: int) -> None:
-    scheduler = SCHEDULERS[name]()
-    scheduler.set_timesteps(STEPS)
-    clean = impulse_response_of(scheduler)
-    random = torch.Generator().manual_seed(seed)
-    outputs = torch.randn(5, 1, 2, 2, generator=random)
-    state = torch.get_rng_state()
-    for timestep, output in zip(scheduler.timesteps[:5], outputs, strict=True):  # in the middle of a request
-        if hasattr(scheduler, "scale_model_input"):
-            scheduler.scale_model_input(output, timestep)
-        scheduler.step(output, timestep, output, return_dict=False)
-    torch.set_rng_state(state)
-    timesteps, before = scheduler.timesteps, copy.deepcopy(vars(scheduler))
-    np.testing.assert_array_equal(impulse_response_of(scheduler), clean)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert scheduler.timesteps is timesteps and vars(scheduler).keys() == before.keys()
-    for key, value in before.items():
-        now = vars(scheduler)[key]
-        assert torch.equal(now, value) if isinstance(value, Tensor) else repr(now) == repr(value), key
+def test_the_scheduler_stays_as_it_was_and_its_state_does_not_matter(seed: int) -> None:
+    for name in SCHEDULERS:
+        scheduler = SCHEDULERS[name]()
+        scheduler.set_timesteps(STEPS)
+        clean = impulse_response_of(scheduler)
+        random = torch.Generator().manual_seed(seed)
+        outputs = torch.randn(5, 1, 2, 2, generator=random)
+        state = torch.get_rng_state()
+        for timestep, output in zip(scheduler.timesteps[:5], outputs, strict=True):  # in the middle of a request
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(output, timestep)
+            scheduler.step(output, timestep, output, return_dict=False)
+        torch.set_rng_state(state)
+        timesteps, before = scheduler.timesteps, copy.deepcopy(vars(scheduler))
+        np.testing.assert_array_equal(impulse_response_of(scheduler), clean)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert scheduler.timesteps is timesteps and vars(scheduler).keys() == before.keys()
+        for key, value in before.items():
+            now = vars(scheduler)[key]
+            assert torch.equal(now, value) if isinstance(value, Tensor) else repr(now) == repr(value), key
 
 
 def test_generators_of_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,20 +147,21 @@ def test_generators_of_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
     impulse_response_of(scheduler)
 
 
-@pytest.mark.parametrize("name", ["euler flow", "dpm-solver++ flow", "unipc flow", "ddim", "euler"])
-def test_image_to_image_leaves_out_the_first_steps(name: str, seed: int) -> None:
-    def make() -> Any:
-        scheduler = SCHEDULERS[name]()
-        scheduler.set_timesteps(STEPS)
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(4)
-        return scheduler
+def test_image_to_image_leaves_out_the_first_steps(seed: int) -> None:
+    for name in ["euler flow", "dpm-solver++ flow", "unipc flow", "ddim", "euler"]:
 
-    response = impulse_response_of(make(), 4)
-    assert response.shape == (STEPS - 3, STEPS - 4)
-    check(response, make, STEPS - 4, seed)
-    if hasattr(make(), "begin_index"):
-        np.testing.assert_array_equal(impulse_response_of(make()), response)
+        def make(name: str = name) -> Any:
+            scheduler = SCHEDULERS[name]()
+            scheduler.set_timesteps(STEPS)
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(4)
+            return scheduler
+
+        response = impulse_response_of(make(), 4)
+        assert response.shape == (STEPS - 3, STEPS - 4)
+        check(response, make, STEPS - 4, seed)
+        if hasattr(make(), "begin_index"):
+            np.testing.assert_array_equal(impulse_response_of(make()), response)
 
 
 @pytest.mark.parametrize("bend", [{"clip_sample": True}, {"thresholding": True}])
