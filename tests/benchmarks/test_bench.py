@@ -4,7 +4,9 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,17 +15,17 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import bench_ops, measuring, roofline
+from benchmarks import bench_build, bench_ops, measuring, roofline
 from lesa import ops
 
 ROOT = Path(__file__).parents[2]
 HEAD = "hardware,commit,date,op,shape,k,dtype,provider,p20_us,p50_us,p80_us,bytes,gbps"
 
 
-def run_benchmarks(*arguments: str, file: str = "bench_ops.py") -> str:
+def run_benchmarks(*arguments: str) -> str:
     # Under xdist, which this process may be a worker of, pytest-benchmark measures nothing.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    command = [sys.executable, "-m", "pytest", f"benchmarks/{file}", "-q", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_ops.py", "-q", "-p", "no:cacheprovider", *arguments]
     run = subprocess.run(
         command, cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
@@ -64,9 +66,22 @@ def test_quick_run_keeps_a_row_of_everything(tmp_path):
     assert "| train_step | tiny |" in roofline.markdown(next(iter(roofline.read(path).values())))
 
 
-def test_building_a_plan_is_timed(tmp_path):
+def test_building_a_plan_is_timed(tmp_path, monkeypatch):
     path = tmp_path / "rows.csv"
-    run_benchmarks("--quick", "--results", str(path), "--commit", "abc1234", file="bench_build.py")
+    timed = SimpleNamespace(enabled=True, stats=SimpleNamespace(stats=SimpleNamespace(data=[])))
+
+    def pedantic(function, setup, rounds, warmup_rounds):
+        for _ in range(rounds):
+            arguments, named = setup()
+            begin = time.perf_counter()
+            function(*arguments, **named)
+            timed.stats.stats.data.append(time.perf_counter() - begin)
+
+    timed.pedantic = pedantic
+    options = {"--results": path, "--quick": True, "--commit": "abc1234"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    [build] = [build for build in bench_build.BUILDS if str(build) == "cfg1-euler-20"]
+    bench_build.test_build(build, timed, SimpleNamespace(config=SimpleNamespace(getoption=options.get)))
     with path.open(newline="") as file:
         [row] = csv.DictReader(file)
     assert [row[name] for name in ("commit", "threads", "guidance", "scheduler", "steps", "computed")] == [
