@@ -29,7 +29,7 @@ _NEAR = 100
 _SEARCHES = (("searched", False), ("searched again", False), ("searched a third time", False), ("searched far", True))
 _STALLED = 0.1  # dB: what a step of Gauss-Newton must gain to be followed by another
 _MEASURED = 3  # how often the surrogate holds a request as measured, beside two assumed ones
-_FEW = 4  # requests without guidance do not tell a schedule, only one of errors that last
+_FEW = 3  # requests without guidance do not tell a schedule, only one of errors that last
 _PROBES = 2  # by the second the errors are about as large as those of the plan that is looked for
 _RULES = ("reuse", "taylor-1")
 
