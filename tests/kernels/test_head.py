@@ -136,8 +136,10 @@ def test_modulation_in_any_layout_of_rows_and_no_bias() -> None:
     check(given)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kept", "config"), [(4, None), (3, SPLIT), (3, CONFIGS[2]), (-1, SPLIT)])
+@pytest.mark.parametrize(
+    ("kept", "config", "dtype"),
+    [(4, None, DTYPES[0]), (3, SPLIT, DTYPES[1]), (3, CONFIGS[2], DTYPES[0]), (-1, SPLIT, DTYPES[-1])],
+)
 def test_steps_and_keeping(kept: int, config: HeadConfig | None, dtype: torch.dtype) -> None:
     given = arguments(N=17, dtype=dtype)
     expected = launch_forecast_head_fwd(**given, config=config)

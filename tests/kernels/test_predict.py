@@ -121,9 +121,7 @@ def test_predict_without_elements_has_its_alpha(seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("window", "l2"), [(1, False), (2, True), (3, False), (5, True), (8, False), (8, True), (16, False), (16, True)]
-)
+@pytest.mark.parametrize(("window", "l2"), [(1, False), (3, True), (8, False), (16, True)])
 def test_loss(window, l2, dtype, seed):
     unused = window // 3
     row = (*random_row(seed, (3, 5, 31), window, dtype, unused), l2)
@@ -136,8 +134,7 @@ def test_loss(window, l2, dtype, seed):
     assert torch.equal(again, loss) and torch.equal(same, grads)
 
 
-@pytest.mark.parametrize("l2", [False, True])
-@pytest.mark.parametrize("shape", [(), (1,), (257,), (2, 3, 201)])
+@pytest.mark.parametrize(("shape", "l2"), [((), True), ((1,), False), ((257,), True), ((2, 3, 201), False)])
 def test_loss_over_several_tiles_and_programs(shape, l2, seed):
     row = (*random_row(seed, shape, 5, torch.float32), l2)
     for config in (SMALL, SMALL._replace(lanes=8, programs=200)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pipelines import CASES_BY_NAME, Case
-from test_compile import compiled_frames
+from test_compile import compiled_frames, made
 from test_dropin import assert_same, counted, untouched
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -258,10 +259,11 @@ def test_compiled_without_graph_breaks_and_recompilation(fused: bool, monkeypatc
     torch._dynamo.reset()
     if fused:
         monkeypatch.setattr(standins.ops, "backend_of", lambda name, tensor: "triton")
-    plan = measured(FLUX, checked_plan(FLUX, "hidden"))
+    case = replace(FLUX, make=functools.partial(made, FLUX, "whole"))
+    plan = measured(case, checked_plan(case, "hidden"))
     plan = scaled(plan, next(iter(plan.expected)), 4, 1e-3)
-    expected = FLUX.call(enabled(FLUX, plan), steps=STEPS)
-    pipe = FLUX.make()
+    expected = case.call(enabled(case, plan), steps=STEPS)
+    pipe = case.make()
     before = compiled_frames()[0]
     pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend="eager")
     lesa.enable(pipe, plan)

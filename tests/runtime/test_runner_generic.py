@@ -391,8 +391,7 @@ def enabled(loop: Loop, **more: Any) -> tuple[Any, lesa.Stats]:
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
-@pytest.mark.parametrize("names", [("cond", "uncond"), (None, None)])
-@pytest.mark.parametrize("k", [1, 5, 11])
+@pytest.mark.parametrize(("names", "k"), [(("cond", "uncond"), 1), ((None, None), 5), (("cond", "uncond"), 11)])
 def test_guidance_that_goes(kind: str, names: tuple, k: int, made: Made) -> None:
     loop = Loop(from_step(k, names, names[:1]), scheduler=SCHEDULERS[kind]())
     run, stats = enabled(loop)
@@ -405,8 +404,10 @@ def test_guidance_that_goes(kind: str, names: tuple, k: int, made: Made) -> None
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
-@pytest.mark.parametrize("names", [("cond", "uncond"), ("uncond", "cond"), (None, None)])
-@pytest.mark.parametrize("k", [1, 2, 5, 11])
+@pytest.mark.parametrize(
+    ("names", "k"),
+    [(("cond", "uncond"), 1), (("uncond", "cond"), 2), ((None, None), 2), (("uncond", "cond"), 5), ((None, None), 11)],
+)
 def test_guidance_that_comes(kind: str, names: tuple, k: int, made: Made) -> None:
     before = ("cond",) if names[0] else (None,)
     loop = Loop(from_step(k, before, names), scheduler=SCHEDULERS[kind]())
