@@ -188,9 +188,10 @@ def test_where_errors_will_not_be_expected_it_is_said(
     """Quick fits learn what to expect without the request that is held out."""
     plan = lesa.fit(pipe, PROMPTS[:count], budget=4, request=REQUEST, effort=effort)
     said = [str(w.message) for w in recwarn if issubclass(w.category, lesa.LesaWarning)]
+    said = [message for message in said if "expected errors" in message]  # so short a fit may lose to a plain rule, too
     assert bool(any(plan.expected.values())) != few
     others = " besides 1 held out" if effort == "quick" else ";"
-    assert [f"here are 3{others}" in message and "expected errors" in message for message in said] == [True] * few
+    assert [f"here are 3{others}" in message for message in said] == [True] * few
 
 
 @pytest.mark.parametrize(("fitted_steps", "held"), [(8, 6), (6, 8)])
