@@ -20,7 +20,7 @@ class Layout:
     """Where the hidden site of a denoiser class is.
 
     Args:
-        blocks: attributes that hold its blocks, in the order they run.
+        blocks: attributes that hold its blocks, in the order they run; a configuration may lack some.
         returns: what a block returns, in order, by the names of its arguments; one name means a bare tensor.
         norm: the layer norm of the head, or the head itself where it has none; the feature is what it is given. What
             the denoiser does between a layer norm and `proj` must be x * scale + shift, with one scale and shift for
@@ -70,7 +70,13 @@ LAYOUTS = {
     "CogVideoXTransformer3DModel": Layout(_BLOCKS, _IMAGE_FIRST, *_ADA_HEAD),
     "CogView3PlusTransformer2DModel": Layout(_BLOCKS, _IMAGE_FIRST, *_ADA_HEAD),
     "CogView4Transformer2DModel": Layout(_BLOCKS, _IMAGE_FIRST, *_ADA_HEAD),
-    "ConsisIDTransformer3DModel": Layout(_BLOCKS, _IMAGE_FIRST, *_ADA_HEAD),
+    "ConsisIDTransformer3DModel": Layout(
+        ("perceiver_cross_attention", "transformer_blocks"),
+        _IMAGE_ONLY,
+        *_ADA_HEAD,
+        ("local_facial_extractor",),
+        last=_IMAGE_FIRST,
+    ),
     "CosmosTransformer3DModel": Layout(_BLOCKS, _IMAGE_ONLY, *_ADA_HEAD),
     "DiTTransformer2DModel": Layout(_BLOCKS, _IMAGE_ONLY, "norm_out", "proj_out_2", ("pos_embed",)),
     "EasyAnimateTransformer3DModel": Layout(_BLOCKS, _IMAGE_FIRST, *_ADA_HEAD),
@@ -85,11 +91,15 @@ LAYOUTS = {
         last=_IMAGE_ONLY,
     ),
     "HunyuanDiT2DModel": Layout(("blocks",), _IMAGE_ONLY, *_ADA_HEAD),
-    "HunyuanImageTransformer2DModel": Layout(_DOUBLE_SINGLE, _IMAGE_FIRST, *_ADA_HEAD),
+    "HunyuanImageTransformer2DModel": Layout(
+        _DOUBLE_SINGLE, _IMAGE_FIRST, *_ADA_HEAD, ("x_embedder", "context_embedder", "context_embedder_2", "rope")
+    ),
     "HunyuanVideo15Transformer3DModel": Layout(
         _BLOCKS, _IMAGE_FIRST, *_ADA_HEAD, ("x_embedder", "context_embedder", "rope")
     ),
-    "HunyuanVideoFramepackTransformer3DModel": Layout(_DOUBLE_SINGLE, _IMAGE_FIRST, *_ADA_HEAD),
+    "HunyuanVideoFramepackTransformer3DModel": Layout(
+        _DOUBLE_SINGLE, _IMAGE_FIRST, *_ADA_HEAD, ("context_embedder", "image_projection")
+    ),
     "HunyuanVideoTransformer3DModel": Layout(
         _DOUBLE_SINGLE, _IMAGE_FIRST, *_ADA_HEAD, ("x_embedder", "context_embedder", "rope")
     ),
@@ -100,7 +110,12 @@ LAYOUTS = {
         "out_layer.out_layer",
         last=("visual_embed",),
     ),
-    "Krea2Transformer2DModel": Layout(_BLOCKS, _IMAGE_ONLY, "final_layer", "final_layer"),
+    "Krea2Transformer2DModel": Layout(
+        ("text_fusion.layerwise_blocks", "text_fusion.refiner_blocks", "transformer_blocks"),
+        _IMAGE_ONLY,
+        "final_layer",
+        "final_layer",
+    ),
     "LTXVideoTransformer3DModel": Layout(_BLOCKS, _IMAGE_ONLY, *_HEAD, ("rope",)),
     "LatteTransformer3DModel": Layout(("transformer_blocks", "temporal_transformer_blocks"), _IMAGE_ONLY, *_HEAD),
     "LongCatImageTransformer2DModel": Layout(_DOUBLE_SINGLE, _TEXT_FIRST, *_ADA_HEAD, _FLUX_EMBEDDERS),

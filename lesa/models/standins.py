@@ -310,7 +310,10 @@ def _place(denoiser: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def _blocks(denoiser: nn.Module, name: str) -> nn.ModuleList:
-    blocks = denoiser.get_submodule(name)
+    """A list of blocks; an empty one where the configuration has none."""
+    blocks = _child(denoiser, name)
+    if blocks is None:
+        return nn.ModuleList()
     assert isinstance(blocks, nn.ModuleList)
     return blocks
 
