@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -342,3 +343,8 @@ def test_the_hidden_site_of(name: str, dtype: torch.dtype) -> None:
     assert set(calls.values()) == {len(COMPUTED)}, calls
     lesa.disable(denoiser)
     assert torch.equal(run(denoiser, name, dtype), bare)
+
+
+def test_the_page_of_models_names_each_class() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert [name for name in LAYOUTS if name not in page] == []
