@@ -26,6 +26,9 @@ from .. import ops
 from ..runtime.history import Ring
 from .layouts import Layout
 
+# Of a ControlNet, for the blocks; some forwards count them against the blocks that took one.
+_RESIDUALS = ("block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
+
 
 class Exchange:
     """Replaces a denoiser's children by other modules and puts them back, any number of times.
@@ -284,18 +287,22 @@ def _finish_of(denoiser: str) -> Callable[..., Any]:
 def _run(
     finish: Callable[..., Any], forward: Any, head: Feed, feature: Tensor | None, *args: Any, **kwargs: Any
 ) -> Any:
-    args, kwargs = _without_offsets(args, kwargs)
+    args, kwargs = _needed(args, kwargs)
     return finish(forward, head, feature, args, kwargs)
 
 
 @torch.compiler.disable
-def _without_offsets(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Arguments with copies of timesteps, whose offset into all timesteps makes torch.compile compile again."""
+def _needed(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Arguments without a ControlNet's residuals, which only blocks need, and with copies of timesteps.
+
+    A timestep's offset into all timesteps makes torch.compile compile again.
+    """
 
     def own(value: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) and value.dim() < 2 and value.storage_offset() else value
 
-    return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
+    residuals = [name for name in kwargs if name in _RESIDUALS]
+    return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()} | dict.fromkeys(residuals)
 
 
 def _zeros(zero: Tensor, shape: torch.Size, given: Tensor) -> Tensor:

@@ -54,6 +54,32 @@ _FRAMEPACK = {
 }  # fmt: skip
 _WAN = {**_SIZES, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "rope_max_seq_len": 32}
 
+_HUNYUAN_DIT: tuple[Any, ...] = (
+    {
+        **_HEADS,
+        "in_channels": 4,
+        "sample_size": 8,
+        "patch_size": 2,
+        "num_layers": 4,
+        "hidden_size": 32,
+        "cross_attention_dim": 16,
+        "cross_attention_dim_t5": 16,
+        "pooled_projection_dim": 8,
+        "text_len": 6,
+        "text_len_t5": 5,
+        "activation_fn": "gelu-approximate",
+    },
+    (1, 4, 8, 8),
+    {
+        **_TEXT,
+        "text_embedding_mask": torch.ones(1, 6),
+        "encoder_hidden_states_t5": noise(1, 5, 16, seed=2),
+        "text_embedding_mask_t5": torch.ones(1, 5),
+        "image_meta_size": torch.full((1, 6), 8.0),
+        "style": torch.zeros(1, dtype=torch.long),
+        "image_rotary_emb": [torch.ones(16, 16), torch.zeros(16, 16)],
+    },
+)
 # For each class, after a comma what its case is: its configuration, the shape of its sample and its other inputs.
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...], dict[str, Any]]] = {
     "BriaFiboTransformer2DModel": (
@@ -110,22 +136,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...], dict[str, Any]]] = {
             "crop_coords": torch.zeros(1, 2),
         },
     ),
-    "HunyuanDiT2DModel": (
-        {
-            **_HEADS, "in_channels": 4, "sample_size": 8, "patch_size": 2, "num_layers": 4, "hidden_size": 32,
-            "cross_attention_dim": 16, "cross_attention_dim_t5": 16, "pooled_projection_dim": 8, "text_len": 6,
-            "text_len_t5": 5, "activation_fn": "gelu-approximate",
-        },
-        (1, 4, 8, 8),
-        {
-            **_TEXT,
-            "text_embedding_mask": torch.ones(1, 6),
-            "encoder_hidden_states_t5": noise(1, 5, 16, seed=2),
-            "text_embedding_mask_t5": torch.ones(1, 5),
-            "image_meta_size": torch.full((1, 6), 8.0),
-            "style": torch.zeros(1, dtype=torch.long),
-            "image_rotary_emb": [torch.ones(16, 16), torch.zeros(16, 16)],
-        },
+    "HunyuanDiT2DModel": _HUNYUAN_DIT,
+    "HunyuanDiT2DModel, ControlNet": (
+        *_HUNYUAN_DIT[:2],
+        {**_HUNYUAN_DIT[2], "controlnet_block_samples": [noise(1, 16, 32, seed=5)]},
     ),
     "HunyuanImageTransformer2DModel": (
         {
@@ -280,8 +294,8 @@ def run(denoiser: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     """Euler steps from level 1 to 0, of the channels or tokens that the denoiser returns."""
     _, shape, inputs = CASES[name]
     sample = noise(*shape, seed=9).to(dtype)
-    given = {key: in_dtype(value, dtype) for key, value in inputs.items()}
     for level, following in zip(LEVELS[:-1], LEVELS[1:], strict=True):
+        given = {key: in_dtype(value, dtype) for key, value in inputs.items()}  # anew: forwards take from lists
         velocity = denoiser(hidden_states=sample, timestep=level[None].to(dtype), return_dict=False, **given)[0]
         both = min(velocity.shape[1], sample.shape[1])  # beside may stand a variance, a mask or text
         step = (following - level).to(dtype) * velocity[:, :both]
