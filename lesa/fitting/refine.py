@@ -84,6 +84,7 @@ class ScheduleSearch:
         self._lasting = trials.assumed_gains[:, :, trials.count :]
         self._few = len(trials.weights) == 1 and trials.count <= _FEW
         self._model = self._surrogate(trials.assumed_gains)
+        self._judge = self._surrogate(self._lasting) if self._few else None  # of schedules, where it is another one
         self._evaluated: dict[tuple[int, ...], float] = {}
 
     def learn(self, error_gains: np.ndarray) -> None:
@@ -120,7 +121,7 @@ class ScheduleSearch:
     def objective(self, computed: tuple[int, ...]) -> float:
         """What the surrogate promises of a schedule, of few requests one whose errors last; lower is better."""
         if computed not in self._evaluated:
-            model = self._surrogate(self._lasting) if self._few else self._model
+            model = self._model if self._judge is None else self._judge
             self._evaluated[computed] = model.optimise(computed, closed_form(self._statistics, computed), 5)[1]
         return self._evaluated[computed]
 
