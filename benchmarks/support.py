@@ -95,11 +95,8 @@ def with_lora(pipe: Any) -> None:
     """Give the denoisers a LoRA of random weights on all attention."""
     for part in denoisers_of(pipe):
         names = {name.rpartition(".")[2] for name, module in part.named_modules() if isinstance(module, nn.Linear)}
-        targets = sorted(
-            names & {"to_q", "to_k", "to_v", "to_query", "to_value", "q", "v", "qkv", "attention_projection"}
-        )
         torch.manual_seed(3)
-        part.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        part.add_adapter(LoraConfig(r=2, target_modules=sorted(names & _ATTENTION), init_lora_weights=False))
         part.eval()
 
 

@@ -301,8 +301,8 @@ def _needed(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     def own(value: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) and value.dim() < 2 and value.storage_offset() else value
 
-    residuals = [name for name in kwargs if name in _RESIDUALS]
-    return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()} | dict.fromkeys(residuals)
+    needed = {name: None if name in _RESIDUALS else own(value) for name, value in kwargs.items()}
+    return tuple(map(own, args)), needed
 
 
 def _zeros(zero: Tensor, shape: torch.Size, given: Tensor) -> Tensor:

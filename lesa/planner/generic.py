@@ -143,7 +143,7 @@ def generic_statistics(
     wanted = np.asarray(levels, np.float64)[:-1]
     known = [one for one in sources() if one.guided == guided and one.name not in without]
     if not known:
-        raise ValueError(f"without={sorted(without)}: leaves no small model; leave some of them in")
+        raise ValueError(f"without={sorted(without)}: leaves no small model: leave fewer of them out")
     highest = max(one.levels.max() for one in known)
     starts = min(float(wanted.max()), highest) - _REACH
     used = [one for one in known if one.levels.max() >= starts]

@@ -243,8 +243,8 @@ class Clock:
         """
         self.abort()
         scheduler = loop.scheduler
-        total = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-        if getattr(scheduler, "num_inference_steps", None) is None and len(scheduler.timesteps) == total:
+        set_to = getattr(scheduler, "num_inference_steps", None)
+        if set_to is None and len(scheduler.timesteps) == _train_timesteps(scheduler):
             raise PlanError(
                 f"the timesteps of this {type(scheduler).__name__} are not set, so another scheduler makes the steps: "
                 "call the denoiser from a pipeline that has the scheduler, or enable the bare denoiser with its sigmas"
@@ -441,8 +441,12 @@ def sigmas_of(scheduler: Any) -> tuple[float, ...]:
         squared = torch.as_tensor(alphas).double().cpu()[timesteps.long()]
         alpha, sigma = squared.sqrt(), (1.0 - squared).sqrt()
         return (*(sigma / (alpha + sigma)).tolist(), 0.0)
-    largest_timestep = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or timesteps.max()
-    return (*(timesteps / largest_timestep).tolist(), 0.0)
+    return (*(timesteps / (_train_timesteps(scheduler) or largest(timesteps))).tolist(), 0.0)
+
+
+def _train_timesteps(scheduler: Any) -> int | None:
+    """How many timesteps a scheduler's model was trained with; None where it does not say."""
+    return getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
 
 
 def prediction_of(scheduler: Any) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PixArtTransformer2DModel
 from pipelines import CASES_BY_NAME
+from test_dropin import counted
 
 import lesa
 from benchmarks import fitted_methods, fitted_solvers, generic, generic_table
@@ -124,19 +125,14 @@ def test_first_block_cache_is_tuned_to_a_number_of_steps(tiny, tmp_path):
 
 def test_deep_cache_runs_the_first_level_at_every_step():
     case = CASES_BY_NAME["sdxl"]
-    pipe, counts = case.make(), [0, 0]
-
-    def count(i):
-        return lambda *_: counts.__setitem__(i, counts[i] + 1)
-
+    pipe = case.make()
     full = case.call(pipe)
-    pipe.unet.down_blocks[0].resnets[0].register_forward_pre_hook(count(0))
-    pipe.unet.mid_block.resnets[0].register_forward_pre_hook(count(1))
-    with deep_cache(pipe.unet, range(case.steps), case.steps):
-        assert torch.equal(case.call(pipe), full)
-    with deep_cache(pipe.unet, (0, 3), case.steps):
-        few = case.call(pipe)
-        assert torch.equal(case.call(pipe), few) and not torch.equal(few, full)
+    with counted([pipe.unet.down_blocks[0].resnets[0], pipe.unet.mid_block.resnets[0]]) as counts:
+        with deep_cache(pipe.unet, range(case.steps), case.steps):
+            assert torch.equal(case.call(pipe), full)
+        with deep_cache(pipe.unet, (0, 3), case.steps):
+            few = case.call(pipe)
+            assert torch.equal(case.call(pipe), few) and not torch.equal(few, full)
     assert counts == [3 * case.steps, case.steps + 2 * 2]
     assert torch.equal(case.call(pipe), full)
 
